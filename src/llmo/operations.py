@@ -1,0 +1,17 @@
+"""The built-in operations, described for the control plane; their code is imported only inside workers."""
+
+from __future__ import annotations
+
+from llmo.plugins import Operation
+from llmo.types import Kind, Needs
+
+_GIB = 1 << 30
+
+PIPELINE = Operation("pipeline", "llmo.pipeline:run", cached=False, needs=Needs(cores=0, cores_max=0, memory=_GIB // 8))
+IMPORT = Operation("import", "llmo.data.operation:run", produces=Kind.DATASET, needs=Needs(memory=_GIB))
+BASE_MODEL = Operation("base-model", "llmo.train.base:run", produces=Kind.MODEL, needs=Needs(memory=_GIB))
+TRAIN = Operation("train", "llmo.train.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB))
+EVALUATE = Operation("evaluate", "llmo.train.evaluate:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB))
+COMPRESS = Operation("compress", "llmo.compress.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB))
+VERIFY = Operation("verify", "llmo.verify.operation:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB))
+SERVE = Operation("serve", "llmo.serve.replica:run", service=True, needs=Needs(memory=_GIB))

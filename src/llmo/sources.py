@@ -1,0 +1,78 @@
+"""Where raw data and base models come from: `package:NAME[/SUB]`, `upload:DIGEST`, `hf:NAME`, or a local path."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from llmo.errors import DataError, InputError, nearest
+from llmo.files import digest_of, manifest_of, sha256_file
+
+
+def resolve(source: str, uploads: Path | None = None) -> Path:
+    """The local file or folder a source names.
+
+    `package:NAME/SUB` finds files of an installed distribution without importing it; without SUB it is the
+    folder that holds the package's `model.safetensors`, else its top folder. Raises InputError when there is
+    nothing there.
+    """
+    scheme, separator, rest = source.partition(":")
+    if separator and scheme == "package":
+        return _package(rest)
+    if separator and scheme == "upload":
+        return _upload(rest, uploads)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DataError(f"no file or folder at '{source}'", hint=_similar(path))
+    return path
+
+
+def fingerprint(path: Path) -> str:
+    """The digest of a file's or folder's content, which names a data set's raw source in keys and lineage."""
+    return sha256_file(path) if path.is_file() else digest_of(manifest_of(path))
+
+
+def is_local_path(source: str) -> bool:
+    """True for a source that only means something on the machine that wrote it."""
+    return source.partition(":")[0] not in ("package", "upload", "hf")
+
+
+def _package(rest: str) -> Path:
+    name, _, sub = rest.partition("/")
+    try:
+        listed = files(name)
+    except PackageNotFoundError:
+        raise InputError(
+            f"the package '{name}' is not installed", hint=f"pip install --no-deps {name}", where=f"package:{rest}"
+        ) from None
+    paths = [Path(str(f.locate())) for f in listed or [] if not str(f).endswith(".pyc")]
+    if sub:
+        for path in paths:
+            for candidate in (path, *path.parents):
+                if candidate.as_posix().endswith("/" + sub.rstrip("/")):
+                    return candidate
+        raise InputError(f"the package '{name}' holds nothing at '{sub}'", where=f"package:{rest}")
+    weights = sorted((p for p in paths if p.suffix in (".safetensors", ".gguf")), key=lambda p: len(p.parts))
+    if weights:
+        return weights[0].parent
+    tops = [p for p in paths if p.name == "__init__.py"]
+    if not tops:
+        raise InputError(
+            f"the package '{name}' has no folder of its own",
+            hint=f"name it: package:{name}/FOLDER",
+            where=f"package:{rest}",
+        )
+    return min(tops, key=lambda p: len(p.parts)).parent
+
+
+def _upload(digest: str, uploads: Path | None) -> Path:
+    path = (uploads or Path()) / digest.removeprefix("sha256:")
+    if uploads is None or "/" in digest or not path.exists():
+        raise DataError(f"no upload {digest} on this server", hint="send it again: the client does so by itself")
+    return path
+
+
+def _similar(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = nearest(path.name, siblings).removeprefix("; ")
+    return close or "give a path, or package:NAME/FOLDER for data in an installed package"

@@ -1,0 +1,137 @@
+"""Reads a specification file strictly: every error names its file, line and key, and the nearest known key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llmo.errors import SpecError, nearest
+
+S = TypeVar("S", bound=BaseModel)
+Lines = dict[tuple[str, ...], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved(Generic[S]):
+    """A parsed specification and the line of every key that the user wrote (dotted path -> line)."""
+
+    spec: S
+    file: str
+    lines: dict[str, int]
+
+    def origin(self, key: str) -> str:
+        """`FILE:LINE` for a key the user wrote (or that lies inside one), else `default`."""
+        return f"{self.file}:{self.lines[key]}" if key in self.lines else "default"
+
+
+def read(path: Path, model: type[S]) -> Resolved[S]:
+    """Parse a YAML file into `model`. Raises SpecError with `FILE:LINE` for the first thing that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(f"no such file: {path}", hint="give the path of a specification, e.g. llmo.yaml") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path} is a folder", hint=f"name the file in it: {path / 'llmo.yaml'}") from None
+    except UnicodeDecodeError:
+        raise SpecError(f"{path} is not a UTF-8 text file", hint="a specification is YAML") from None
+    except PermissionError:
+        raise SpecError(f"no permission to read {path}") from None
+    return parse(text, str(path), model)
+
+
+def parse(text: str, file: str, model: type[S]) -> Resolved[S]:
+    """As `read`, from text; `file` is the name errors give."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise SpecError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=f"{file}:{line}") from None
+    except RecursionError:
+        raise SpecError("nested too deeply", where=file) from None
+    if node is None:
+        raise SpecError("the file is empty", where=file, hint="it needs at least: " + ", ".join(_required(model)))
+    lines: Lines = {}
+    value = _plain(node, (), lines, file)
+    if not isinstance(value, dict):
+        raise SpecError("a specification is a mapping of keys to values", where=f"{file}:1")
+    return Resolved(_validated(value, lines, file, model), file, {".".join(k): v for k, v in lines.items()})
+
+
+def validate(value: Any, model: type[S], where: str = "") -> S:
+    """A value that did not come from a file (a flag, an API body) as `model`; errors name the key."""
+    if not isinstance(value, dict):
+        raise SpecError(f"expected a mapping of keys to values, not {type(value).__name__}", where=where)
+    return _validated(value, {}, where, model)
+
+
+def _plain(node: yaml.Node, path: tuple[str, ...], lines: Lines, file: str) -> Any:
+    if len(path) > 20:
+        raise SpecError("nested too deeply", where=f"{file}:{node.start_mark.line + 1}")
+    if isinstance(node, yaml.MappingNode):
+        found: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            line = key_node.start_mark.line + 1
+            if key in found:
+                raise SpecError(f"the key '{key}' is written twice", where=f"{file}:{line}", hint="keep one of them")
+            lines[(*path, key)] = line
+            found[key] = _plain(value_node, (*path, key), lines, file)
+        return found
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, (*path, str(i)), lines, file) for i, item in enumerate(node.value)]
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError):
+        raise SpecError(f"cannot read the value {node.value!r}", where=f"{file}:{node.start_mark.line + 1}") from None
+
+
+def _validated(value: dict[str, Any], lines: Lines, file: str, model: type[S]) -> S:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda e: (_line(e["loc"], lines), e["type"] != "extra_forbidden"))
+    path = tuple(str(part) for part in first["loc"])
+    line = _line(first["loc"], lines)
+    where = (f"{file}:{line}" if lines else file) if file else ""
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _known(model, path[:-1])
+        raise SpecError(
+            f"unknown key '{path[-1]}'{nearest(path[-1], known)}", where=where, hint=f"known here: {', '.join(known)}"
+        ) from None
+    if first["type"] == "missing":
+        raise SpecError(f"the key '{key}' is missing", where=where, hint=f"add '{path[-1]}: ...'") from None
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    raise SpecError(f"'{key}': {message} (it is {first['input']!r:.80})", where=where) from None
+
+
+def _line(path: tuple[int | str, ...], lines: Lines) -> int:
+    keys = tuple(str(part) for part in path)
+    while keys and keys not in lines:
+        keys = keys[:-1]
+    return lines.get(keys, 1)
+
+
+def _section(model: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] | None:
+    for key in path:
+        field = model.model_fields.get(key)
+        inner = [field.annotation, *get_args(field.annotation)] if field else []
+        models = [t for t in inner if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not models:
+            return None
+        model = models[0]
+    return model
+
+
+def _known(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    section = _section(model, path)
+    return sorted(section.model_fields) if section else []
+
+
+def _required(model: type[BaseModel]) -> list[str]:
+    return [name for name, field in model.model_fields.items() if field.is_required()]

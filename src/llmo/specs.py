@@ -1,0 +1,159 @@
+"""The specification of a project and of its steps: every key a user can write, its default, and what it means."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class Spec(BaseModel):
+    """Strict: an unknown key is an error; a value is never bent into another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values, with every default written out: what jobs carry and digests are taken of."""
+        return self.model_dump(mode="json")
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+def _float(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` as text; a number is what was meant."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Number = Annotated[float, BeforeValidator(_float)]
+
+
+class SplitSpec(Spec):
+    """How rows are divided when the source has no splits of its own: stratified by label, seeded."""
+
+    test: Fraction = Field(0.2, description="share of rows held out for the final figures")
+    dev: Fraction = Field(0.1, description="share of rows held out for early stopping and compression")
+    seed: int = Field(13, description="seed of the division")
+
+
+class CleanSpec(Spec):
+    """What is mended in each text, and which rows are dropped; every dropped row is kept with its reason."""
+
+    fix_encoding: bool = Field(True, description="mend mojibake (ftfy)")
+    strip_html: bool = Field(True, description="remove tags, scripts and styles where a text is HTML")
+    normalise: bool = Field(True, description="drop control characters, fold white space, NFC")
+    drop_empty: bool = Field(True, description="drop rows whose text is empty after cleaning")
+    drop_duplicates: Literal["near", "exact", "none"] = Field("near", description="within and across splits")
+    near_threshold: Fraction = Field(
+        0.9, description="Jaccard similarity of word 5-grams above which two texts are near duplicates"
+    )
+
+
+class DataSpec(Spec):
+    """Where the text is and how to read it."""
+
+    source: str = Field(description="a file, a folder, package:NAME/FOLDER, or a stored data set NAME@VERSION")
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "folders", "conll"] = Field(
+        "auto", description="how the source is laid out; auto: by name and content"
+    )
+    encoding: str = Field("auto", description="character encoding of text files; auto: detected per file")
+    text: str | None = Field(None, description="the column that holds the text; default: found by name")
+    label: str | None = Field(None, description="the column that holds the label(s); default: found by name")
+    id: str | None = Field(None, description="the column that identifies a row; default: found by name, else numbered")
+    split_column: str | None = Field(None, description="a column that says train, dev or test; default: found by name")
+    label_separator: str | None = Field(None, description="splits a label cell into several labels (multi-label)")
+    clean: CleanSpec = Field(default_factory=CleanSpec)
+    split: SplitSpec = Field(default_factory=SplitSpec)
+
+
+class TaskSpec(Spec):
+    """What is learnt. A plain name is enough: `task: text-classification`."""
+
+    name: str = Field(description="a registered task, e.g. text-classification or token-classification")
+    multi_label: bool | None = Field(None, description="several labels for one text; default: seen from the data")
+    max_length: Annotated[int, Field(ge=8, le=8192)] = Field(128, description="tokens a text is cut to")
+
+
+class LoraSpec(Spec):
+    rank: Positive = Field(8, description="rank of the update matrices")
+    alpha: Positive = Field(16, description="scale of the update (alpha / rank)")
+    dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
+    target_modules: list[str] | None = Field(None, description="module names; default: every linear layer of the trunk")
+
+
+class TrainSpec(Spec):
+    """How the model is trained."""
+
+    method: Literal["full", "head", "last-n", "lora"] = Field("full", description="which weights are trained")
+    epochs: Annotated[Number, Field(gt=0)] = Field(
+        3.0, description="passes over the training rows; a part of one is allowed"
+    )
+    batch_size: Positive = Field(16, description="texts per optimiser step")
+    gradient_accumulation_steps: Positive = Field(1, description="micro-batches per step")
+    learning_rate: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="peak; default by method: full and last-n 1e-4, lora 1e-3, head 5e-3"
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the optimiser")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
+    warmup: Annotated[Number, Field(ge=0, lt=1)] = Field(0.1, description="share of steps that warm up")
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(0.01, description="decoupled; not on biases and norms")
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
+    dropout: Annotated[Number, Field(ge=0, lt=1)] | None = Field(None, description="overrides the model's own")
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="cross-entropy smoothing")
+    max_grad_norm: Annotated[Number, Field(gt=0)] = Field(1.0, description="gradients are clipped to this norm")
+    class_weights: Literal["none", "balanced"] = Field("none", description="balanced: inverse to class frequency")
+    early_stopping: Positive | None = Field(None, description="stop after this many evaluations without gain on dev")
+    evaluate_every: Positive | None = Field(None, description="steps between dev evaluations; default: once an epoch")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the device computes it natively"
+    )
+    last_n: Positive = Field(2, description="layers trained by method last-n")
+    lora: LoraSpec = Field(default_factory=LoraSpec)
+    checkpoint_seconds: Annotated[Number, Field(gt=0)] = Field(30.0, description="time between checkpoints")
+    seed: int = Field(13, description="of initialisation, order and dropout")
+
+
+class CompressSpec(Spec):
+    """What may be lost for speed."""
+
+    max_drop: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        0.005, description="largest loss of the task's metric on dev"
+    )
+    variants: list[Literal["onnx-fp32", "onnx-int8"]] = Field(
+        default_factory=lambda: ["onnx-fp32", "onnx-int8"], description="what is tried", min_length=1
+    )
+
+
+class DeploySpec(Spec):
+    """How the model is served."""
+
+    endpoint: Name = Field(description="the public name: POST /v1/endpoints/NAME/predict")
+    cores: Positive | None = Field(None, description="CPU cores of the replica; default: half of the machine's")
+    max_batch_tokens: Positive = Field(4096, description="padded tokens in one batch")
+    queue: Positive = Field(1024, description="texts that may wait; more are answered 429")
+    deadline_seconds: Annotated[Number, Field(gt=0)] = Field(
+        30.0, description="a request older than this is answered 504"
+    )
+
+
+def _task(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class ProjectSpec(Spec):
+    """The whole way from text to endpoint. `compress` and `deploy` are left out when not written."""
+
+    name: Name = Field(description="what the data sets and models are called in the store")
+    task: Annotated[TaskSpec, BeforeValidator(_task)] = Field(description="what is learnt")
+    data: DataSpec = Field(description="where the text is")
+    model: str = Field(description="the base model: package:NAME, a folder, hf:NAME, or a stored model NAME@VERSION")
+    train: TrainSpec = Field(default_factory=TrainSpec)
+    compress: CompressSpec | None = Field(None, description="make it smaller and faster within a quality budget")
+    deploy: DeploySpec | None = Field(None, description="serve it")

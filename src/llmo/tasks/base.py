@@ -1,0 +1,107 @@
+"""The contract of a task: the one definition of how text becomes tensors and tensors become answers.
+
+Training, evaluation, compression, verification and serving all go through it, so what is served is what was
+trained. Only `loss` needs torch; everything else is NumPy and `tokenizers`, so a replica stays light.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+Row = Mapping[str, Any]
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """One text as the model sees it, special tokens included.
+
+    `offsets` and `word_ids` are per token: characters (code points) of the text as sent, and the word's
+    number or None for special tokens. `length` is the number of tokens before truncation.
+    """
+
+    input_ids: list[int]
+    length: int
+    offsets: list[tuple[int, int]]
+    word_ids: list[int | None]
+
+    @property
+    def truncated(self) -> bool:
+        return self.length > len(self.input_ids)
+
+
+class Task(ABC):
+    """A task over an encoder with a head. Construct with the labels in the order of the logits."""
+
+    name: ClassVar[str]
+    metric: ClassVar[str]  # the key of `measure` that gates and early stopping use; higher is better
+    auto_class: ClassVar[str]  # the transformers class that opens the model folder
+    problem_type: ClassVar[str | None] = None
+
+    def __init__(self, labels: Sequence[str], max_length: int = 128) -> None:
+        self.labels = tuple(labels)
+        self.max_length = max_length
+
+    @classmethod
+    @abstractmethod
+    def from_rows(cls, rows: Sequence[Row], *, max_length: int, options: Mapping[str, Any]) -> Task:
+        """The task that fits these training rows: finds the labels. Raises DataError if nothing can be learnt."""
+
+    def to_card(self) -> dict[str, Any]:
+        """What `from_card` needs to build the same task again."""
+        return {
+            "task": self.name,
+            "labels": list(self.labels),
+            "max_length": self.max_length,
+            "options": self.options(),
+        }
+
+    @classmethod
+    def from_card(cls, card: Mapping[str, Any]) -> Task:
+        return cls(card["labels"], card["max_length"], **card.get("options", {}))
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the constructor beyond labels and max_length."""
+        return {}
+
+    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+        """Tokenise without padding, cut to `max_length` as transformers does, and remember the full length."""
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self.max_length)
+        encodings = []
+        for kept in tokenizer.encode_batch(list(texts)):
+            cut = sum(len(rest.ids) - sum(rest.special_tokens_mask) for rest in kept.overflowing)
+            encodings.append(Encoding(kept.ids, len(kept.ids) + cut, kept.offsets, kept.word_ids))
+        return encodings
+
+    @abstractmethod
+    def target(self, row: Row, encoding: Encoding) -> NDArray[Any]:
+        """What the loss compares with: a class index, a multi-hot vector, or one index per token (-100: none)."""
+
+    @abstractmethod
+    def loss(
+        self, logits: torch.Tensor, targets: torch.Tensor, class_weights: torch.Tensor | None, smoothing: float = 0.0
+    ) -> torch.Tensor:
+        """Scalar mean loss of a padded batch; padded targets are -100 (token) or absent (text)."""
+
+    @abstractmethod
+    def measure(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> dict[str, float]:
+        """Metrics over a whole split. `logits[i]` is `[labels]`, or `[tokens, labels]` without padding."""
+
+    @abstractmethod
+    def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
+        """The JSON answer for one text; carries `truncated: true` when the model did not see all of it."""
+
+    @abstractmethod
+    def agree(self, a: Logits, b: Logits) -> bool:
+        """Whether two logits give the same answer (used by compress and verify)."""
