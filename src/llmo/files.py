@@ -29,7 +29,7 @@ def publish(path: Path, data: bytes | str) -> None:
                 file.write(data.encode("utf-8") if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, path)
+            aside.replace(path)
         finally:
             aside.unlink(missing_ok=True)
         sync_folder(path.parent)
@@ -73,7 +73,7 @@ def sha256_file(path: Path) -> str:
 
 
 def tree(folder: Path) -> list[Path]:
-    """The regular files below a folder, sorted by their relative POSIX path; links and hidden temporary files are left out."""
+    """The regular files below a folder, sorted by relative POSIX path; links and `.tmp` files are left out."""
     found = [p for p in folder.rglob("*") if p.is_file() and not p.is_symlink() and not p.name.endswith(".tmp")]
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -27,7 +27,7 @@ class Operation:
     produces: Kind | None = None
     service: bool = False
     cached: bool = True
-    needs: Needs = Needs()
+    needs: Needs = field(default_factory=Needs)
     revision: int = 1
 
 

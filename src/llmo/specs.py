@@ -126,8 +126,8 @@ class CompressSpec(Spec):
     max_drop: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.005, description="largest loss of the task's metric on dev"
     )
-    variants: list[Literal["onnx-fp32", "onnx-int8"]] = Field(
-        default_factory=lambda: ["onnx-fp32", "onnx-int8"], description="what is tried", min_length=1
+    variants: tuple[Literal["onnx-fp32", "onnx-int8"], ...] = Field(
+        ("onnx-fp32", "onnx-int8"), description="what is tried", min_length=1, strict=False
     )
 
 
