@@ -8,6 +8,7 @@ from llmo.types import Kind, Needs
 _GIB = 1 << 30
 
 PIPELINE = Operation("pipeline", "llmo.pipeline:run", cached=False, needs=Needs(cores=0, cores_max=0, memory=_GIB // 8))
+CHECK = Operation("check", "llmo.preflight:run", needs=Needs(cores=0, cores_max=0, memory=_GIB // 2))
 IMPORT = Operation("import", "llmo.data.operation:run", produces=Kind.DATASET, needs=Needs(memory=_GIB))
 BASE_MODEL = Operation("base-model", "llmo.train.base:run", produces=Kind.MODEL, needs=Needs(memory=_GIB))
 TRAIN = Operation("train", "llmo.train.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB))

@@ -1,4 +1,4 @@
-"""Where raw data and base models come from: `package:NAME[/SUB]`, `upload:DIGEST`, `hf:NAME`, or a local path."""
+"""Where raw data and base models come from: `package:NAME[/SUB]`, `upload:DIGEST[/FILE]`, `hf:NAME`, or a local path."""
 
 from __future__ import annotations
 
@@ -65,10 +65,11 @@ def _package(rest: str) -> Path:
     return min(tops, key=lambda p: len(p.parts)).parent
 
 
-def _upload(digest: str, uploads: Path | None) -> Path:
-    path = (uploads or Path()) / digest.removeprefix("sha256:")
-    if uploads is None or "/" in digest or not path.exists():
-        raise DataError(f"no upload {digest} on this server", hint="send it again: the client does so by itself")
+def _upload(rest: str, uploads: Path | None) -> Path:
+    digest, _, name = rest.removeprefix("sha256:").partition("/")
+    path = (uploads or Path()) / digest / name
+    if uploads is None or not digest.isalnum() or "/" in name or name == ".." or not path.exists():
+        raise DataError(f"no upload {rest} on this server", hint="send it again: the client does so by itself")
     return path
 
 

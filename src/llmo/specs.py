@@ -157,3 +157,49 @@ class ProjectSpec(Spec):
     train: TrainSpec = Field(default_factory=TrainSpec)
     compress: CompressSpec | None = Field(None, description="make it smaller and faster within a quality budget")
     deploy: DeploySpec | None = Field(None, description="serve it")
+
+
+class ImportSpec(DataSpec):
+    """The operation `import`: a data section, the task it is for, and the content it had when it was asked for."""
+
+    task: Annotated[TaskSpec, BeforeValidator(_task)]
+    source_digest: str | None = None
+    uploads: str | None = None
+
+
+class BaseModelSpec(Spec):
+    """The operation `base-model`."""
+
+    source: str
+    source_digest: str | None = None
+    uploads: str | None = None
+
+
+class TrainJobSpec(TrainSpec):
+    """The operation `train`."""
+
+    task: Annotated[TaskSpec, BeforeValidator(_task)]
+
+
+class EvaluateSpec(Spec):
+    """The operation `evaluate`."""
+
+    split: Literal["train", "dev", "test"] = "test"
+
+
+class VerifySpec(Spec):
+    """The operation `verify`; with an endpoint, its HTTP answers are compared too."""
+
+    endpoint_url: str | None = None
+    endpoint_key: str | None = None
+
+
+OPERATIONS: dict[str, type[Spec]] = {
+    "import": ImportSpec,
+    "base-model": BaseModelSpec,
+    "train": TrainJobSpec,
+    "evaluate": EvaluateSpec,
+    "compress": CompressSpec,
+    "verify": VerifySpec,
+    "serve": DeploySpec,
+}

@@ -1,0 +1,144 @@
+"""The whole way as child jobs: which steps a project needs, in what order, and the parent job that walks them.
+
+A step's inputs are named by content, so a step whose specification and inputs are unchanged is found done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmo.context import Context, Stopped
+from llmo.errors import JobFailed, from_json
+from llmo.types import JobState, Result
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One child job. `inputs` maps a name to `step:KEY` or to an artifact's digest."""
+
+    key: str
+    op: str
+    name: str
+    spec: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    title: str
+
+    def resolved(self, outputs: Mapping[str, str]) -> dict[str, str] | None:
+        """The inputs as digests, or None while a step it needs has no output yet."""
+        found = {}
+        for name, value in self.inputs.items():
+            digest = outputs.get(value.removeprefix("step:")) if value.startswith("step:") else value
+            if digest is None:
+                return None
+            found[name] = digest
+        return found
+
+
+def plan(project: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> list[Step]:
+    """The steps of a project (`ProjectSpec.plain()`), each after the steps it needs.
+
+    `sources` says of `data` and of `model` either `{"artifact": digest}` (in the store already) or
+    `{"source", "digest", "uploads"}` (to be imported).
+    """
+    name, task = project["name"], project["task"]
+    steps: list[Step] = []
+    data, model = sources["data"], sources["model"]
+    inputs = {"data": data.get("artifact") or "step:data", "model": model.get("artifact") or "step:base"}
+    if "artifact" not in data:
+        spec = {**project["data"], "task": task, **_source(data)}
+        steps.append(Step("data", "import", name, spec, {}, f"read and clean {project['data']['source']}"))
+    if "artifact" not in model:
+        title = f"fetch the base model {project['model']}"
+        steps.append(Step("base", "base-model", base_name(project["model"]), _source(model), {}, title))
+    train = project["train"]
+    title = f"train ({train['method']}, {train['epochs']:g} epochs)"
+    steps.append(Step("train", "train", name, {**train, "task": task}, inputs, title))
+    final = "step:train"
+    if project["compress"] is not None:
+        title = f"compress (lose at most {project['compress']['max_drop']:g})"
+        needs = {"data": inputs["data"], "model": "step:train"}
+        steps.append(Step("compress", "compress", f"{name}-compressed", project["compress"], needs, title))
+        final = "step:compress"
+        needs = {"data": inputs["data"], "model": final}
+        steps.append(
+            Step("evaluate", "evaluate", f"{name}-report", {"split": "test"}, needs, "measure what will be served")
+        )
+    needs = {"model": final, "reference": "step:train"}
+    steps.append(Step("verify", "verify", f"{name}-verify", {}, needs, "verify it against the training graph"))
+    if project["deploy"] is not None:
+        endpoint = project["deploy"]["endpoint"]
+        steps.append(Step("deploy", "serve", endpoint, project["deploy"], {"model": final}, f"serve as '{endpoint}'"))
+    return steps
+
+
+def _source(source: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"source": source["source"], "source_digest": source["digest"]}
+    return found | ({"uploads": source["uploads"]} if source.get("uploads") else {})
+
+
+def base_name(source: str) -> str:
+    """What a base model is called in the store: the last readable part of its source."""
+    return source.partition(":")[2].replace("/", ".") if ":" in source else Path(source).name
+
+
+def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
+    """The parent job. `spec` is `{"project": ..., "sources": ...}`; restarted, it finds its children again.
+
+    Raises the child's own error when a step fails, and Stopped when asked to stop.
+    """
+    steps = plan(spec["project"], spec["sources"])
+    waiting = {step.key: step for step in steps}
+    running: dict[str, Step] = {}
+    finished: dict[str, Result] = {}
+    outputs: dict[str, str] = {}
+    while waiting or running:
+        for step in [s for s in waiting.values() if _may_start(s, waiting, running)]:
+            digests = step.resolved(outputs)
+            if digests is not None:
+                ctx.spawn(step.key, step.op, step.spec, digests, step.name)
+                running[step.key] = waiting.pop(step.key)
+        for key in list(running):
+            result = ctx.result(key)
+            if result is None:
+                continue
+            _raise_if_failed(running.pop(key), result)
+            finished[key] = result
+            if result.output is not None:
+                outputs[key] = result.output
+            ctx.report(len(finished), len(steps), step=key)
+        if ctx.should_stop():
+            raise Stopped
+        time.sleep(POLL_SECONDS)
+    return {"steps": {key: _summary(result) for key, result in finished.items()}}
+
+
+def _may_start(step: Step, waiting: Mapping[str, Step], running: Mapping[str, Step]) -> bool:
+    """An endpoint moves only after every gate before it has passed."""
+    return step.op != "serve" or (set(waiting) | set(running)) == {step.key}
+
+
+def _raise_if_failed(step: Step, result: Result) -> None:
+    if result.state in (JobState.DONE, JobState.RUNNING):
+        return
+    if result.error:
+        raise from_json(dict(result.error))
+    raise JobFailed(
+        f"the step '{step.key}' (job {result.job}) ended as {result.state.value}",
+        hint=f"see: llmo logs {result.job}; running it again continues from its last checkpoint",
+    )
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    return {
+        "job": result.job,
+        "cached": result.cached,
+        "ref": result.ref,
+        "output": result.output,
+        "result": dict(result.result),
+    }
