@@ -1,0 +1,198 @@
+"""Small stand-ins for tests: a two-layer BERT without a head, rows that can be learnt, and a data set folder."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+
+HIDDEN, LAYERS, HEADS, INNER, POSITIONS = 32, 2, 2, 64, 128
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+TOPICS = {
+    "business": "market shares profit bank trade price company growth",
+    "sport": "match goal team coach league player win cup",
+    "tech": "software phone chip network game computer internet data",
+}
+FILLER = "the a of in on and to was said year new good people time today"
+NAMES = {
+    "person": ["alice", "bob smith", "carol", "王 芳", "josé"],
+    "place": ["london", "new york", "北京", "zürich", "paris"],
+}
+
+
+def tiny_model(folder: Path, seed: int = 0, *, layers: int = LAYERS) -> Path:
+    """A Hugging Face BERT folder (hidden 32, 128 positions, uncased WordPiece) with random weights and no head."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": POSITIONS, **names}
+    config = {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "intermediate_size": INNER,
+        "max_position_embeddings": POSITIONS,
+        "vocab_size": tokenizer.get_vocab_size(),
+        "type_vocab_size": 2,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "initializer_range": 0.02,
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": 0,
+    }
+    for name, content in (
+        ("config.json", config),
+        ("tokenizer_config.json", settings),
+        ("special_tokens_map.json", names),
+    ):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    save_file(_weights(tokenizer.get_vocab_size(), layers, seed), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Uncased WordPiece that strips accents, knows ASCII letters as pieces, the words of the rows, and some Chinese."""
+    letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    words = " ".join([*TOPICS.values(), FILLER, *(n for names in NAMES.values() for n in names if n.isascii())]).split()
+    vocabulary = [*SPECIAL, *letters, *("##" + x for x in letters if x.isalnum()), *words, *"王芳北京我在爱了"]
+    unique = list(dict.fromkeys(vocabulary))
+    tokenizer = Tokenizer(WordPiece({token: i for i, token in enumerate(unique)}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.normalizer = BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
+
+
+def text_rows(count: int, seed: int = 0, *, multi_label: bool = False, longest: int = 24) -> list[dict[str, Any]]:
+    """Rows whose topic words give the label away, of mixed length."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        topics = rng.sample(sorted(TOPICS), rng.randint(1, 2) if multi_label else 1)
+        words = rng.choices(FILLER.split(), k=rng.randint(2, longest))
+        for topic in topics:
+            words += rng.choices(TOPICS[topic].split(), k=3)
+        rng.shuffle(words)
+        label = {"labels": sorted(topics)} if multi_label else {"label": topics[0]}
+        rows.append({"id": f"r{i}", "text": " ".join(words), **label})
+    return rows
+
+
+def span_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with names of persons and places as spans, with emoji and accents around them."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        parts: list[tuple[str, str | None]] = [(w, None) for w in rng.choices(FILLER.split(), k=rng.randint(1, 8))]
+        for _ in range(rng.randint(0, 2)):
+            label = rng.choice(sorted(NAMES))
+            parts.insert(rng.randrange(len(parts) + 1), (rng.choice(NAMES[label]), label))
+        parts.append((rng.choice(["👍🏽", "!", "café"]), None))
+        text, spans = "", []
+        for word, label in parts:
+            text += " " if text else ""
+            if label is not None:
+                spans.append({"start": len(text), "end": len(text) + len(word), "label": label})
+            text += word
+        rows.append({"id": f"r{i}", "text": text, "spans": spans})
+    return rows
+
+
+def tiny_dataset(
+    folder: Path,
+    task: str = "text-classification",
+    *,
+    multi_label: bool = False,
+    sizes: Mapping[str, int] = {"train": 96, "dev": 32, "test": 32},
+    seed: int = 0,
+) -> Path:
+    """A data set folder as the operation `import` writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (split, size) in enumerate(sizes.items()):
+        one = seed * 100 + number
+        rows = span_rows(size, one) if task == "token-classification" else text_rows(size, one, multi_label=multi_label)
+        write_split(folder / f"{split}.arrow", rows, task, multi_label=multi_label)
+    dropped = pa.schema([(name, pa.string()) for name in ("id", "text", "reason", "detail", "source")])
+    _write(folder / "dropped.arrow", pa.Table.from_pylist([], dropped))
+    info = {
+        "format": 1,
+        "task": task,
+        "columns": {"text": "text"},
+        "rows": {"read": sum(sizes.values()), **sizes, "dropped": 0},
+        "dropped": {},
+        "changed": {},
+        "labels": {},
+        "encodings": {},
+        "source": "tests",
+        "source_digest": "",
+        "multi_label": multi_label,
+        "samples": [],
+    }
+    (folder / "dataset.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder
+
+
+def write_split(path: Path, rows: Sequence[Mapping[str, Any]], task: str, *, multi_label: bool = False) -> None:
+    """One split as an Arrow IPC file with the columns of the task."""
+    columns: list[tuple[str, pa.DataType]] = [("id", pa.string()), ("text", pa.string())]
+    if task == "token-classification":
+        span = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("label", pa.string())])
+        columns.append(("spans", pa.list_(span)))
+    else:
+        columns.append(("labels", pa.list_(pa.string())) if multi_label else ("label", pa.string()))
+    _write(path, pa.Table.from_pylist([dict(row) for row in rows], pa.schema(columns)))
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _weights(vocabulary: int, layers: int, seed: int) -> dict[str, np.ndarray]:
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (vocabulary, HIDDEN),
+        "embeddings.position_embeddings.weight": (POSITIONS, HIDDEN),
+        "embeddings.token_type_embeddings.weight": (2, HIDDEN),
+        "embeddings.LayerNorm.weight": (HIDDEN,),
+        "embeddings.LayerNorm.bias": (HIDDEN,),
+    }
+    inner = {"attention.output.dense": (HIDDEN, HIDDEN), "intermediate.dense": (INNER, HIDDEN)}
+    inner |= {f"attention.self.{name}": (HIDDEN, HIDDEN) for name in ("query", "key", "value")}
+    inner["output.dense"] = (HIDDEN, INNER)
+    for layer in range(layers):
+        for name, shape in inner.items():
+            shapes[f"encoder.layer.{layer}.{name}.weight"] = shape
+            shapes[f"encoder.layer.{layer}.{name}.bias"] = shape[:1]
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes[f"encoder.layer.{layer}.{name}.weight"] = (HIDDEN,)
+            shapes[f"encoder.layer.{layer}.{name}.bias"] = (HIDDEN,)
+    shapes["pooler.dense.weight"] = (HIDDEN, HIDDEN)
+    shapes["pooler.dense.bias"] = (HIDDEN,)
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        if name.endswith("LayerNorm.weight"):
+            weights[name] = np.ones(shape, np.float32)
+        elif name.endswith(".bias"):
+            weights[name] = np.zeros(shape, np.float32)
+        else:
+            weights[name] = rng.normal(0.0, 0.05, shape).astype(np.float32)
+    return weights
