@@ -1,0 +1,85 @@
+"""Dynamic batching by length: which of the waiting texts the engine runs next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(eq=False, slots=True)
+class Item:
+    """One encoded text. `tokens` is its length, `deadline` the time after which nobody wants it any more."""
+
+    tokens: int
+    deadline: float = math.inf
+    payload: Any = None
+    waiting: bool = False  # the batcher's mark: added, and neither taken nor cancelled
+
+
+class Batcher:
+    """Holds the waiting items in order of arrival and cuts batches from them; no clock, no threads, no waiting.
+
+    A batch is padded to its longest item and holds at most `max_batch_tokens` padded tokens (a single item may
+    be longer) and `max_items` items. The oldest item is in the next batch, so none starves. Others join it, the
+    nearest in length first, as long as that costs less than running them apart: a run of its own costs about
+    `overhead_tokens` tokens' worth of time beyond its tokens, and a padded token costs as much as a real one.
+    """
+
+    def __init__(self, max_batch_tokens: int, *, max_items: int = 64, overhead_tokens: int = 32) -> None:
+        self.max_batch_tokens = max_batch_tokens
+        self.max_items = max_items
+        self.overhead_tokens = overhead_tokens
+        self._items: list[Item] = []
+        self._live = 0
+
+    def __len__(self) -> int:
+        """Items that wait."""
+        return self._live
+
+    def add(self, item: Item) -> None:
+        item.waiting = True
+        self._items.append(item)
+        self._live += 1
+
+    def cancel(self, item: Item) -> None:
+        """Drop an item that still waits; its place is free at once. Does nothing for one already taken."""
+        if item.waiting:
+            item.waiting = False
+            self._live -= 1
+
+    def take(self, now: float) -> tuple[list[Item], list[Item]]:
+        """The next batch, and the items whose deadline has passed; neither waits here any more.
+
+        The batch is empty only when nothing that is still wanted waits.
+        """
+        live = [i for i in self._items if i.waiting]
+        wanted = [i for i in live if i.deadline > now]
+        expired = [i for i in live if i.deadline <= now]
+        batch = self._around(wanted[0], wanted) if wanted else []
+        for item in (*batch, *expired):
+            item.waiting = False
+        self._items = [i for i in wanted if i.waiting]
+        self._live = len(self._items)
+        return batch, expired
+
+    def _around(self, oldest: Item, wanted: Sequence[Item]) -> list[Item]:
+        """Grow a window over the items in order of length, from the oldest one to its cheapest neighbours."""
+        ordered = sorted(wanted, key=lambda i: i.tokens)  # stable: of equal lengths the older comes first
+        low = high = next(n for n, i in enumerate(ordered) if i is oldest)
+        while high - low + 1 < self.max_items:
+            count, longest = high - low + 1, ordered[high].tokens
+            shorter = longest - ordered[low - 1].tokens if low > 0 else math.inf
+            longer = count * (ordered[high + 1].tokens - longest) if high + 1 < len(ordered) else math.inf
+            if longer < shorter and (count + 1) * ordered[high + 1].tokens > self.max_batch_tokens:
+                longer = math.inf
+            if min(shorter, longer) > self.overhead_tokens:
+                break
+            if longer < shorter:
+                high += 1
+            elif (count + 1) * longest <= self.max_batch_tokens:
+                low -= 1
+            else:
+                break
+        return list(ordered[low : high + 1])
