@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llmo.context import Context, Stopped
-from llmo.errors import JobFailed, from_json
-from llmo.types import JobState, Result
+from llmo.errors import JobFailed
+from llmo.errors import from_json as error_from_json
+from llmo.types import JobState, Result, from_json
 
 POLL_SECONDS = 0.02
 
@@ -77,6 +78,16 @@ def plan(project: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -
     return steps
 
 
+def deployment(model: str, reference: str | None, deploy: Mapping[str, Any]) -> list[Step]:
+    """The steps that put a stored model behind an endpoint: verify it, then serve it. Both are digests."""
+    endpoint = deploy["endpoint"]
+    inputs = {"model": model} | ({"reference": reference} if reference else {})
+    return [
+        Step("verify", "verify", f"{endpoint}-verify", {}, inputs, "verify it against the training graph"),
+        Step("deploy", "serve", endpoint, deploy, {"model": model}, f"serve as '{endpoint}'"),
+    ]
+
+
 def _source(source: Mapping[str, Any]) -> dict[str, Any]:
     found = {"source": source["source"], "source_digest": source["digest"]}
     return found | ({"uploads": source["uploads"]} if source.get("uploads") else {})
@@ -88,11 +99,11 @@ def base_name(source: str) -> str:
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """The parent job. `spec` is `{"project": ..., "sources": ...}`; restarted, it finds its children again.
+    """The parent job. `spec["steps"]` are steps as JSON; restarted, it finds its children again by their keys.
 
     Raises the child's own error when a step fails, and Stopped when asked to stop.
     """
-    steps = plan(spec["project"], spec["sources"])
+    steps = [from_json(Step, step) for step in spec["steps"]]
     waiting = {step.key: step for step in steps}
     running: dict[str, Step] = {}
     finished: dict[str, Result] = {}
@@ -127,7 +138,7 @@ def _raise_if_failed(step: Step, result: Result) -> None:
     if result.state in (JobState.DONE, JobState.RUNNING):
         return
     if result.error:
-        raise from_json(dict(result.error))
+        raise error_from_json(dict(result.error))
     raise JobFailed(
         f"the step '{step.key}' (job {result.job}) ended as {result.state.value}",
         hint=f"see: llmo logs {result.job}; running it again continues from its last checkpoint",

@@ -1,0 +1,67 @@
+"""The verbs: what a user can do, as one contract that `System` (in this process) and `Client` (over HTTP) both keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from llmo.types import Artifact, Device, Endpoint, Event, Job, Kind, Needs
+
+
+class Api(Protocol):
+    """Every method raises an LLMOError when it refuses; ids and refs go in, records come out."""
+
+    def check(self, project: Mapping[str, Any]) -> Job:
+        """Submit the preflight of a project; its result is what `llmo check` shows."""
+
+    def plan(self, project: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The steps: `{"key", "op", "title", "state": "done" | "to do", "ref"}`."""
+
+    def run(self, project: Mapping[str, Any], *, fresh: bool = False) -> Job:
+        """Submit the whole way; an identical project that is running is joined."""
+
+    def submit(
+        self,
+        op: str,
+        spec: Mapping[str, Any],
+        inputs: Mapping[str, str] | None = None,
+        *,
+        name: str = "",
+        needs: Needs | None = None,
+        fresh: bool = False,
+    ) -> Job:
+        """Submit one step. `inputs` maps names to refs (`name`, `name@3`, a digest)."""
+
+    def job(self, id: int) -> Job: ...
+
+    def jobs(self, *, all: bool = False, parent: int | None = None, limit: int = 50) -> list[Job]:
+        """Newest first; without `all`, children of other jobs are left out unless they still run."""
+
+    def events(self, after: int = 0, *, root: int | None = None) -> list[Event]:
+        """Events with a greater id, of one tree of jobs or of all."""
+
+    def log(self, id: int, offset: int = 0) -> tuple[str, int]:
+        """What a job printed from `offset` bytes on, and the next offset."""
+
+    def kill(self, id: int) -> Job: ...
+
+    def artifacts(self, kind: Kind | None = None, name: str | None = None) -> list[Artifact]: ...
+
+    def artifact(self, ref: str, kind: Kind | None = None) -> Artifact: ...
+
+    def lineage(self, ref: str) -> list[Artifact]:
+        """Parents first, itself last."""
+
+    def rows(self, ref: str, split: str = "train", *, offset: int = 0, limit: int = 20) -> list[dict[str, Any]]:
+        """Rows of a data set; the split `dropped` holds what cleaning left out, with reasons."""
+
+    def devices(self) -> list[Device]: ...
+
+    def endpoints(self) -> list[Endpoint]: ...
+
+    def remove_endpoint(self, name: str) -> None: ...
+
+    def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
+        """Answers in the order of the texts."""
+
+    def close(self) -> None: ...

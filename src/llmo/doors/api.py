@@ -1,0 +1,273 @@
+"""The HTTP API: one route a verb, each declaring what it needs; parses, calls System, returns its records as JSON."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from llmo import __version__, sources
+from llmo.errors import InputError, LLMOError, SpecError, TooLargeError
+from llmo.guard.access import check_declared, declare, require
+from llmo.serve.gateway import include_gateway
+from llmo.system import System
+from llmo.types import Key, Kind, Needs, to_json
+
+UPLOAD_LIMIT = 16 << 30
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ProjectBody(Body):
+    """`project` is a specification as JSON, as `llmo check --resolved` explains it."""
+
+    project: dict[str, Any]
+    fresh: bool = False
+
+
+class NeedsBody(Body):
+    cores: Annotated[int, Field(ge=0)] = 1
+    cores_max: int | None = None
+    memory: Annotated[int, Field(ge=0)] = 512 << 20
+    gpus: Annotated[int, Field(ge=0)] = 0
+
+
+class JobBody(Body):
+    """`inputs` maps names to refs of stored data sets and models."""
+
+    op: str
+    spec: dict[str, Any] = Field(default_factory=dict)
+    inputs: dict[str, str] = Field(default_factory=dict)
+    name: str = ""
+    needs: NeedsBody | None = None
+    fresh: bool = False
+
+
+class KeyBody(Body):
+    owner: Annotated[str, Field(min_length=1, max_length=200)]
+    role: str = "predict"
+
+
+def create_app(system: System) -> FastAPI:
+    """The application over one System. Raises EnvironmentProblem when a route declares no requirement."""
+    app = FastAPI(title="LLMO", version=__version__, description="An operating system for language models.")
+    app.state.system = system
+    app.add_exception_handler(LLMOError, _error)
+    _projects(app, system)
+    _jobs(app, system)
+    _artifacts(app, system)
+    _uploads(app, system)
+    _machine(app, system)
+    _keys(app, system)
+    include_gateway(app, system.store)
+    for path in ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"):
+        declare(app.routes, path, "public")
+    check_declared(app)
+    return app
+
+
+async def _error(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, LLMOError):
+        raise error
+    headers = {"Retry-After": str(error.extra["retry_after"])} if "retry_after" in error.extra else None
+    return JSONResponse({"error": error.to_json()}, error.status, headers)
+
+
+def _portable(project: dict[str, Any]) -> dict[str, Any]:
+    """Refuse paths of this server: what a caller names must mean the same for everyone."""
+    data = project.get("data")
+    for source in (data.get("source") if isinstance(data, dict) else None, project.get("model")):
+        _refuse_path(source)
+    return project
+
+
+def _refuse_path(source: Any) -> None:
+    if isinstance(source, str) and sources.is_local_path(source) and ("/" in source or Path(source).exists()):
+        raise SpecError(
+            f"'{source}' is a path, and paths of the server cannot be named over HTTP",
+            hint="send the file first (PUT /v1/uploads/DIGEST; the Python client and the CLI do so by themselves)",
+        )
+
+
+def _projects(app: FastAPI, system: System) -> None:
+    needs = [Depends(require("jobs.submit"))]
+
+    @app.post("/v1/projects/check", dependencies=needs, status_code=202)
+    def check(body: ProjectBody) -> Any:
+        """Submit the preflight of a project."""
+        return to_json(system.check(_portable(body.project)))
+
+    @app.post("/v1/projects/plan", dependencies=needs)
+    def plan(body: ProjectBody) -> Any:
+        """The steps of a project, and which of them are done."""
+        return system.plan(_portable(body.project))
+
+    @app.post("/v1/projects/run", dependencies=needs, status_code=202)
+    def run(body: ProjectBody) -> Any:
+        """Submit the whole way; an identical project that is running is joined."""
+        return to_json(system.run(_portable(body.project), fresh=body.fresh))
+
+
+def _jobs(app: FastAPI, system: System) -> None:
+    reads = [Depends(require("jobs.read"))]
+
+    @app.post("/v1/jobs", dependencies=[Depends(require("jobs.submit"))], status_code=202)
+    def submit(body: JobBody) -> Any:
+        """Submit one step: import, base-model, train, evaluate, compress, verify or serve."""
+        _refuse_path(body.spec.get("source"))
+        needs = Needs(**body.needs.model_dump()) if body.needs else None
+        job = system.submit(body.op, body.spec, body.inputs, name=body.name, needs=needs, fresh=body.fresh)
+        return to_json(job)
+
+    @app.get("/v1/jobs", dependencies=reads)
+    def jobs(all: bool = False, parent: int | None = None, limit: Annotated[int, Field(ge=1, le=1000)] = 50) -> Any:
+        """Jobs, newest first."""
+        return to_json(system.jobs(all=all, parent=parent, limit=limit))
+
+    @app.get("/v1/jobs/{id}", dependencies=reads)
+    def job(id: int) -> Any:
+        """One job."""
+        return to_json(system.job(id))
+
+    @app.get("/v1/jobs/{id}/log", dependencies=reads)
+    def log(id: int, offset: Annotated[int, Field(ge=0)] = 0) -> Any:
+        """What a job printed, from an offset in bytes."""
+        text, end = system.log(id, offset)
+        return {"text": text, "offset": end}
+
+    @app.post("/v1/jobs/{id}/kill", dependencies=[Depends(require("jobs.stop"))])
+    def kill(id: int) -> Any:
+        """Stop a job and its children."""
+        return to_json(system.kill(id))
+
+    @app.get("/v1/events", dependencies=reads)
+    def events(after: int = 0, root: int | None = None) -> Any:
+        """Events with a greater id, of one tree of jobs or of all."""
+        return to_json(system.events(after, root=root))
+
+
+def _artifacts(app: FastAPI, system: System) -> None:
+    reads = [Depends(require("models.read"))]
+
+    @app.get("/v1/artifacts", dependencies=reads)
+    def artifacts(kind: Kind | None = None, name: str | None = None) -> Any:
+        """Stored data sets, models and reports."""
+        return to_json(system.artifacts(kind, name))
+
+    @app.get("/v1/artifacts/{ref}", dependencies=reads)
+    def artifact(ref: str, kind: Kind | None = None) -> Any:
+        """One artifact by NAME, NAME@VERSION or digest."""
+        return to_json(system.artifact(ref, kind))
+
+    @app.get("/v1/artifacts/{ref}/lineage", dependencies=reads)
+    def lineage(ref: str) -> Any:
+        """What an artifact was made from, parents first."""
+        return to_json(system.lineage(ref))
+
+    @app.get("/v1/artifacts/{ref}/rows", dependencies=[Depends(require("data.read"))])
+    def rows(
+        ref: str,
+        split: str = "train",
+        offset: Annotated[int, Field(ge=0)] = 0,
+        limit: Annotated[int, Field(ge=0, le=1000)] = 20,
+    ) -> Any:
+        """Rows of a data set; the split `dropped` holds what cleaning left out."""
+        return to_json(system.rows(ref, split, offset=offset, limit=limit))
+
+
+def _uploads(app: FastAPI, system: System) -> None:
+    writes = [Depends(require("data.write"))]
+
+    @app.get("/v1/uploads/{digest}", dependencies=writes)
+    def present(digest: str) -> Any:
+        """Whether files of this content are here already."""
+        return {"present": (_place(system, digest)).is_dir()}
+
+    @app.put("/v1/uploads/{digest}", dependencies=writes)
+    async def upload(digest: str, request: Request) -> Any:
+        """A tar of one file or folder whose content has this SHA-256; afterwards the source `upload:DIGEST/NAME`."""
+        place = _place(system, digest)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place.parent) as packed:
+            received = 0
+            async for chunk in request.stream():
+                received += len(chunk)
+                if received > UPLOAD_LIMIT:
+                    raise TooLargeError(f"an upload is at most {UPLOAD_LIMIT >> 30} GiB")
+                packed.write(chunk)
+            packed.seek(0)
+            name = await run_in_threadpool(_unpack, packed, place, digest)
+        return {"source": f"upload:{digest}/{name}"}
+
+
+def _place(system: System, digest: str) -> Path:
+    if len(digest) != 64 or not all(letter in "0123456789abcdef" for letter in digest):
+        raise InputError(f"'{digest[:80]}' is not a SHA-256 in hexadecimal")
+    return system.settings.home / "uploads" / digest
+
+
+def _unpack(packed: Any, place: Path, digest: str) -> str:
+    """Unpack beside, check the content against its name, then move into place."""
+    aside = Path(tempfile.mkdtemp(dir=place.parent, suffix=".tmp"))
+    try:
+        try:
+            with tarfile.open(fileobj=packed, mode="r:") as archive:
+                archive.extractall(aside, filter="data")
+        except tarfile.TarError as error:
+            raise InputError(f"the upload is not a tar archive that can be unpacked: {error}") from None
+        inside = list(aside.iterdir())
+        if len(inside) != 1:
+            raise InputError("an upload holds exactly one file or folder")
+        found = sources.fingerprint(inside[0]).removeprefix("sha256:")
+        if found != digest:
+            raise InputError(f"the upload's content is {found[:12]}…, not {digest[:12]}…", hint="send it again")
+        if not place.exists():
+            aside.rename(place)
+        return inside[0].name
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _machine(app: FastAPI, system: System) -> None:
+    @app.get("/v1/devices", dependencies=[Depends(require("devices.read"))])
+    def devices() -> Any:
+        """What computes here."""
+        return to_json(system.devices())
+
+    @app.get("/v1/endpoints", dependencies=[Depends(require("endpoints.read"))])
+    def endpoints() -> Any:
+        """Public names and what is behind them."""
+        return to_json(system.endpoints())
+
+    @app.delete("/v1/endpoints/{name}", dependencies=[Depends(require("endpoints.write"))], status_code=204)
+    def remove_endpoint(name: str) -> None:
+        """Take an endpoint down and forget it."""
+        system.remove_endpoint(name)
+
+
+def _keys(app: FastAPI, system: System) -> None:
+    @app.get("/v1/keys", dependencies=[Depends(require("keys.read"))])
+    def keys() -> Any:
+        """API keys, without their secrets."""
+        return to_json(system.keys())
+
+    @app.post("/v1/keys", dependencies=[Depends(require("keys.write"))], status_code=201)
+    def make_key(body: KeyBody) -> Any:
+        """Make a key; its secret is in this answer only."""
+        key, secret = system.make_key(body.owner, body.role)
+        return {**to_json(key), "key": secret}
+
+    @app.delete("/v1/keys/{id}", dependencies=[Depends(require("keys.write"))], status_code=204)
+    def revoke_key(id: str) -> None:
+        """Revoke a key."""
+        system.revoke_key(id)
+        app.state.access.forget()

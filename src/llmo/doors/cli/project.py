@@ -1,0 +1,103 @@
+"""`llmo check` and `llmo run`: a whole project from one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmo import specfile
+from llmo.api import Api
+from llmo.doors import flow
+from llmo.doors.cli import summary
+from llmo.doors.cli.live import Live
+from llmo.doors.cli.show import Json, console, emit
+from llmo.doors.gateway import Door, gateway
+from llmo.specs import ProjectSpec
+
+File = Annotated[Path, typer.Argument(help="The specification, e.g. llmo.yaml.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(check)
+    app.command()(run)
+
+
+def check(
+    file: File,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print every key with its value and where that came from.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a specification and its data before any compute, and show the plan.
+
+    Example: llmo check examples/newsdesk/llmo.yaml
+    """
+    found = specfile.read(file, ProjectSpec)
+    if resolved:
+        entries = summary.resolved(found)
+        emit(entries, as_json, lambda: summary.show_resolved(entries))
+        return
+    api = flow.connect()
+    project = portable(found.spec, file)
+    with Live(quiet=as_json) as live:
+        job = flow.wait(api, api.check(project), live.hear)
+    report = {**flow.result(job), "plan": api.plan(project), "devices": api.devices()}
+    emit(report, as_json, lambda: summary.show_check(found.spec, report))
+
+
+def run(
+    file: File,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do every step again, even those found done.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep serving until Ctrl-C.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a project: clean, train, compress, verify, serve. Steps that are done already are found, not repeated.
+
+    Example: llmo run examples/newsdesk/llmo.yaml
+    """
+    spec = specfile.read(file, ProjectSpec).spec
+    api = flow.connect()
+    project = portable(spec, file)
+    if not as_json:
+        summary.show_plan(spec, api.plan(project))
+    with Live(quiet=as_json) as live:
+        steps = flow.result(flow.wait(api, api.run(project, fresh=fresh), live.hear))["steps"]
+    if spec.deploy is None:
+        emit({"steps": steps}, as_json, lambda: summary.show_run(spec, steps))
+        return
+    with gateway(api) as door:
+        answers = ask(api, spec.deploy.endpoint, steps, door)
+        shown = {"steps": steps, "endpoint": door.endpoint(spec.deploy.endpoint), "answers": answers}
+        emit(shown, as_json, lambda: summary.show_run(spec, steps, door, answers))
+        if keep:
+            console.print("serving until Ctrl-C")
+            door.wait()
+
+
+def ask(api: Api, endpoint: str, steps: Mapping[str, Any], door: Door) -> list[dict[str, Any]]:
+    """Three held-out documents, sent to the endpoint over HTTP: text, true label and answer."""
+    model = api.artifact(steps["train"]["output"])
+    rows = api.rows(model.inputs["data"], "test", limit=60)
+    different = list({str(row.get("label", index)): row for index, row in enumerate(rows)}.values())[:3]
+    answers = door.predict(endpoint, [row["text"] for row in different])
+    return [
+        {"text": row["text"], "true": _truth(row), "answer": answer} for row, answer in zip(different, answers, strict=True)
+    ]
+
+
+def _truth(row: Mapping[str, Any]) -> str:
+    if "spans" in row:
+        return ", ".join(f"{span['label']} '{row['text'][span['start'] : span['end']]}'" for span in row["spans"]) or "none"
+    return ", ".join(row["labels"]) if "labels" in row else str(row["label"])
+
+
+def portable(spec: ProjectSpec, file: Path) -> dict[str, Any]:
+    """The project with local paths made absolute, taken relative to the file they are written in."""
+    project = spec.plain()
+    project["data"]["source"] = flow.absolute(project["data"]["source"], file.parent)
+    project["model"] = flow.absolute(project["model"], file.parent)
+    return project

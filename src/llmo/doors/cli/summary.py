@@ -1,0 +1,170 @@
+"""What `llmo check` and `llmo run` tell at the end: the data, the plan, before and after, the variants, the endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from llmo.doors.cli.show import console, figure, shorten, size, table
+from llmo.doors.gateway import Door
+from llmo.specfile import Resolved
+from llmo.specs import ProjectSpec
+from llmo.types import Device
+
+Steps = Mapping[str, Mapping[str, Any]]
+
+
+def resolved(found: Resolved[ProjectSpec]) -> list[dict[str, Any]]:
+    """Every leaf of the specification: its dotted key, value and origin (`FILE:LINE` or `default`)."""
+    return list(_leaves(found, found.spec, ""))
+
+
+def _leaves(found: Resolved[ProjectSpec], section: BaseModel, prefix: str) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for name in type(section).model_fields:
+        value, key = getattr(section, name), f"{prefix}{name}"
+        if isinstance(value, BaseModel):
+            entries += _leaves(found, value, f"{key}.")
+        else:
+            origin = found.origin(key)
+            if origin == "default" and prefix and found.origin(prefix.rstrip(".")) != "default" and key == "task.name":
+                origin = found.origin(prefix.rstrip("."))
+            entries.append({"key": key, "value": value, "origin": origin})
+    return entries
+
+
+def show_resolved(entries: Sequence[Mapping[str, Any]]) -> None:
+    table("", ["key", "value", "from"], [(e["key"], _yaml(e["value"]), e["origin"]) for e in entries])
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def show_plan(spec: ProjectSpec, plan: Sequence[Mapping[str, Any]]) -> None:
+    console.print(f"[bold]{spec.name}[/]: {spec.task.name}")
+    rows = [(number, step["key"], step["title"], _state(step)) for number, step in enumerate(plan, 1)]
+    table("", ["", "step", "what", "state"], rows)
+    console.print()
+
+
+def _state(step: Mapping[str, Any]) -> str:
+    return f"done ({step['ref']})" if step["state"] == "done" and step["ref"] else str(step["state"])
+
+
+def show_check(spec: ProjectSpec, report: Mapping[str, Any]) -> None:
+    tokens, need = report["tokens"], report["forecast"]
+    facts = [
+        ("rows", report["rows"]),
+        ("labels", ", ".join(f"{name} {count}" for name, count in report["labels"].items())),
+        ("duplicates", report["duplicates"]),
+        ("empty", report["empty"]),
+        ("encodings", ", ".join(f"{name} {count}" for name, count in report["encodings"].items()) or "-"),
+        ("characters", f"median {report['median_characters']}, longest {report['longest_characters']}"),
+        ("tokens", f"mean {tokens['mean']:.0f}, 95% under {tokens['p95']}, longest {tokens['longest']}"),
+        ("truncated", f"{tokens['truncated']:.1%} of texts at max_length {tokens['max_length']}{_of(tokens)}"),
+        ("memory", f"about {size(need['memory_bytes'])} to train; {_free(report['devices'])}"),
+        ("disk", f"about {size(need['disk_bytes'])}"),
+        ("steps", f"{need['steps']} optimiser steps"),
+    ]
+    table(f"{spec.name}: {spec.task.name}", ["", ""], facts)
+    console.print("\n[bold]three samples as the model will see them[/]")
+    for sample in report["samples"]:
+        console.print(f"  {sample['label']}: {shorten(sample['text'], 100)}", markup=False, soft_wrap=True)
+    console.print()
+    show_plan(spec, report["plan"])
+
+
+def _of(tokens: Mapping[str, Any]) -> str:
+    return f" (of {tokens['sampled']} sampled)" if tokens["sampled"] < tokens["rows"] else ""
+
+
+def _free(devices: Sequence[Device]) -> str:
+    return ", ".join(f"{d.name} has {size(d.free)} free of {size(d.memory)}" for d in devices if d.usable)
+
+
+def show_run(
+    spec: ProjectSpec, steps: Steps, door: Door | None = None, answers: Sequence[Mapping[str, Any]] = ()
+) -> None:
+    console.print()
+    if "data" in steps:
+        _show_data(steps["data"])
+    _show_quality(steps)
+    if "compress" in steps:
+        show_variants(steps["compress"]["result"])
+    if "verify" in steps:
+        show_verify(steps["verify"]["result"])
+    if door is not None and spec.deploy is not None:
+        _show_endpoint(door, spec.deploy.endpoint, answers)
+
+
+def _show_data(step: Mapping[str, Any]) -> None:
+    rows, dropped = step["result"]["rows"], step["result"]["dropped"]
+    table(
+        f"data {step['ref']}",
+        ["rows read>", "train>", "dev>", "test>", "dropped>", "cleaned"],
+        [
+            (
+                rows["read"], rows["train"], rows["dev"], rows["test"], rows["dropped"],
+                ", ".join(f"{name} {count}" for name, count in step["result"]["changed"].items() if count) or "nothing",
+            )
+        ],
+    )  # fmt: skip
+    for reason, count in dropped.items():
+        console.print(f"  dropped {count}: {reason.replace('_', ' ')}   [dim]see: llmo data show {step['ref']} --dropped[/]")
+    console.print()
+
+
+def _show_quality(steps: Steps) -> None:
+    test = steps["train"]["result"]["test"]
+    shown = [name for name in ("accuracy", "micro_f1", "f1", "precision", "recall", "macro_f1") if name in test["after"]]
+    served = steps.get("evaluate", {}).get("result", {}).get("metrics")
+    columns = ["on held-out documents", "before training>", "after training>"] + (["served>"] if served else [])
+    rows = [
+        [name.replace("_", " "), figure(test["before"][name]), figure(test["after"][name])]
+        + ([figure(served[name])] if served else [])
+        for name in shown
+    ]
+    table(f"model {steps['train']['ref']}", columns, rows)
+    console.print()
+
+
+def show_variants(result: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            v["name"], f"{v['bits']:.1f}", size(v["size_bytes"]), f"{v['texts_per_second']:.0f}", f"{v['speedup']:.2f}x",
+            f"{v['latency_ms']:.1f}", f"{v['value']:.3f}", f"{v['drop']:+.3f}", f"{v['agreement']:.1%}", v["verdict"],
+        )
+        for v in result["variants"]
+    ]  # fmt: skip
+    columns = ["variant", "bits>", "size>", "texts/s>", "speed>", "one text ms>", f"{result['metric']}>"]
+    table("compression, measured on dev", [*columns, "drop>", "agree>", "verdict"], rows)
+    console.print(f"chosen: [bold]{result['chosen']}[/]: {result['why']}\n", soft_wrap=True)
+
+
+def show_verify(result: Mapping[str, Any]) -> None:
+    for found in result["checks"]:
+        mark = "[green]✓[/]" if found["passed"] else "[red]✗[/]"
+        console.print(f"{mark} {found['text']}", soft_wrap=True)
+    console.print()
+
+
+def _show_endpoint(door: Door, name: str, answers: Sequence[Mapping[str, Any]]) -> None:
+    console.print(f"[bold]endpoint[/] {door.endpoint(name)}")
+    console.print(door.curl(name), markup=False, soft_wrap=True)
+    console.print()
+    for found in answers:
+        console.print(f"  {shorten(found['text'], 88)}", markup=False)
+        console.print(f"    -> {brief(found['answer'])}   (true: {found['true']})", markup=False, soft_wrap=True)
+
+
+def brief(answer: Mapping[str, Any]) -> str:
+    if "entities" in answer:
+        return ", ".join(f"{e['label']} '{e['text']}' {e['start']}-{e['end']}" for e in answer["entities"]) or "no entity"
+    if "labels" in answer:
+        return ", ".join(answer["labels"]) or "no label"
+    return f"{answer['label']} ({answer['score']:.3f})"

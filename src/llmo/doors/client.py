@@ -1,0 +1,158 @@
+"""The same verbs over HTTP: a typed client of a running server. It raises the errors that the CLI shows."""
+
+from __future__ import annotations
+
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from llmo import sources
+from llmo.errors import LLMOError, UnauthorizedError, UnreachableError, from_json
+from llmo.types import Artifact, Device, Endpoint, Event, Job, Kind, Needs, to_json
+from llmo.types import from_json as record
+
+TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+
+
+class Client:
+    """`Client("http://127.0.0.1:8420", "llmo_...")`. Local files named in a project are sent to the server first."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.key = key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, trust_env=False)
+
+    def check(self, project: Mapping[str, Any]) -> Job:
+        return record(Job, self._post("/v1/projects/check", {"project": self._sent(project)}))
+
+    def plan(self, project: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return list(self._post("/v1/projects/plan", {"project": self._sent(project)}))
+
+    def run(self, project: Mapping[str, Any], *, fresh: bool = False) -> Job:
+        return record(Job, self._post("/v1/projects/run", {"project": self._sent(project), "fresh": fresh}))
+
+    def submit(
+        self,
+        op: str,
+        spec: Mapping[str, Any],
+        inputs: Mapping[str, str] | None = None,
+        *,
+        name: str = "",
+        needs: Needs | None = None,
+        fresh: bool = False,
+    ) -> Job:
+        sent = dict(spec)
+        if "source" in sent:
+            sent["source"] = self._uploaded(str(sent["source"]))
+        body = {"op": op, "spec": to_json(sent), "inputs": dict(inputs or {}), "name": name, "fresh": fresh}
+        return record(Job, self._post("/v1/jobs", body | ({"needs": to_json(needs)} if needs else {})))
+
+    def job(self, id: int) -> Job:
+        return record(Job, self._get(f"/v1/jobs/{id}"))
+
+    def jobs(self, *, all: bool = False, parent: int | None = None, limit: int = 50) -> list[Job]:
+        query = {"all": all, "limit": limit} | ({"parent": parent} if parent is not None else {})
+        return [record(Job, job) for job in self._get("/v1/jobs", query)]
+
+    def events(self, after: int = 0, *, root: int | None = None) -> list[Event]:
+        query = {"after": after} | ({"root": root} if root is not None else {})
+        return [record(Event, event) for event in self._get("/v1/events", query)]
+
+    def log(self, id: int, offset: int = 0) -> tuple[str, int]:
+        found = self._get(f"/v1/jobs/{id}/log", {"offset": offset})
+        return found["text"], found["offset"]
+
+    def kill(self, id: int) -> Job:
+        return record(Job, self._post(f"/v1/jobs/{id}/kill", {}))
+
+    def artifacts(self, kind: Kind | None = None, name: str | None = None) -> list[Artifact]:
+        query = {key: value for key, value in (("kind", kind), ("name", name)) if value}
+        return [record(Artifact, artifact) for artifact in self._get("/v1/artifacts", query)]
+
+    def artifact(self, ref: str, kind: Kind | None = None) -> Artifact:
+        return record(Artifact, self._get(f"/v1/artifacts/{ref}", {"kind": kind} if kind else {}))
+
+    def lineage(self, ref: str) -> list[Artifact]:
+        return [record(Artifact, artifact) for artifact in self._get(f"/v1/artifacts/{ref}/lineage")]
+
+    def rows(self, ref: str, split: str = "train", *, offset: int = 0, limit: int = 20) -> list[dict[str, Any]]:
+        return list(self._get(f"/v1/artifacts/{ref}/rows", {"split": split, "offset": offset, "limit": limit}))
+
+    def devices(self) -> list[Device]:
+        return [record(Device, device) for device in self._get("/v1/devices")]
+
+    def endpoints(self) -> list[Endpoint]:
+        return [record(Endpoint, endpoint) for endpoint in self._get("/v1/endpoints")]
+
+    def remove_endpoint(self, name: str) -> None:
+        self._request("DELETE", f"/v1/endpoints/{name}")
+
+    def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
+        body = {"texts": list(texts)} | ({"logits": True} if logits else {})
+        return list(self._post(f"/v1/endpoints/{endpoint}/predict", body)["answers"])
+
+    def keys(self) -> list[dict[str, Any]]:
+        return list(self._get("/v1/keys"))
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _sent(self, project: Mapping[str, Any]) -> dict[str, Any]:
+        data = {**project["data"], "source": self._uploaded(project["data"]["source"])}
+        return {**to_json(project), "data": to_json(data), "model": self._uploaded(project["model"])}
+
+    def _uploaded(self, source: str) -> str:
+        """A source the server understands: local files are packed, sent once, and named by their content."""
+        if not sources.is_local_path(source) or not Path(source).exists():
+            return source
+        path = Path(source)
+        digest = sources.fingerprint(path).removeprefix("sha256:")
+        found = f"upload:{digest}/{path.name}"
+        if self._get(f"/v1/uploads/{digest}")["present"]:
+            return found
+        with tempfile.TemporaryFile() as packed:
+            with tarfile.open(fileobj=packed, mode="w") as archive:
+                archive.add(path, arcname=path.name)
+            packed.seek(0)
+            self._request("PUT", f"/v1/uploads/{digest}", content=iter(lambda: packed.read(1 << 20), b""))
+        return found
+
+    def _get(self, path: str, query: Mapping[str, Any] | None = None) -> Any:
+        return self._request("GET", path, params=dict(query or {}))
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        return self._request("POST", path, json=body)
+
+    def _request(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            reply = self._http.request(method, path, **options)
+        except httpx.InvalidURL as error:
+            raise UnreachableError(f"'{self.url}' is not an address: {error}", hint="set LLMO_URL") from None
+        except httpx.TransportError as error:
+            raise UnreachableError(
+                f"the server at {self.url} cannot be reached ({type(error).__name__})",
+                hint="start it with: llmo up; or unset LLMO_URL to work in this process",
+            ) from None
+        if reply.is_success:
+            return reply.json() if reply.content else None
+        raise _error(reply)
+
+
+def _error(reply: httpx.Response) -> LLMOError:
+    try:
+        return from_json(reply.json()["error"])
+    except (ValueError, KeyError, TypeError):
+        what = f"the server answered {reply.status_code}: {reply.text[:200]}"
+        return UnauthorizedError(what) if reply.status_code == 401 else LLMOError(what)

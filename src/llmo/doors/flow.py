@@ -1,0 +1,111 @@
+"""What every door does with a job: wait for it, hear its events, take its result or raise its error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmo import pipeline
+from llmo.api import Api
+from llmo.errors import JobFailed, from_json
+from llmo.settings import Settings
+from llmo.types import Artifact, Event, Job, JobState, Kind
+
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What is new of a tree of jobs: the root, its children by id, and the events since the last news."""
+
+    root: Job
+    children: dict[int, Job]
+    events: list[Event]
+
+
+def connect(settings: Settings | None = None) -> Api:
+    """The server that LLMO_URL names, else this process."""
+    settings = settings or Settings.from_environment()
+    if settings.url:
+        from llmo.doors.client import Client  # each way in costs start-up time that the other should not pay
+
+        return Client(settings.url, settings.key)
+    from llmo.system import System
+
+    return System(settings)
+
+
+def wait(api: Api, job: Job, hear: Callable[[News], None] | None = None, *, until_ready: bool = False) -> Job:
+    """Block until a job has ended (or, a service, answers), passing on what happens; returns the ended job.
+
+    Raises the job's own error when it failed.
+    """
+    last = 0
+    while True:
+        now = api.job(job.id)
+        events = api.events(last, root=job.id) if hear else []
+        last = events[-1].id if events else last
+        if hear is not None:
+            hear(News(now, {child.id: child for child in api.jobs(parent=job.id)}, events))
+        if now.state.ended or (until_ready and now.address):
+            return finished(now)
+        if not events:
+            time.sleep(POLL_SECONDS)
+
+
+def finished(job: Job) -> Job:
+    """The job when it ended well; otherwise raises what ended it."""
+    if job.state is JobState.FAILED and job.error:
+        raise from_json(dict(job.error))
+    if job.state in (JobState.FAILED, JobState.STOPPED):
+        reason = job.reason.value.replace("_", " ") if job.reason else "no reason given"
+        raise JobFailed(
+            f"job {job.id} ({job.op}) {job.state.value}: {reason}",
+            hint=f"see: llmo logs {job.id}; the same command continues from the last checkpoint",
+        )
+    return job
+
+
+def result(job: Job) -> dict[str, Any]:
+    """A finished job's result."""
+    return dict(job.result or {})
+
+
+def output(api: Api, job: Job) -> Artifact:
+    """The artifact a finished job published."""
+    if job.output is None:
+        raise JobFailed(f"job {job.id} ({job.op}) published nothing", hint=f"see: llmo logs {job.id}")
+    return api.artifact(job.output)
+
+
+def ensure_model(api: Api, source: str, hear: Callable[[News], None] | None = None) -> str:
+    """The ref of a base model: as it is when stored already, else fetched into the store first."""
+    known = {a.ref for a in api.artifacts(Kind.MODEL)} | {a.name for a in api.artifacts(Kind.MODEL)}
+    if source in known or source.startswith("sha256:"):
+        return source
+    job = api.submit("base-model", {"source": source}, name=pipeline.base_name(source))
+    return output(api, wait(api, job, hear)).digest
+
+
+def data_of(api: Api, model: Artifact) -> str:
+    """The digest of the data set a model was trained on, found through its lineage."""
+    for artifact in reversed(api.lineage(model.digest)):
+        if "data" in artifact.inputs:
+            return artifact.inputs["data"]
+    raise JobFailed(f"the lineage of {model.ref} names no data set", hint="say which one: --data NAME")
+
+
+def absolute(source: str, base: Path) -> str:
+    """A local path as the user meant it: relative to the folder of the file it is written in."""
+    from llmo.sources import is_local_path
+
+    inside = base / source
+    return str(inside.absolute()) if is_local_path(source) and inside.exists() else source
+
+
+def reference(model: Artifact) -> dict[str, str]:
+    """The input `reference` of a verification: the model a compressed one was made from."""
+    return {"reference": model.inputs["model"]} if model.card.get("engine") != "torch" and "model" in model.inputs else {}

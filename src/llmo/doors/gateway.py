@@ -1,0 +1,71 @@
+"""The public HTTP address of endpoints for a command that needs one: the running server's, or one for its own time."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmo.api import Api
+from llmo.doors.client import Client
+from llmo.doors.server import running_server, serve_in_thread
+from llmo.errors import LLMOError
+from llmo.system import System
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Where endpoints answer over HTTP, and a key that may ask them."""
+
+    url: str
+    key: str
+    closing: threading.Event = field(default_factory=threading.Event)
+
+    def endpoint(self, name: str) -> str:
+        return f"{self.url}/v1/endpoints/{name}/predict"
+
+    def curl(self, name: str) -> str:
+        body = json.dumps({"text": "Shares rose after the bank's profits beat forecasts."})
+        return (
+            f"curl -s {self.endpoint(name)} -H 'Authorization: Bearer {self.key}' "
+            f"-H 'Content-Type: application/json' -d {_quoted(body)}"
+        )
+
+    def predict(self, name: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
+        client = Client(self.url, self.key)
+        try:
+            return client.predict(name, texts, logits=logits)
+        finally:
+            client.close()
+
+    def wait(self) -> None:
+        """Until Ctrl-C."""
+        while not self.closing.wait(3600):
+            continue
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+@contextmanager
+def gateway(api: Api) -> Iterator[Door]:
+    """A door for as long as the block lasts. Its key, when one was made for it, is revoked at the end."""
+    if isinstance(api, Client):
+        yield Door(api.url, api.key or "")
+        return
+    if not isinstance(api, System):
+        raise LLMOError(f"{type(api).__name__} has no endpoints over HTTP")
+    key, secret = api.store.keys.create("this command", "predict")
+    try:
+        server = running_server(api.settings.home)
+        if server is not None:
+            yield Door(server.url, secret)
+            return
+        with serve_in_thread(api) as url:
+            yield Door(url, secret)
+    finally:
+        api.store.keys.revoke(key.id)

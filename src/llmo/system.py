@@ -1,0 +1,280 @@
+"""Everything a user can do, as methods of one object; the only module that knows every floor below it."""
+
+from __future__ import annotations
+
+import atexit
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from llmo import pipeline, sources
+from llmo.errors import NotFoundError, SpecError, UnreachableError
+from llmo.kernel.devices import detect
+from llmo.kernel.local import LocalExecutor
+from llmo.kernel.scheduler import Scheduler, SchedulerLock
+from llmo.kernel.submit import cache_key, submit
+from llmo.plugins import operation
+from llmo.serve.protocol import predict_once
+from llmo.settings import Settings
+from llmo.specfile import validate
+from llmo.specs import OPERATIONS, DeploySpec, ProjectSpec
+from llmo.store import Store
+from llmo.types import Artifact, Device, Endpoint, Event, Job, JobState, Kind, Needs, to_json
+
+INPUT_KINDS = {"data": Kind.DATASET, "model": Kind.MODEL, "reference": Kind.MODEL}
+STORED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*@\d+|sha256:[0-9a-f]{12,64}")
+
+
+class System:
+    """One machine's LLMO: store, devices and, unless another process holds it, the scheduler.
+
+    An `embedded` system runs only what was asked of it and stops that at `close`; a server (`embedded=False`)
+    runs everything in the store.
+    """
+
+    def __init__(self, settings: Settings | None = None, *, embedded: bool = True) -> None:
+        self.settings = settings or Settings.from_environment()
+        self.embedded = embedded
+        self.store = Store.open(self.settings.home, self.settings.database)
+        self._devices = detect(self.settings)
+        self._mine: set[int] = set()
+        self._scheduler: _Driver | None = None
+        self._starting = threading.Lock()
+        atexit.register(self.close)
+
+    # -- projects and jobs
+
+    def check(self, project: Mapping[str, Any]) -> Job:
+        spec = validate(dict(project), ProjectSpec)
+        found = self._sources(spec)
+        inputs = {name: value["artifact"] for name, value in found.items() if "artifact" in value}
+        return self._start("check", {"project": spec.plain(), "sources": found}, inputs, name=f"{spec.name}-check")
+
+    def plan(self, project: Mapping[str, Any]) -> list[dict[str, Any]]:
+        outputs: dict[str, str] = {}
+        shown = []
+        for step in self._steps(validate(dict(project), ProjectSpec)):
+            inputs = step.resolved(outputs)
+            done = None
+            if inputs is not None and operation(step.op).cached and not operation(step.op).service:
+                done = self.store.jobs.find_done(cache_key(operation(step.op), step.spec, inputs))
+            if done is not None and done.output is not None:
+                outputs[step.key] = done.output
+            ref = self._ref(done.output) if done else None
+            state = "done" if done else "to do"
+            shown.append({"key": step.key, "op": step.op, "title": step.title, "state": state, "ref": ref})
+        return shown
+
+    def run(self, project: Mapping[str, Any], *, fresh: bool = False) -> Job:
+        spec = validate(dict(project), ProjectSpec)
+        steps = [to_json(step) for step in self._steps(spec)]
+        return self._start("pipeline", {"steps": steps} | ({"fresh": True} if fresh else {}), {}, name=spec.name)
+
+    def submit(
+        self,
+        op: str,
+        spec: Mapping[str, Any],
+        inputs: Mapping[str, str] | None = None,
+        *,
+        name: str = "",
+        needs: Needs | None = None,
+        fresh: bool = False,
+    ) -> Job:
+        if op not in OPERATIONS:
+            raise SpecError(f"'{op}' cannot be submitted", hint=f"one of: {', '.join(sorted(OPERATIONS))}")
+        parsed = validate(dict(spec), OPERATIONS[op])
+        digests = {key: self.artifact(ref, INPUT_KINDS.get(key)).digest for key, ref in (inputs or {}).items()}
+        if isinstance(parsed, DeploySpec):
+            return self._deploy(parsed, digests["model"])
+        plain = parsed.plain()
+        if "source_digest" in plain:
+            plain |= self._fingerprint(plain["source"])
+        return self._start(op, plain, digests, name=name or op, needs=needs, fresh=fresh)
+
+    def job(self, id: int) -> Job:
+        return self.store.jobs.get(id)
+
+    def jobs(self, *, all: bool = False, parent: int | None = None, limit: int = 50) -> list[Job]:
+        found = self.store.jobs.list(parent=parent, limit=limit)
+        if all or parent is not None:
+            return found
+        return [job for job in found if job.parent is None or not job.state.ended]
+
+    def events(self, after: int = 0, *, root: int | None = None) -> list[Event]:
+        return self.store.events.after(after, root=root)
+
+    def log(self, id: int, offset: int = 0) -> tuple[str, int]:
+        self.store.jobs.get(id)
+        path = self.settings.home / "jobs" / str(id) / "output.log"
+        if not path.exists():
+            return "", offset
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(1 << 20)
+        return data.decode("utf-8", "replace"), offset + len(data)
+
+    def kill(self, id: int) -> Job:
+        self.store.jobs.request_stop(id)
+        return self.store.jobs.get(id)
+
+    # -- data sets and models
+
+    def artifacts(self, kind: Kind | None = None, name: str | None = None) -> list[Artifact]:
+        return self.store.catalog.list(kind, name)
+
+    def artifact(self, ref: str, kind: Kind | None = None) -> Artifact:
+        return self.store.catalog.get(ref, kind)
+
+    def lineage(self, ref: str) -> list[Artifact]:
+        return self.store.catalog.lineage(self.artifact(ref).digest)
+
+    def path(self, ref: str) -> Path:
+        """The read-only folder of an artifact on this machine (never sent over HTTP)."""
+        return self.store.catalog.path(self.artifact(ref).digest)
+
+    def rows(self, ref: str, split: str = "train", *, offset: int = 0, limit: int = 20) -> list[dict[str, Any]]:
+        from llmo.data.dataset import Dataset  # pyarrow takes a third of a second, and only this verb needs it
+
+        rows = Dataset.open(self.store.catalog.path(self.artifact(ref, Kind.DATASET).digest)).split(split)
+        return [dict(row) for row in rows[offset : offset + limit]]
+
+    def save(self, folder: Path, name: str, card: Mapping[str, Any], kind: Kind = Kind.MODEL) -> Artifact:
+        """Store a folder made outside a job (a user's own training loop); its files are moved, not copied."""
+        return self.store.catalog.publish(kind, name, folder, card, job=None, inputs={})
+
+    # -- the machine and the endpoints
+
+    def devices(self) -> list[Device]:
+        return self._devices
+
+    def endpoints(self) -> list[Endpoint]:
+        return self.store.endpoints.list()
+
+    def remove_endpoint(self, name: str) -> None:
+        endpoint = self.store.endpoints.get(name)
+        if endpoint.job is not None:
+            self.store.jobs.request_stop(endpoint.job)
+        self.store.endpoints.remove(name)
+
+    def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
+        found = self.store.endpoints.get(endpoint)
+        if found.job is None:
+            raise UnreachableError(f"the endpoint '{endpoint}' is down", hint=f"llmo deploy MODEL --endpoint {endpoint}")
+        return predict_once(self._replica(found.job), list(texts), logits=logits)
+
+    # -- life
+
+    def start(self) -> None:
+        """Begin to run jobs; waits in the background while another process runs this store's jobs."""
+        with self._starting:
+            if self._scheduler is None:
+                self._scheduler = _Driver(self)
+
+    def adopt(self, id: int) -> None:
+        """Run this job here too (embedded systems run only their own)."""
+        self._mine.add(id)
+        self.start()
+
+    def scheduler_holder(self) -> str | None:
+        """Who runs this store's jobs when it is another process: a sentence, else None."""
+        return self._scheduler.holder() if self._scheduler else None
+
+    def close(self) -> None:
+        """Stop what this process runs; endpoints stay declared and come back with the next server."""
+        atexit.unregister(self.close)
+        if self._scheduler is not None:
+            self._scheduler.close()
+            self._scheduler = None
+        self.store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # -- within
+
+    def _start(
+        self,
+        op: str,
+        spec: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        *,
+        name: str,
+        needs: Needs | None = None,
+        fresh: bool = False,
+    ) -> Job:
+        job = submit(self.store, self._devices, op, spec, inputs, name=name, needs=needs, fresh=fresh)
+        if not job.state.ended:
+            self.adopt(job.id)
+        return job
+
+    def _deploy(self, spec: DeploySpec, model: str) -> Job:
+        artifact = self.artifact(model)
+        reference = artifact.inputs.get("model") if artifact.card.get("engine") != "torch" else None
+        steps = [to_json(step) for step in pipeline.deployment(model, reference, spec.plain())]
+        return self._start("pipeline", {"steps": steps}, {}, name=spec.endpoint)
+
+    def _steps(self, project: ProjectSpec) -> list[pipeline.Step]:
+        return pipeline.plan(project.plain(), self._sources(project))
+
+    def _sources(self, project: ProjectSpec) -> dict[str, dict[str, Any]]:
+        wanted = {"data": project.data.source, "model": project.model}
+        return {name: self._source(name, source) for name, source in wanted.items()}
+
+    def _source(self, name: str, source: str) -> dict[str, Any]:
+        if STORED.fullmatch(source) and not Path(source).exists():
+            return {"artifact": self.artifact(source, INPUT_KINDS[name]).digest}
+        found = self._fingerprint(source)
+        return {"source": found["source"], "digest": found["source_digest"], "uploads": found.get("uploads")}
+
+    def _fingerprint(self, source: str) -> dict[str, Any]:
+        """The source as jobs carry it: absolute, and named by its content now."""
+        if source.startswith("hf:"):
+            return {"source": source, "source_digest": None}
+        uploads = self.settings.home / "uploads"
+        path = sources.resolve(source, uploads)
+        absolute = str(path.absolute()) if sources.is_local_path(source) else source
+        found = {"source": absolute, "source_digest": sources.fingerprint(path)}
+        return found | ({"uploads": str(uploads)} if source.startswith("upload:") else {})
+
+    def _ref(self, digest: str | None) -> str | None:
+        found = self.store.catalog.find(digest) if digest else None
+        return found.ref if found else None
+
+    def _replica(self, job: int) -> str:
+        """The address of a service, started here first when no process runs it."""
+        self.adopt(job)
+        found = wait_ready(self, job)
+        return found.address or ""
+
+
+def wait_ready(system: System, id: int, seconds: float = 120.0) -> Job:
+    """Wait until a service answers. Raises UnreachableError when it ends or the time is over."""
+    pause = threading.Event()
+    waited = 0.0
+    while waited < seconds:
+        job = system.job(id)
+        if job.state is JobState.RUNNING and job.address:
+            return job
+        if job.state.ended:
+            break
+        pause.wait(0.05)
+        waited += 0.05
+    raise UnreachableError(f"job {id} does not answer ({job.state.value})", hint=f"see: llmo logs {id}")
+
+
+class _Driver:
+    """Runs the scheduler in a thread as soon as this process may: one process at a time runs a store's jobs."""
+
+    def __init__(self, system: System) -> None:
+        self._system = system
+        self._lock = SchedulerLock(system.settings.home)
+        self._scheduler: Scheduler | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
