@@ -59,6 +59,10 @@ def storage_errors(path: Path) -> Iterator[None]:
                 f"the disk that holds {path} is full",
                 hint="free some space, or set LLMO_HOME to a folder on another disk; nothing was lost, run it again",
             ) from error
+        if error.errno == errno.EFBIG:
+            raise StorageError(
+                f"{path} is larger than files may be here", hint="raise the limit on file sizes (see `ulimit -f`)"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(
                 f"no permission to write {path}", hint="make the folder writable, or set LLMO_HOME to one that is"
