@@ -1,0 +1,166 @@
+"""A saved model as one ONNX file: attention as a single node where the model allows it, checked against torch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function
+
+from llmo.compress import graph
+from llmo.engines.onnx import session_options
+from llmo.engines.torch import open_model
+from llmo.errors import ModelError
+
+FUSED = "llmo_onnx"
+TOLERANCE = 1e-4
+
+
+class _Logits(torch.nn.Module):
+    """Only what an engine reads, so that the graph computes nothing else."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+def export(folder: Path) -> tuple[onnx.ModelProto, str]:
+    """The model of a saved folder as an ONNX graph with dynamic batch and length, and which attention it has.
+
+    "fused": each layer's attention is one ONNX Runtime node; "plain": for models whose attention or mask is
+    not the usual one, as transformers spells it. Raises ModelError when neither gives torch's logits.
+    """
+    reference = open_model(folder)
+    reasons = []
+    for attention, name in ((FUSED, "fused"), ("eager", "plain")):
+        try:
+            exported = _exported(folder, attention)
+            difference = _difference(reference, exported)
+        except _EXPORT_ERRORS as error:
+            reasons.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
+            continue
+        if difference <= TOLERANCE:
+            return exported, name
+        reasons.append(f"{name}: logits differ by {difference:.1e}")
+    raise ModelError(
+        f"the model cannot be turned into an ONNX graph ({'; '.join(reasons)})",
+        hint="deploy it on the torch engine: leave out the section `compress`",
+        where=str(folder),
+    )
+
+
+_EXPORT_ERRORS = (ModelError, torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError, KeyError)
+
+
+def _exported(folder: Path, attention: str) -> onnx.ModelProto:
+    ids, mask = _example(16)
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    model = _Logits(open_model(folder, attention)).eval()
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            (ids, mask),
+            dynamo=True,
+            verbose=False,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            dynamic_shapes={"input_ids": dynamic, "attention_mask": dynamic},
+        )
+    if program is None:
+        raise ModelError("torch exported nothing")
+    exported: onnx.ModelProto = program.model_proto
+    return graph.tidy(exported)
+
+
+def _example(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two texts, one of them padded; ids that every vocabulary has."""
+    ids = torch.arange(2 * length).reshape(2, length) % 50 + 5
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 + 1 :] = 0
+    return ids, mask
+
+
+def _difference(reference: Any, exported: onnx.ModelProto) -> float:
+    """The largest difference of logits on tokens that are not padding, at several shapes."""
+    session = onnxruntime.InferenceSession(
+        exported.SerializeToString(), session_options(torch.get_num_threads()), providers=["CPUExecutionProvider"]
+    )
+    worst = 0.0
+    for length in (2, 7, 33):
+        ids, mask = _example(length)
+        with torch.inference_mode():
+            expected = reference(input_ids=ids, attention_mask=mask).logits.numpy()
+        got = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
+        if got.shape != expected.shape:
+            raise ModelError(f"logits have the shape {got.shape}, not {expected.shape}")
+        kept = mask.numpy().astype(bool) if expected.ndim == 3 else np.ones(len(ids), dtype=bool)
+        worst = max(worst, float(np.abs(got - expected)[kept].max()))
+    return worst
+
+
+def _fused_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface (`[batch, heads, length, size]`) as ONNX Runtime's MultiHeadAttention."""
+    batch, heads, length, size = query.shape
+    merged = [part.transpose(1, 2).reshape(batch, length, heads * size) for part in (query, key, value)]
+    scale = float(size**-0.5 if scaling is None else scaling)
+    output = torch.onnx.ops.symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (*merged, None, attention_mask),
+        {"num_heads": heads, "scale": scale},
+        dtype=query.dtype,
+        shape=(batch, length, heads * size),
+        version=1,
+    )
+    return output.reshape(batch, length, heads, size), None
+
+
+def _padding_mask(
+    *, attention_mask: torch.Tensor | None = None, mask_function: Callable[..., Any], **_: Any
+) -> torch.Tensor:
+    """The mask that MultiHeadAttention takes: `[batch, length]`, 1 for tokens that are there."""
+    if mask_function is not bidirectional_mask_function or attention_mask is None:
+        raise ValueError("this model masks more than padding")
+    return attention_mask.to(torch.int32)
+
+
+AttentionInterface.register(FUSED, _fused_attention)
+AttentionMaskInterface.register(FUSED, _padding_mask)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints, logs and warns about itself; what matters is checked after it."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,103 @@
+"""ONNX Runtime on the CPU: opens a folder's `model.onnx` without torch or transformers, so replicas start fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnxruntime
+
+from llmo.engines.base import Chunk, Request
+from llmo.engines.batch import chunks, pad
+from llmo.engines.folder import pad_token_id, read_config, require
+from llmo.errors import EnvironmentProblem, ModelError
+from llmo.types import Device
+
+GRAPH = "model.onnx"
+ERRORS_ONLY = 3
+
+_STATE = vars(onnxruntime.capi.onnxruntime_pybind11_state)
+# ONNX Runtime's exceptions share no base class of their own.
+ORT_ERRORS = tuple(e for e in _STATE.values() if isinstance(e, type) and issubclass(e, Exception))
+
+
+class OnnxEngine:
+    """fp32 or int8: the graph says which; the engine only feeds it what it asks for."""
+
+    name: ClassVar[str] = "onnx"
+    abilities: ClassVar[frozenset[str]] = frozenset({"classify"})
+
+    def __init__(self) -> None:
+        self._session: Any = None
+        self._inputs: dict[str, Any] = {}
+        self._pad_id = 0
+
+    def load(self, model: Path, device: Device) -> None:
+        if device.kind != "cpu":
+            raise EnvironmentProblem(
+                f"the onnx engine runs on the CPU, not on '{device.name}' ({device.kind})",
+                hint="use the torch engine there",
+            )
+        self._pad_id = pad_token_id(read_config(model))
+        path = require(model, GRAPH)
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(path), session_options(device.cores), providers=["CPUExecutionProvider"]
+            )
+        except ORT_ERRORS as error:
+            raise ModelError(
+                f"ONNX Runtime cannot open the graph: {_first_line(error)}",
+                hint="make it again with `llmo compress`",
+                where=str(path),
+            ) from error
+        self._inputs = {i.name: np.int32 if i.type == "tensor(int32)" else np.int64 for i in self._session.get_inputs()}
+        unknown = set(self._inputs) - {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+        if unknown or "input_ids" not in self._inputs:
+            self.close()
+            raise ModelError(
+                f"the graph's inputs are not those of a text encoder: {', '.join(sorted(unknown)) or 'no input_ids'}",
+                where=str(path),
+            )
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        if self._session is None:
+            raise ModelError("the engine is closed", hint="load a model first")
+        if not requests:
+            return
+        ids, mask = pad(requests, self._pad_id)
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self._inputs:
+            arrays["token_type_ids"] = np.zeros_like(ids)
+        if "position_ids" in self._inputs:
+            arrays["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        feed = {name: np.ascontiguousarray(arrays[name], dtype=kind) for name, kind in self._inputs.items()}
+        try:
+            logits = self._session.run(None, feed)[0]
+        except ORT_ERRORS as error:
+            raise ModelError(
+                f"the model cannot run this batch of {ids.shape[0]} x {ids.shape[1]} tokens: {_first_line(error)}",
+                hint="the tokenizer may not belong to this model, or the text is longer than its positions",
+            ) from error
+        yield from chunks(requests, logits)
+
+    def close(self) -> None:
+        self._session = None
+
+
+def session_options(cores: int) -> Any:
+    """One stream of `cores` threads that sleep when idle: spinning ones collapse when cores are contended."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = cores
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.enable_mem_pattern = False  # it keeps one plan for every shape seen, and every batch has its own
+    options.log_severity_level = ERRORS_ONLY
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,130 @@
+"""The reference engine: the saved model as plain transformers opens it, at fp32, on the CPU or one GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors
+import torch
+import transformers
+from transformers.utils import logging as transformers_logging
+
+from llmo.engines.base import Chunk, Request
+from llmo.engines.batch import chunks, pad
+from llmo.engines.folder import pad_token_id, read_config, require
+from llmo.errors import EnvironmentProblem, ModelError
+from llmo.tasks.card import load_task
+from llmo.types import Device
+
+
+class TorchEngine:
+    """What every other engine is compared with."""
+
+    name: ClassVar[str] = "torch"
+    abilities: ClassVar[frozenset[str]] = frozenset({"classify"})
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._device = torch.device("cpu")
+        self._pad_id = 0
+
+    def load(self, model: Path, device: Device) -> None:
+        self._device = _torch_device(device)
+        torch.set_num_threads(device.cores)
+        self._pad_id = pad_token_id(read_config(model))
+        self._model = open_model(model).to(self._device)
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        if self._model is None:
+            raise ModelError("the engine is closed", hint="load a model first")
+        if not requests:
+            return
+        ids, mask = pad(requests, self._pad_id)
+        try:
+            with torch.inference_mode():
+                inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+                logits = self._model(**{name: value.to(self._device) for name, value in inputs.items()}).logits
+        except (IndexError, RuntimeError) as error:
+            raise ModelError(
+                f"the model cannot run this batch of {ids.shape[0]} x {ids.shape[1]} tokens: {_first_line(error)}",
+                hint="the tokenizer may not belong to this model, or the text is longer than its positions",
+            ) from error
+        yield from chunks(requests, logits.float().cpu().numpy())
+
+    def close(self) -> None:
+        self._model = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def open_model(folder: Path, attention: str = "sdpa") -> Any:
+    """The saved model with its head, at fp32 and in eval mode, opened by the class its task names.
+
+    `attention` is the transformers implementation; models that lack it are opened with their own default.
+    Raises ModelError when weights are missing, broken or do not fit the config.
+    """
+    config = read_config(folder)
+    require(folder, "model.safetensors")
+    if config.get("auto_map"):
+        raise ModelError(
+            "the model wants to run code of its own (auto_map in config.json)",
+            hint="LLMO runs no code from model folders; use an architecture that transformers knows",
+            where=str(folder),
+        )
+    auto_class = getattr(transformers, load_task(folder).auto_class)
+    try:
+        with quiet():
+            model, info = auto_class.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ModelError(
+            f"transformers cannot open the model: {_first_line(error)}",
+            hint="make the folder again, or check it with `llmo verify`",
+            where=str(folder),
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise ModelError(
+            f"the weights lack {len(missing)} tensors of the model, such as {missing[0]}",
+            hint="a base model has no head yet: train it first",
+            where=str(folder),
+        )
+    return model.eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and loading reports out of the job's output; LLMO reports what matters."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _torch_device(device: Device) -> torch.device:
+    if device.kind == "cpu":
+        return torch.device("cpu")
+    if device.kind == "cuda" and torch.cuda.is_available():
+        return torch.device(device.name if ":" in device.name else "cuda")
+    raise EnvironmentProblem(
+        f"this torch cannot use the device '{device.name}' ({device.kind})",
+        hint="install a torch build for it, or run on the CPU; see `llmo doctor`",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
