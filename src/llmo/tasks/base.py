@@ -1,7 +1,7 @@
 """The contract of a task: the one definition of how text becomes tensors and tensors become answers.
 
 Training, evaluation, compression, verification and serving all go through it, so what is served is what was
-trained. Only `loss` needs torch; everything else is NumPy and `tokenizers`, so a replica stays light.
+trained. Only `loss` and `mass` need torch; everything else is NumPy and `tokenizers`, so a replica stays light.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+
+from llmo.errors import InputError
+from llmo.tasks.metrics import Floats, Tally, Totals, with_intervals
 
 if TYPE_CHECKING:
     import torch
@@ -44,17 +47,25 @@ class Task(ABC):
     """A task over an encoder with a head. Construct with the labels in the order of the logits."""
 
     name: ClassVar[str]
-    metric: ClassVar[str]  # the key of `measure` that gates and early stopping use; higher is better
     auto_class: ClassVar[str]  # the transformers class that opens the model folder
-    problem_type: ClassVar[str | None] = None
 
     def __init__(self, labels: Sequence[str], max_length: int = 128) -> None:
         self.labels = tuple(labels)
         self.max_length = max_length
 
+    @property
+    @abstractmethod
+    def metric(self) -> str:
+        """The key of `measure` that gates and early stopping use; higher is better."""
+
+    @property
+    def problem_type(self) -> str | None:
+        """What `config.problem_type` says in the model folder."""
+        return None
+
     @classmethod
     @abstractmethod
-    def from_rows(cls, rows: Sequence[Row], *, max_length: int, options: Mapping[str, Any]) -> Task:
+    def from_rows(cls, rows: Sequence[Row], *, max_length: int, options: Mapping[str, Any]) -> Self:
         """The task that fits these training rows: finds the labels. Raises DataError if nothing can be learnt."""
 
     def to_card(self) -> dict[str, Any]:
@@ -67,7 +78,7 @@ class Task(ABC):
         }
 
     @classmethod
-    def from_card(cls, card: Mapping[str, Any]) -> Task:
+    def from_card(cls, card: Mapping[str, Any]) -> Self:
         return cls(card["labels"], card["max_length"], **card.get("options", {}))
 
     def options(self) -> dict[str, Any]:
@@ -75,9 +86,15 @@ class Task(ABC):
         return {}
 
     def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
-        """Tokenise without padding, cut to `max_length` as transformers does, and remember the full length."""
+        """Tokenise without padding, cut to `max_length` as transformers does, and remember the full length.
+
+        Raises InputError for a text that is no valid Unicode (a lone surrogate).
+        """
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.max_length)
+        for i, text in enumerate(texts):
+            if not text.isascii():
+                _refuse_surrogates(text, i)
         encodings = []
         for kept in tokenizer.encode_batch(list(texts)):
             cut = sum(len(rest.ids) - sum(rest.special_tokens_mask) for rest in kept.overflowing)
@@ -86,7 +103,10 @@ class Task(ABC):
 
     @abstractmethod
     def target(self, row: Row, encoding: Encoding) -> NDArray[Any]:
-        """What the loss compares with: a class index, a multi-hot vector, or one index per token (-100: none)."""
+        """What the loss compares with: a class index, a multi-hot vector, or one index per token (-100: none).
+
+        Raises DataError for a label that the task does not know.
+        """
 
     @abstractmethod
     def loss(
@@ -95,13 +115,60 @@ class Task(ABC):
         """Scalar mean loss of a padded batch; padded targets are -100 (token) or absent (text)."""
 
     @abstractmethod
+    def mass(self, targets: torch.Tensor, class_weights: torch.Tensor | None) -> float:
+        """What `loss` divided by: micro-batches weighted by their mass add up to the big batch exactly."""
+
+    @abstractmethod
+    def class_counts(self, targets: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+        """How often each label is a target: what balanced class weights are made of."""
+
+    @abstractmethod
+    def tally(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> Tally:
+        """Counts per row that add up. `logits[i]` is `[labels]`, or `[tokens, labels]` without padding."""
+
+    @abstractmethod
+    def scores(self, totals: Totals) -> dict[str, Floats]:
+        """The metrics made of summed counts; works on many resampled sums at once."""
+
     def measure(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> dict[str, float]:
-        """Metrics over a whole split. `logits[i]` is `[labels]`, or `[tokens, labels]` without padding."""
+        """Metrics over a whole split."""
+        return {k: float(v) for k, v in self.scores(self.tally(logits, rows, encodings).totals()).items()}
+
+    def measure_with_intervals(
+        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding], seed: int = 0
+    ) -> dict[str, dict[str, float]]:
+        """As `measure`, each metric as `{"value", "low", "high"}` with its 95% bootstrap interval over rows."""
+        return with_intervals(self.tally(logits, rows, encodings), self.scores, seed)
+
+    def details(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> dict[str, Any]:
+        """What a report shows beyond the metrics, such as a confusion matrix; JSON values."""
+        return {}
 
     @abstractmethod
     def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
         """The JSON answer for one text; carries `truncated: true` when the model did not see all of it."""
 
     @abstractmethod
-    def agree(self, a: Logits, b: Logits) -> bool:
-        """Whether two logits give the same answer (used by compress and verify)."""
+    def agree(self, a: Logits, b: Logits, encoding: Encoding | None = None) -> bool:
+        """Whether two logits give the same answer (used by compress and verify).
+
+        With the encoding, only what carries an answer is compared (the first piece of each word).
+        """
+
+
+def seen(encoding: Encoding) -> dict[str, Any]:
+    """What every answer says of its input: the text's tokens, and whether the model saw fewer."""
+    found: dict[str, Any] = {"tokens": encoding.length}
+    if encoding.truncated:
+        found["truncated"] = True
+    return found
+
+
+def _refuse_surrogates(text: str, number: int) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text {number} is not valid Unicode: a lone surrogate at character {error.start}",
+            hint="send UTF-8; in JSON, escapes like \\ud83d come in pairs",
+        ) from None

@@ -1,0 +1,137 @@
+"""Counts that add up over rows, the figures made of them, and their bootstrap confidence intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+RESAMPLES = 1000
+CHUNK = 1 << 24  # numbers drawn at once: 128 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Sums over a set of rows, or over many resampled sets at once: `[..., classes]`, `exact` and `rows` `[...]`.
+
+    Per class: how often it was right (`hits`), given as an answer (`predicted`) and asked for (`gold`).
+    """
+
+    hits: Floats
+    predicted: Floats
+    gold: Floats
+    exact: Floats
+    rows: Floats
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """The classes that occur at all: the others have no F1."""
+        return (self.predicted + self.gold) > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """The counts of every row, kept once per distinct row: `counts` is `[distinct, 3 * classes + 1]`."""
+
+    counts: Counts
+    times: Counts
+
+    @classmethod
+    def of_pairs(cls, gold: NDArray[np.int64], predicted: NDArray[np.int64], classes: int) -> Tally:
+        """One gold class and one answer per row."""
+        codes, times = np.unique(gold * classes + predicted, return_counts=True)
+        counts = np.zeros((len(codes), 3 * classes + 1), np.int64)
+        row, right = np.arange(len(codes)), codes // classes == codes % classes
+        counts[row[right], codes[right] % classes] = 1
+        counts[row, classes + codes % classes] = 1
+        counts[row, 2 * classes + codes // classes] = 1
+        counts[right, -1] = 1
+        return cls(counts, times.astype(np.int64))
+
+    @classmethod
+    def of_counts(cls, hits: Counts, predicted: Counts, gold: Counts) -> Tally:
+        """Any number of classes per row: three arrays `[rows, classes]`."""
+        exact = (hits == predicted).all(1) & (hits == gold).all(1)
+        joined = np.concatenate([hits, predicted, gold, exact[:, None]], axis=1).astype(np.int64)
+        counts, times = np.unique(joined, axis=0, return_counts=True)
+        return cls(counts, times.astype(np.int64))
+
+    def totals(self) -> Totals:
+        return self._sum(self.times.astype(np.float64))
+
+    def resampled(self, seed: int, resamples: int = RESAMPLES) -> Totals:
+        """Totals of `resamples` sets drawn with replacement, each as large as the original."""
+        rng = np.random.default_rng(seed)
+        rows = int(self.times.sum())
+        share = self.times / rows
+        step = max(1, CHUNK // max(1, len(share)))
+        drawn = [rng.multinomial(rows, share, min(step, resamples - done)) for done in range(0, resamples, step)]
+        parts = [self._sum(part.astype(np.float64)) for part in drawn]
+        names = ("hits", "predicted", "gold", "exact", "rows")
+        return Totals(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    def _sum(self, times: Floats) -> Totals:
+        summed = times @ self.counts.astype(np.float64)
+        hits, predicted, gold = np.split(summed[..., :-1], 3, axis=-1)
+        return Totals(hits, predicted, gold, summed[..., -1], times.sum(-1))
+
+
+def with_intervals(
+    tally: Tally, scores: Callable[[Totals], dict[str, Floats]], seed: int
+) -> dict[str, dict[str, float]]:
+    """`{metric: {"value", "low", "high"}}`: the figure and its 95% percentile bootstrap interval over rows."""
+    values = scores(tally.totals())
+    resampled = scores(tally.resampled(seed))
+    found = {}
+    for name, value in values.items():
+        low, high = np.percentile(resampled[name], [2.5, 97.5])
+        found[name] = {"value": float(value), "low": float(low), "high": float(high)}
+    return found
+
+
+def ratio(part: Floats, whole: Floats) -> Floats:
+    """`part / whole`, and 0 where there is nothing to divide by."""
+    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=np.asarray(whole) > 0)
+
+
+def f1(hits: Floats, predicted: Floats, gold: Floats) -> Floats:
+    """Harmonic mean of precision and recall, from counts."""
+    return ratio(2 * hits, predicted + gold)
+
+
+def micro_f1(totals: Totals) -> Floats:
+    return f1(totals.hits.sum(-1), totals.predicted.sum(-1), totals.gold.sum(-1))
+
+
+def macro_f1(totals: Totals) -> Floats:
+    """Mean of the classes' F1 over those that occur in gold or answers."""
+    each = f1(totals.hits, totals.predicted, totals.gold)
+    return ratio(each.sum(-1), totals.present.sum(-1).astype(np.float64))
+
+
+def weighted_f1(totals: Totals) -> Floats:
+    """Mean of the classes' F1, weighted by how often each is gold."""
+    each = f1(totals.hits, totals.predicted, totals.gold)
+    return ratio((each * totals.gold).sum(-1), totals.gold.sum(-1))
+
+
+def per_class(totals: Totals, names: tuple[str, ...]) -> dict[str, Floats]:
+    """`{"f1/NAME": ...}`."""
+    each = f1(totals.hits, totals.predicted, totals.gold)
+    return {f"f1/{name}": each[..., i] for i, name in enumerate(names)}
+
+
+def softmax(logits: NDArray[np.float32]) -> Floats:
+    """Over the last axis, in double precision."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    exp = np.exp(shifted)
+    return np.asarray(exp / exp.sum(-1, keepdims=True))
+
+
+def sigmoid(logits: NDArray[np.float32]) -> Floats:
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits.astype(np.float64), -60.0, 60.0))))
