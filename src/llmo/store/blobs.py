@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmo.errors import StorageError
 from llmo.files import MANIFEST, digest_of, manifest_of, publish_json, sha256_file, storage_errors, sync_folder, tree
+from llmo.store.lock import file_lock
 
 Files = Mapping[str, Mapping[str, Any]]
 
@@ -37,6 +36,8 @@ class Blobs:
         self.blobs = home / "blobs"
         self.artifacts = home / "artifacts"
         self.staging = home / "staging"
+        self._publishers = home / "publish.lock"
+        self._replacers = home / "replace.lock"
 
     def prepare(self) -> None:
         """Make the folders, and clear away what publishers that were killed have left."""
@@ -53,7 +54,7 @@ class Blobs:
         files it lists that are gone are found among the blobs. Raises StorageError when the disk is full, when
         there is no permission, or when the files are not what the manifest says.
         """
-        with storage_errors(self.blobs), self._publishing():
+        with storage_errors(self.blobs), file_lock(self._publishers, shared=True):
             files = self._take_stock(folder)
             digest = digest_of({k: dict(v) for k, v in files.items()})
             self._store(folder, files)
@@ -170,7 +171,7 @@ class Blobs:
 
     def _put_in_place(self, aside: Path, digest: str, files: Files) -> None:
         final = self._tree(digest)
-        with self._mending():
+        with file_lock(self._replacers):
             if final.exists():
                 # Another publisher was first, or the folder was damaged: it is replaced only if damaged.
                 if self._intact(digest, files):
@@ -212,23 +213,9 @@ class Blobs:
     def _tree(self, digest: str) -> Path:
         return self.artifacts / digest.removeprefix("sha256:")
 
-    @contextmanager
-    def _publishing(self) -> Iterator[None]:
-        with open(self.artifacts.with_name("publish.lock"), "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            yield
-
-    @contextmanager
-    def _mending(self) -> Iterator[None]:
-        with open(self.artifacts.with_name("mend.lock"), "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
     def _sweep(self) -> None:
-        with storage_errors(self.staging), open(self.artifacts.with_name("publish.lock"), "wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with file_lock(self._publishers, wait=False) as alone:
+            if not alone:
                 return  # somebody publishes: what lies there may be theirs
             for left in self.staging.iterdir():
                 shutil.rmtree(left)

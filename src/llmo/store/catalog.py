@@ -202,14 +202,9 @@ def _unknown(connection: Connection, ref: str, kind: Kind | None) -> NotFoundErr
         names = names.where(table.c.kind == kind.value)
     known = list(connection.execute(names).scalars())
     what = "data set, model or report" if kind is None else _WORDS[kind]
-    if len(ref) < _SHORTEST and re.fullmatch(r"(sha256:)?[0-9a-f]*", ref):
-        hint = f"a digest can be cut, but not below {_SHORTEST} digits"
-    else:
-        hint = (
-            f"known: {', '.join(known[:10])}" + (" ..." if len(known) > 10 else "")
-            if known
-            else "nothing is stored yet"
-        )
+    hint = f"known: {', '.join(known[:10])}" if known else "nothing is stored yet"
+    if ref.startswith("sha256:"):
+        hint = f"give the whole digest, or at least {_SHORTEST} digits of it"
     return NotFoundError(f"no {what} '{ref}'{nearest(ref.partition('@')[0], known)}", hint=hint)
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection, inspect
 
 from llmo.errors import StorageError
-from llmo.files import storage_errors
 from llmo.store.db import Database
+from llmo.store.lock import file_lock
 
 # Every revision this code can read, oldest first. Kept here because asking Alembic costs its import.
 REVISIONS = ("0001",)
@@ -28,16 +25,6 @@ def migrate(database: Database, home: Path) -> None:
     with file_lock(home / "migrate.lock"):
         if not _at_head(database):
             _upgrade(database)
-
-
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes; it ends with the process, however that ends."""
-    with storage_errors(path):
-        handle = open(path, "wb")
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _at_head(database: Database) -> bool:
