@@ -1,0 +1,132 @@
+"""The Python SDK: the same verbs for notebooks and scripts, in this process or on the server that LLMO_URL names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmo.api import Api
+from llmo.doors import flow
+from llmo.types import Artifact, Kind
+
+_connections: list[Api] = []
+
+
+def connection() -> Api:
+    """The one connection of this process, made at the first use; `LLMO_URL` and `LLMO_HOME` decide which."""
+    if not _connections:
+        _connections.append(flow.connect())
+    return _connections[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A version in the store: `ref` is name@version, `card` what is known of it."""
+
+    artifact: Artifact
+    api: Api = field(repr=False, compare=False)
+
+    @property
+    def ref(self) -> str:
+        return self.artifact.ref
+
+    @property
+    def card(self) -> Mapping[str, Any]:
+        return self.artifact.card
+
+
+class Dataset(Stored):
+    """A cleaned, split, immutable data set."""
+
+    __slots__ = ()
+
+    @classmethod
+    def load(cls, source: str | Path, *, name: str, task: str = "text-classification", api: Api | None = None, **spec: Any) -> Dataset:
+        """Import a file, folder or `package:NAME/FOLDER`; further keywords are those of the `data:` section.
+
+        Raises DataError for what cannot be read or learnt from.
+        """
+        api = api or connection()
+        told = {"source": flow.absolute(str(source), Path()), "task": task, **spec}
+        return cls(flow.output(api, flow.wait(api, api.submit("import", told, name=name))), api)
+
+    @classmethod
+    def get(cls, ref: str, *, api: Api | None = None) -> Dataset:
+        """A stored data set by NAME, NAME@VERSION or digest."""
+        api = api or connection()
+        return cls(api.artifact(ref, Kind.DATASET), api)
+
+    def rows(self, split: str = "train", *, offset: int = 0, limit: int = 20) -> list[dict[str, Any]]:
+        """Rows of train, dev, test or `dropped` (what cleaning left out, with reasons)."""
+        return self.api.rows(self.artifact.digest, split, offset=offset, limit=limit)
+
+
+class Model(Stored):
+    """A trained or compressed, immutable model."""
+
+    __slots__ = ()
+
+    @classmethod
+    def get(cls, ref: str, *, api: Api | None = None) -> Model:
+        """A stored model by NAME, NAME@VERSION or digest."""
+        api = api or connection()
+        return cls(api.artifact(ref, Kind.MODEL), api)
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Held-out metrics after training, each with its 95% interval: `{"accuracy": {"value", "low", "high"}}`."""
+        after: Mapping[str, Any] = self.card.get("metrics", {}).get("test", {}).get("after", {})
+        return after
+
+    def evaluate(self, data: Dataset | None = None, *, split: str = "test") -> Mapping[str, Any]:
+        """Metrics on a split of `data` (default: the data it was trained on)."""
+        digest = data.artifact.digest if data else flow.data_of(self.api, self.artifact)
+        job = self.api.submit("evaluate", {"split": split}, {"model": self.artifact.digest, "data": digest})
+        metrics: Mapping[str, Any] = flow.result(flow.wait(self.api, job))["metrics"]
+        return metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A public name that answers."""
+
+    name: str
+    api: Api = field(repr=False, compare=False)
+
+    def predict(self, texts: str | Sequence[str]) -> Any:
+        """One answer for one text, a list for many."""
+        if isinstance(texts, str):
+            return self.api.predict(self.name, [texts])[0]
+        return self.api.predict(self.name, texts)
+
+
+def train(data: Dataset, *, model: str, name: str | None = None, **spec: Any) -> Model:
+    """Train `model` (package:NAME, a folder, hf:NAME or a stored one) on `data`.
+
+    Keywords are those of the `train:` section, and `max_length`. Raises JobFailed when the training fails.
+    """
+    api = data.api
+    task = {"name": data.card["task"]} | ({"max_length": spec.pop("max_length")} if "max_length" in spec else {})
+    inputs = {"data": data.artifact.digest, "model": flow.ensure_model(api, flow.absolute(model, Path()))}
+    job = api.submit("train", {"task": task, **spec}, inputs, name=name or data.artifact.name)
+    return Model(flow.output(api, flow.wait(api, job)), api)
+
+
+def compress(model: Model, *, data: Dataset | None = None, name: str | None = None, **spec: Any) -> Model:
+    """The fastest variant within `max_drop` of the model's quality. Raises GateRefused when there is none."""
+    api = model.api
+    inputs = {
+        "model": model.artifact.digest,
+        "data": data.artifact.digest if data else flow.data_of(api, model.artifact),
+    }
+    job = api.submit("compress", spec, inputs, name=name or f"{model.artifact.name}-compressed")
+    return Model(flow.output(api, flow.wait(api, job)), api)
+
+
+def deploy(model: Model, endpoint: str, **spec: Any) -> Deployed:
+    """Verify a model and put it behind an endpoint. Raises GateRefused when it is not what was trained."""
+    api = model.api
+    flow.wait(api, api.submit("serve", {"endpoint": endpoint, **spec}, {"model": model.artifact.digest}))
+    return Deployed(endpoint, api)
