@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,8 +38,7 @@ def _loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LLMO_URL", "LLMO_KEY", "LLMO_DATABASE", "LLMO_CORES", "LLMO_MEMORY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LLMO_HOME", str(tmp_path / "home"))
-    yield

@@ -94,7 +94,7 @@ def _validated(value: dict[str, Any], lines: Lines, file: str, model: type[S]) -
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda e: (_line(e["loc"], lines), e["type"] != "extra_forbidden"))
+        first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", _line(e["loc"], lines)))
     path = tuple(str(part) for part in first["loc"])
     line = _line(first["loc"], lines)
     where = (f"{file}:{line}" if lines else file) if file else ""

