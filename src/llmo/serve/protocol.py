@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any, cast
 
-from llmo.errors import LLMOError, TooLargeError, UnreachableError, from_json
+from llmo.errors import DeadlineError, LLMOError, TooLargeError, UnreachableError, from_json
 
 VERSION = 1
 MAX_FRAME = 64 << 20
@@ -184,3 +186,40 @@ class Link(Frames):
             waiting.set_exception(ReplicaGone(error.what))
         else:
             waiting.set_exception(error)
+
+
+def predict_once(
+    address: str, texts: Sequence[str], *, logits: bool = False, timeout: float = 300.0
+) -> list[dict[str, Any]]:
+    """Ask a replica without a gateway and without an event loop: one connection, one call, its answers.
+
+    Raises UnreachableError when it is not there or goes away, DeadlineError after `timeout` seconds, and what
+    the replica raises.
+    """
+    body = {"id": 1, "op": "predict", "texts": list(texts), "deadline": time.time() + timeout, "logits": logits}
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect(socket_path(address))
+            with connection.makefile("rwb") as stream:
+                _read_frame(stream.read)  # the hello
+                stream.write(frame(body))
+                stream.flush()
+                answer = _read_frame(stream.read)
+    except TimeoutError:
+        raise DeadlineError("the replica did not answer in time", hint="send fewer texts at once") from None
+    except OSError as error:
+        raise UnreachableError(f"no replica answers at {address}: {error}", hint="see `llmo endpoints`") from None
+    if "error" in answer:
+        raise from_json(answer["error"])
+    answers: list[dict[str, Any]] = answer["answers"]
+    return answers
+
+
+def _read_frame(read: Callable[[int], bytes]) -> dict[str, Any]:
+    head = read(4)
+    data = read(int.from_bytes(head, "big")) if len(head) == 4 else b""
+    if not data:
+        raise ConnectionResetError("it closed the connection")
+    body: dict[str, Any] = json.loads(data)
+    return body

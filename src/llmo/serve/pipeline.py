@@ -1,0 +1,361 @@
+"""A replica without its socket: one thread tokenises and answers, one runs the engine, and they overlap."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from llmo.engines.base import Engine, Request
+from llmo.errors import (
+    BusyError,
+    DeadlineError,
+    InputError,
+    JobFailed,
+    LLMOError,
+    ModelError,
+    TooLargeError,
+    UnreachableError,
+)
+from llmo.serve.batcher import Batcher, Item
+from llmo.serve.gauge import Gauge
+from llmo.tasks.base import Encoding, Logits, Task
+
+LONGEST_TEXT = 1 << 20  # bytes of UTF-8
+_CHUNK = 32  # texts tokenised at once: enough for the tokeniser, few enough that the engine starts early
+_BROKEN_AFTER = 8  # batches in a row of which nothing could be run
+
+Done = Callable[[bytes | LLMOError], None]
+_log = logging.getLogger("llmo.serve")
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """One predict call. `done` hears once: the JSON list of answers, or the error; in the thread that knows it.
+
+    `deadline` is in unix seconds. A call whose answer nobody wants any more is `over`.
+    """
+
+    texts: Sequence[str]
+    deadline: float
+    done: Done
+    logits: bool = False
+    over: bool = False
+    arrived: float = 0.0
+    left: int = 0
+    items: list[Item | None] = field(default_factory=list)  # None: not encoded yet
+    answers: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What an Item carries: which text of which call, and how it was encoded."""
+
+    call: Call
+    index: int
+    encoding: Encoding
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """A batch the engine has run; `logits` are in the order of `items`, and an error stands where there are none."""
+
+    items: Sequence[Item]
+    logits: Sequence[Logits | LLMOError]
+
+
+class Pipeline:
+    """Bounded, and fair to each call: what is wrong with one fails that one only.
+
+    `queue` bounds the texts that wait (encoded or not); a text that runs does not wait. `submit`, `cancel`,
+    `expire` and `stats` may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        load: Callable[[], None],
+        *,
+        queue: int = 1024,
+        batcher: Batcher | None = None,
+    ) -> None:
+        self._task = task
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._load = load
+        self.queue = queue
+        self.gauge = Gauge()
+        self.broken: LLMOError | None = None
+        self._load_error: BaseException | None = None
+        self._loaded = threading.Event()
+        self._batcher = batcher or Batcher(4096)
+        self._work: SimpleQueue[tuple[Call, int] | _Ran | None] = SimpleQueue()
+        self._changed = threading.Condition()
+        self._calls: set[Call] = set()
+        self._waiting = 0
+        self._refusing = False
+        self._stopping = False
+        self._failed_batches = 0
+        self._threads = [
+            threading.Thread(target=self._encode_and_answer, name="llmo-texts", daemon=True),
+            threading.Thread(target=self._own_engine, name="llmo-engine", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Load the engine, in the thread that will run it, and begin. Raises what `load` raises."""
+        for thread in self._threads:
+            thread.start()
+        self._loaded.wait()
+        if self._load_error is not None:
+            self.close()
+            raise self._load_error
+
+    def submit(self, call: Call) -> None:
+        """Accept a call, or raise: InputError or TooLargeError for its texts, BusyError when the queue is full,
+        UnreachableError when this replica is leaving."""
+        for index, text in enumerate(call.texts):
+            check_text(text, index)
+        count = len(call.texts)
+        if count > self.queue:
+            raise TooLargeError(
+                f"{count} texts in one request; this endpoint's queue holds {self.queue}",
+                hint="send fewer at once, or deploy with a larger `queue`",
+            )
+        with self._changed:
+            if self._refusing:
+                raise UnreachableError("the replica is leaving", hint="ask again: another one takes over")
+            if self._waiting + count > self.queue:
+                wait = self.gauge.seconds_for(max(self._waiting + count - self.queue, self._waiting // 2))
+                raise BusyError(
+                    f"the queue is full ({self._waiting} texts wait)",
+                    hint=f"send it again in {wait:.1f} s",
+                    retry_after=round(wait, 3),
+                )
+            self._waiting += count
+            self._calls.add(call)
+        call.arrived = time.monotonic()
+        call.left = count
+        call.items = [None] * count
+        call.answers = [b""] * count
+        for start in range(0, count, _CHUNK):
+            self._work.put((call, start))
+
+    def cancel(self, call: Call) -> None:
+        """Nobody wants the answer any more: its waiting texts leave the queue, and `done` is not called."""
+        self._end(call, None)
+
+    def expire(self, now: float) -> None:
+        """Answer every call whose deadline has passed, whether it waits or runs."""
+        with self._changed:
+            late = [c for c in self._calls if c.deadline <= now]
+        for call in late:
+            self._late(call)
+
+    def drain(self, timeout: float) -> bool:
+        """Refuse new calls and wait until the accepted ones are answered; False when some were not in time."""
+        with self._changed:
+            self._refusing = True
+            return self._changed.wait_for(lambda: not self._calls, timeout)
+
+    def close(self) -> None:
+        """Stop the threads; calls that are still open are answered UnreachableError."""
+        with self._changed:
+            self._refusing = self._stopping = True
+            self._changed.notify_all()
+            left = list(self._calls)
+        for call in left:
+            self._end(call, UnreachableError("the replica stopped before it answered", hint="ask again"))
+        self._work.put(None)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers for metrics: texts waiting, calls in flight, and the gauge's counters."""
+        with self._changed:
+            now = {"queue": self._waiting, "queue_limit": self.queue, "in_flight": len(self._calls)}
+        return now | self.gauge.snapshot()
+
+    # The thread that tokenises and answers. Both release the GIL little or shortly, so the engine's thread is
+    # rarely held up; what is done is sent before more is taken in.
+
+    def _encode_and_answer(self) -> None:
+        while True:
+            work = [self._work.get()]
+            try:
+                while len(work) < _CHUNK:
+                    work.append(self._work.get_nowait())
+            except Empty:
+                pass
+            for ran in work:
+                if isinstance(ran, _Ran):
+                    self._answer(ran)
+            fresh: list[tuple[Call, int]] = []
+            for item in work:
+                if isinstance(item, tuple):
+                    fresh += [(item[0], i) for i in range(item[1], min(item[1] + _CHUNK, len(item[0].texts)))]
+            for start in range(0, len(fresh), _CHUNK):
+                self._encode(fresh[start : start + _CHUNK])
+            if None in work:
+                return
+
+    def _encode(self, places: Sequence[tuple[Call, int]]) -> None:
+        wanted = [(call, i) for call, i in places if not call.over]
+        encoded = self._encodings([call.texts[i] for call, i in wanted])
+        ready: list[Item] = []
+        for (call, i), encoding in zip(wanted, encoded, strict=True):
+            if isinstance(encoding, LLMOError):
+                encoding.where = f"texts[{i}]"
+                self._end(call, encoding)
+            else:
+                ready.append(Item(len(encoding.input_ids), call.deadline, _Text(call, i, encoding)))
+        with self._changed:
+            for item in ready:
+                text: _Text = item.payload
+                if not text.call.over:
+                    text.call.items[text.index] = item
+                    self._batcher.add(item)
+            self._changed.notify_all()
+
+    def _encodings(self, texts: Sequence[str]) -> Sequence[Encoding | LLMOError]:
+        if not texts:
+            return []
+        try:
+            return self._task.encode(self._tokenizer, texts)
+        except Exception as error:  # the Rust library raises what it likes; only the text at fault may suffer
+            if len(texts) > 1:
+                return [encoding for text in texts for encoding in self._encodings([text])]
+            _log.warning("a text could not be tokenised: %s", error)
+            return [InputError("the text cannot be tokenised", hint="check it for unusual characters")]
+
+    def _answer(self, ran: _Ran) -> None:
+        for item, logits in zip(ran.items, ran.logits, strict=True):
+            text: _Text = item.payload
+            call = text.call
+            if call.over:
+                continue
+            if isinstance(logits, LLMOError):
+                self._end(call, logits)
+                continue
+            try:
+                call.answers[text.index] = self._answer_one(text, logits)
+            except Exception as error:  # a task is a plugin: what it raises fails this call and no other
+                _log.exception("the task could not answer")
+                self._end(call, error if isinstance(error, LLMOError) else ModelError(f"no answer: {error}"))
+                continue
+            call.left -= 1
+            if call.left == 0:
+                self._end(call, b"[" + b",".join(call.answers) + b"]")
+
+    def _answer_one(self, text: _Text, logits: Logits) -> bytes:
+        answer = self._task.answer(logits, text.encoding, text.call.texts[text.index])
+        answer["tokens"] = text.encoding.length
+        if text.call.logits:
+            answer |= {"logits": logits.tolist(), "input_ids": list(text.encoding.input_ids)}
+        try:
+            return json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        except ValueError:
+            raise ModelError(
+                "the model's answer is not a finite number", hint="its weights are damaged: run `llmo verify` on it"
+            ) from None
+
+    # The thread that owns the engine: it does nothing else, so that the engine rarely waits.
+
+    def _own_engine(self) -> None:
+        try:
+            self._load()
+        except BaseException as error:  # raised again by `start`, in the thread that asked
+            self._load_error = error
+            return
+        finally:
+            self._loaded.set()
+        try:
+            self._run_batches()
+        finally:
+            self._engine.close()
+
+    def _run_batches(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or len(self._batcher))
+                if self._stopping:
+                    return
+                batch, expired = self._batcher.take(time.time())
+                self._waiting -= len(batch) + len(expired)
+            for item in expired:
+                self._late(item.payload.call)
+            if batch:
+                began = time.monotonic()
+                ran = _Ran(batch, self._run(batch))
+                self.gauge.ran([i.tokens for i in batch], time.monotonic() - began)
+                self._watch_health(any(not isinstance(logits, LLMOError) for logits in ran.logits))
+                self._work.put(ran)
+
+    def _run(self, items: Sequence[Item]) -> Sequence[Logits | LLMOError]:
+        requests = [Request(n, item.payload.encoding.input_ids) for n, item in enumerate(items)]
+        try:
+            found = {chunk.id: chunk.data for chunk in self._engine.run(requests)}
+        except Exception as error:  # an engine is a plugin, and its library raises what it likes
+            if len(items) > 1:
+                return [self._run([item])[0] for item in items]
+            _log.warning("a text could not be run: %s", error)
+            if isinstance(error, LLMOError):
+                return [error]
+            return [ModelError(f"the model could not run this text: {error}", hint="see the log of the replica")]
+        return [found[n] for n in range(len(items))]
+
+    def _watch_health(self, worked: bool) -> None:
+        self._failed_batches = 0 if worked else self._failed_batches + 1
+        if self._failed_batches >= _BROKEN_AFTER:
+            self.broken = JobFailed("the engine fails on every text", hint="see the replica's log, then deploy again")
+
+    def _late(self, call: Call) -> None:
+        self._end(call, DeadlineError("the deadline passed before the answer was ready", hint="allow it more time"))
+
+    def _end(self, call: Call, outcome: bytes | LLMOError | None) -> None:
+        """Close a call once: free the places its texts still hold, then tell the one who asked."""
+        with self._changed:
+            if call.over:
+                return
+            call.over = True
+            self._calls.discard(call)
+            for item in call.items:
+                if item is None or item.waiting:
+                    self._waiting -= 1
+                if item is not None:
+                    self._batcher.cancel(item)
+            if not self._calls:
+                self._changed.notify_all()
+        self.gauge.ended(time.monotonic() - call.arrived, isinstance(outcome, bytes))
+        if outcome is not None:
+            call.done(outcome)
+
+
+def check_text(text: object, index: int) -> None:
+    """Raise InputError or TooLargeError for a text no model can read."""
+    where = f"texts[{index}]"
+    if not isinstance(text, str):
+        raise InputError(f"a text is a string, not {type(text).__name__}", where=where)
+    if not text or text.isspace():
+        raise InputError("the text is empty", where=where, hint="leave it out, or send some words")
+    try:
+        size = len(text) if text.isascii() else len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text holds half of a surrogate pair at character {error.start}",
+            where=where,
+            hint="it was cut in the middle of an emoji or similar: send the whole character",
+        ) from None
+    if size > LONGEST_TEXT:
+        raise TooLargeError(
+            f"a text of {size} bytes is over the limit of {LONGEST_TEXT}", where=where, hint="send a part of it"
+        )

@@ -1,0 +1,207 @@
+"""Which replica answers an endpoint: a table in memory, kept fresh beside the requests, and one retry."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
+from llmo.serve.protocol import Link, ReplicaGone
+from llmo.types import Endpoint
+
+_TRIES = 3  # replicas asked for one request before it fails
+_STATS_SECONDS = 1.0
+_log = logging.getLogger("llmo.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """`answers` is the JSON list as the replica wrote it; `model` the version that answered, `name@version`."""
+
+    model: str
+    answers: bytes
+
+
+class Replica:
+    """One address, and the connection to it while there is one."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._link: Link | None = None
+        self._connecting = asyncio.Lock()
+
+    @property
+    def outstanding(self) -> int:
+        return self._link.outstanding if self._link is not None else 0
+
+    async def link(self) -> Link:
+        """The open connection, made anew when the last one ended. Raises ReplicaGone."""
+        if self._link is None or self._link.closed:
+            async with self._connecting:
+                if self._link is None or self._link.closed:
+                    self._link = await Link.connect(self.address)
+        return self._link
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One endpoint as the table has it."""
+
+    endpoint: Endpoint
+    replicas: tuple[Replica, ...]
+
+    @property
+    def model(self) -> str:
+        return self.endpoint.model_ref or self.endpoint.model
+
+
+class Router:
+    """Sends a call to the replica of an endpoint that has the fewest outstanding.
+
+    `load` reads the endpoints (`store.endpoints.list`); it is called in a thread, every `refresh_seconds` and
+    when a replica has gone. An endpoint's `address` may hold several, separated by commas. A replica that left
+    the table is closed once its last call is answered, so a swap fails nobody.
+    """
+
+    def __init__(self, load: Callable[[], Sequence[Endpoint]], *, refresh_seconds: float = 0.2) -> None:
+        self._load = load
+        self._refresh_seconds = refresh_seconds
+        self._table: dict[str, Target] = {}
+        self._replicas: dict[str, Replica] = {}
+        self._refreshing = asyncio.Lock()
+        self._began = 0.0  # when the load that made the table began
+        self.ready = False
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._table
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Router]:
+        """Keeps the table fresh while entered; closes the connections at the end."""
+        await self._refresh_quietly()
+        task = asyncio.create_task(self._keep_fresh())
+        try:
+            yield self
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            for replica in self._replicas.values():
+                replica.close()
+            await asyncio.sleep(0)
+
+    async def refresh(self) -> None:
+        """Read the endpoints again; shared with whoever asks meanwhile, but never older than this call."""
+        asked = time.monotonic()
+        async with self._refreshing:
+            if self._began > asked:
+                return
+            began = time.monotonic()
+            self._apply(await asyncio.to_thread(self._load))
+            self._began = began
+            self.ready = True
+
+    async def predict(
+        self, name: str, texts: Sequence[str], *, deadline: float | None = None, logits: bool = False
+    ) -> Reply:
+        """Answers of the endpoint's model; `deadline` in unix seconds, None for the endpoint's own.
+
+        Raises NotFoundError, UnreachableError, and what the replica raises (BusyError, DeadlineError, InputError).
+        A call whose replica goes before it answers is sent once more to another one: predicting twice is harmless.
+        """
+        body = {"op": "predict", "texts": texts, "deadline": deadline, "logits": logits}
+        tried: list[Replica] = []
+        failure: Exception = ReplicaGone("it has no replica")
+        while len(tried) < _TRIES:
+            target = self._table.get(name) or await self._find(name)
+            replica = min((r for r in target.replicas if r not in tried), key=lambda r: r.outstanding, default=None)
+            if replica is None:
+                break
+            try:
+                return Reply(target.model, await (await replica.link()).call(body))
+            except ReplicaGone as gone:
+                failure = gone
+                tried.append(replica)
+                await self._refresh_quietly()
+            except BusyError as busy:
+                failure = busy
+                tried.append(replica)
+        if isinstance(failure, BusyError):
+            raise failure
+        raise _unreachable((await self._find(name)).endpoint, failure)
+
+    async def stats(self) -> dict[str, list[dict[str, Any]]]:
+        """Each endpoint's replicas' numbers; a replica that does not answer in a second is left out."""
+        asked = [(name, replica) for name, target in self._table.items() for replica in target.replicas]
+        found = await asyncio.gather(*(_stats_of(replica) for _, replica in asked))
+        by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in self._table}
+        for (name, _), numbers in zip(asked, found, strict=True):
+            if numbers is not None:
+                by_name[name].append(numbers)
+        return by_name
+
+    async def _find(self, name: str) -> Target:
+        if name not in self._table:
+            await self._refresh_quietly()
+        target = self._table.get(name)
+        if target is None:
+            known = sorted(self._table)
+            raise NotFoundError(
+                f"no endpoint '{name}'{nearest(name, known)}",
+                hint="see `llmo endpoints`" if known else "deploy a model first: `llmo deploy MODEL`",
+            )
+        return target
+
+    def _apply(self, endpoints: Sequence[Endpoint]) -> None:
+        table: dict[str, Target] = {}
+        for endpoint in endpoints:
+            addresses = (endpoint.address or "").split(",") if endpoint.state != "down" else []
+            replicas = tuple(self._replicas.setdefault(a, Replica(a)) for a in addresses if a)
+            table[endpoint.name] = Target(endpoint, replicas)
+        self._table = table
+        used = {r.address for target in table.values() for r in target.replicas}
+        for address in [a for a, r in self._replicas.items() if a not in used and r.outstanding == 0]:
+            self._replicas.pop(address).close()
+
+    async def _keep_fresh(self) -> None:
+        while True:
+            await asyncio.sleep(self._refresh_seconds)
+            await self._refresh_quietly()
+
+    async def _refresh_quietly(self) -> None:
+        try:
+            await self.refresh()
+        except Exception as error:  # whatever the store's trouble is, requests go on with the table there is
+            self.ready = False
+            _log.warning("the endpoints cannot be read: %s", error)
+
+
+def _unreachable(endpoint: Endpoint, failure: Exception) -> UnreachableError:
+    if endpoint.state == "starting":
+        return UnreachableError(
+            f"the endpoint '{endpoint.name}' is starting", hint="ask again in a few seconds; see `llmo endpoints`"
+        )
+    return UnreachableError(
+        f"no replica of '{endpoint.name}' answers: {failure}",
+        hint=f"it is started again by itself when it can be; see `llmo logs {endpoint.job or ''}`".rstrip(),
+    )
+
+
+async def _stats_of(replica: Replica) -> dict[str, Any] | None:
+    try:
+        async with asyncio.timeout(_STATS_SECONDS):
+            answer = await (await replica.link()).call({"op": "stats"})
+    except (ReplicaGone, TimeoutError):
+        return None
+    numbers: dict[str, Any] = answer["stats"]
+    return numbers
