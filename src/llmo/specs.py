@@ -154,7 +154,7 @@ class ProjectSpec(Spec):
     task: Annotated[TaskSpec, BeforeValidator(_task)] = Field(description="what is learnt")
     data: DataSpec = Field(description="where the text is")
     model: str = Field(description="the base model: package:NAME, a folder, hf:NAME, or a stored model NAME@VERSION")
-    train: TrainSpec = Field(default_factory=TrainSpec)
+    train: TrainSpec = Field(default_factory=TrainSpec, description="how the model is trained")
     compress: CompressSpec | None = Field(None, description="make it smaller and faster within a quality budget")
     deploy: DeploySpec | None = Field(None, description="serve it")
 
