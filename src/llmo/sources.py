@@ -28,8 +28,15 @@ def resolve(source: str, uploads: Path | None = None) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """The digest of a file's or folder's content, which names a data set's raw source in keys and lineage."""
-    return sha256_file(path) if path.is_file() else digest_of(manifest_of(path))
+    """The digest of a file's or folder's content, which names a data set's raw source in keys and lineage.
+
+    Raises DataError for a file that may not be read.
+    """
+    try:
+        return sha256_file(path) if path.is_file() else digest_of(manifest_of(path))
+    except PermissionError as error:
+        name = Path(str(error.filename)).name
+        raise DataError("no permission to read this file", where=name, hint=f"chmod u+r {name}") from None
 
 
 def is_local_path(source: str) -> bool:

@@ -1,0 +1,54 @@
+"""One row on its way from the source to the data set, and the reasons for which it may be dropped."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+SPLITS = ("train", "dev", "test")
+
+
+class Drop(enum.StrEnum):
+    """Why a row is not in the data set."""
+
+    EMPTY = "empty"
+    NO_LABEL = "no_label"
+    DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
+    LEAK = "leak"
+    CONFLICT = "conflict"
+
+
+@dataclass(slots=True)
+class Span:
+    """An entity: characters `start` to `end` (code points, end excluded) of its row's text."""
+
+    start: int
+    end: int
+    label: str
+
+
+@dataclass(slots=True)
+class Row:
+    """A text with what is known of it.
+
+    `labels` are the classes of the text, or the entity types of its spans; None when the source gives none.
+    `place` is where the row came from (`file:line`); `group` names the document that must not be divided.
+    """
+
+    text: str
+    labels: tuple[str, ...] | None
+    place: str
+    id: str = ""
+    split: str | None = None
+    spans: list[Span] = field(default_factory=list)
+    group: str | None = None
+
+
+@dataclass(slots=True)
+class Dropped:
+    """A row that was left out, and why."""
+
+    row: Row
+    reason: Drop
+    detail: str = ""
