@@ -1,0 +1,182 @@
+"""Real replicas for tests: a tiny trained-looking model, served in a thread of this process or in one of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from llmo.context import NullContext
+from llmo.engines.base import Request
+from llmo.engines.torch import TorchEngine
+from llmo.serve import replica
+from llmo.specs import DeploySpec
+from llmo.tasks.card import load_task, load_tokenizer, write_golden
+from llmo.types import Device
+from support.headed import headed_model
+from support.tiny import span_rows, text_rows
+
+PATIENCE = 60.0
+CPU = Device("cpu", "cpu", 0, 0, 1)
+T = TypeVar("T")
+
+
+def eventually(get: Callable[[], T], what: str, patience: float = PATIENCE) -> T:
+    """The first true value of `get`; polls, and fails with `what` when none comes."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        value = get()
+        if value:
+            return value
+        time.sleep(0.005)
+    raise AssertionError(f"it never came true: {what}")
+
+
+def served_model(folder: Path, task: str = "text-classification", *, seed: int = 0) -> Path:
+    """A model folder with a card and golden evidence, as training leaves it."""
+    headed_model(folder, task, seed=seed)
+    rows = span_rows(8) if task == "token-classification" else text_rows(8)
+    texts = [row["text"] for row in rows]
+    encodings = load_task(folder).encode(load_tokenizer(folder), texts)
+    logits = direct(folder, [e.input_ids for e in encodings])
+    write_golden(
+        folder,
+        [
+            {"text": text, "input_ids": e.input_ids, "logits": found}
+            for text, e, found in zip(texts, encodings, logits, strict=True)
+        ],
+    )
+    return folder
+
+
+def direct(folder: Path, ids: list[list[int]]) -> list[Any]:
+    """Logits of each text run alone through the reference engine: what batching must not change."""
+    engine = TorchEngine()
+    engine.load(folder, CPU)
+    logits = [next(iter(engine.run([Request(0, one)]))).data.tolist() for one in ids]
+    engine.close()
+    return logits
+
+
+def deploy(**changes: Any) -> dict[str, Any]:
+    return DeploySpec(endpoint="topics", **changes).plain()
+
+
+class ThreadReplica(NullContext):
+    """`serve` in a thread of this process."""
+
+    def __init__(self, model: Path, spec: Mapping[str, Any] | None = None) -> None:
+        super().__init__(cores=1)
+        self.address = ""
+        self.result: dict[str, Any] | None = None
+        self.error: BaseException | None = None
+        self.notes: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(model, spec or deploy()), daemon=True)
+
+    def _run(self, model: Path, spec: Mapping[str, Any]) -> None:
+        try:
+            self.result = replica.run(spec, {"model": model}, model, self)
+        except BaseException as error:
+            self.error = error
+
+    def ready(self, address: str) -> None:
+        self.address = address
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def should_stop(self) -> bool:
+        return self._stop.is_set()
+
+    def ask_to_stop(self) -> None:
+        self._stop.set()
+
+    def start(self) -> ThreadReplica:
+        self._thread.start()
+        eventually(lambda: self.address or self.error, "the replica is ready")
+        if self.error is not None:
+            raise self.error
+        return self
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+        if self.error is not None:
+            raise self.error
+
+    def __enter__(self) -> ThreadReplica:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+
+class ProcessReplica:
+    """`serve` in a process of its own, as a worker runs it."""
+
+    def __init__(self, model: Path, spec: Mapping[str, Any] | None = None) -> None:
+        root = Path(__file__).parents[1]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "support.serving", str(model), json.dumps(spec or deploy())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(root)},
+        )
+        assert self.process.stdout is not None
+        self.address = self.process.stdout.readline().strip()
+        assert self.address.startswith("unix:"), self.address
+
+    def modules(self) -> set[str]:
+        """Names of the modules the process has imported; ends the replica."""
+        out, _ = self.process.communicate("", PATIENCE)
+        assert self.process.returncode == 0
+        return set(json.loads(out))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def __enter__(self) -> ProcessReplica:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+
+def main() -> None:
+    """Serve until standard input ends, then print the imported modules."""
+
+    class Told(NullContext):
+        stopping = False
+
+        def ready(self, address: str) -> None:
+            print(address, flush=True)
+
+        def should_stop(self) -> bool:
+            return self.stopping
+
+    context = Told()
+
+    def wait() -> None:
+        sys.stdin.read()
+        context.stopping = True
+
+    threading.Thread(target=wait, daemon=True).start()
+    model = Path(sys.argv[1])
+    replica.run(json.loads(sys.argv[2]), {"model": model}, model, context)
+    print(json.dumps(sorted(sys.modules)))
+
+
+if __name__ == "__main__":
+    main()
