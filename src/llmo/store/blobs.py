@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from llmo.errors import StorageError
-from llmo.files import MANIFEST, digest_of, manifest_of, publish_json, sha256_file, storage_errors, sync_folder, tree
+from llmo.files import MANIFEST, digest_of, manifest_of, publish, sha256_file, storage_errors, sync_folder, tree
 from llmo.store.lock import file_lock
+from llmo.types import canonical
 
 Files = Mapping[str, Mapping[str, Any]]
 
@@ -101,7 +102,7 @@ class Blobs:
         """What the folder holds, or held before a publish that was cut off; written down in it before any move."""
         present = manifest_of(folder)
         if not (folder / MANIFEST).exists():
-            publish_json(folder / MANIFEST, {"files": present})
+            _write_manifest(folder, present)
             return present
         listed = _listed(folder)
         for name in sorted({*listed, *present}):
@@ -159,7 +160,7 @@ class Blobs:
                 folders.update(p for p in target.parents if p.is_relative_to(aside))
                 if not _link(self._blob(entry["sha256"]), target):
                     copies.append(target)
-            publish_json(aside / MANIFEST, {"files": files})
+            _write_manifest(aside, files)
             (aside / MANIFEST).chmod(_READ_ONLY)
             aside.chmod(0o755)
             _sync(copies)
@@ -227,6 +228,11 @@ _MAKE_AGAIN = "run its job again: the same spec makes the same bytes, and they a
 
 def _mend(folder: Path) -> str:
     return f"delete the folder {folder} and run its job again: the same spec makes the same bytes"
+
+
+def _write_manifest(folder: Path, files: Files) -> None:
+    # ASCII only: a file's name may hold bytes that are not UTF-8.
+    publish(folder / MANIFEST, canonical({"files": files}) + "\n")
 
 
 def _listed(folder: Path) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, func, select
 
+from llmo.errors import StorageError
 from llmo.files import storage_errors
 from llmo.store.blobs import Blobs
 from llmo.store.catalog import Catalog
@@ -42,7 +43,10 @@ class Store:
         """
         home = home.absolute()
         with storage_errors(home):
-            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                home.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise StorageError(f"{home} is not a folder", hint="set LLMO_HOME to a folder") from error
         database = Database(url_of(home, url))
         try:
             migrate(database, home)
