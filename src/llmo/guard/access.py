@@ -197,20 +197,24 @@ def check_declared(app: Any) -> None:
 
 def declarations(app: Any) -> list[tuple[str, Require | None]]:
     """(methods and path, requirement or None) of every route, mounts and included routers as well."""
-    return list(_walk(app.routes, ""))
+    return list(_walk(getattr(app, "router", app), "", None))
 
 
-def _walk(routes: Iterable[BaseRoute], prefix: str) -> Iterable[tuple[str, Require | None]]:
-    for route in routes:
+def _walk(router: Any, prefix: str, inherited: Require | None) -> Iterable[tuple[str, Require | None]]:
+    # FastAPI keeps the pages of `frontend()` apart from its routes.
+    for route in [*router.routes, *getattr(router, "_low_priority_routes", [])]:
         included = getattr(route, "original_router", None)  # FastAPI keeps an included router as one route
         if included is not None:
-            yield from _walk(included.routes, prefix)
+            context = route.include_context
+            given = next((d.dependency for d in context.dependencies if isinstance(d.dependency, Require)), inherited)
+            yield from _walk(included, prefix + context.prefix, given)
             continue
         requirement = _requirement(route)
+        if requirement is None and hasattr(route, "dependant"):  # others do not run what a router depends on
+            requirement = inherited
         path = prefix + str(getattr(route, "path", type(route).__name__))
-        inner = getattr(route, "routes", None)
-        if requirement is None and inner:
-            yield from _walk(inner, path)
+        if requirement is None and getattr(route, "routes", None):
+            yield from _walk(getattr(getattr(route, "app", None), "router", route), path, None)
         else:
             methods = sorted(getattr(route, "methods", None) or [])
             yield (f"{','.join(methods)} {path}".strip(), requirement)
@@ -220,7 +224,7 @@ def _requirement(route: BaseRoute) -> Require | None:
     app = getattr(route, "app", None)
     if isinstance(app, Guarded):
         return app.requirement
-    dependant = getattr(route, "dependant", None)
+    dependant: Any = getattr(route, "dependant", None)
     waiting = list(dependant.dependencies) if dependant is not None else []
     while waiting:
         dependency = waiting.pop()
