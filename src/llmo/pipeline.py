@@ -5,6 +5,7 @@ A step's inputs are named by content, so a step whose specification and inputs a
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ def _source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def base_name(source: str) -> str:
     """What a base model is called in the store: the last readable part of its source."""
-    return source.partition(":")[2].replace("/", ".") if ":" in source else Path(source).name
+    readable = source.partition(":")[2].replace("/", ".") if ":" in source else Path(source).name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", readable).strip("-.") or "base"
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             finished[key] = result
             if result.output is not None:
                 outputs[key] = result.output
-            ctx.report(len(finished), len(steps), step=key)
+            ctx.report(len(finished), len(steps), finished=key)
         if ctx.should_stop():
             raise Stopped
         time.sleep(POLL_SECONDS)

@@ -11,10 +11,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from llmo import pipeline, sources
-from llmo.errors import NotFoundError, SpecError, UnreachableError
+from llmo.errors import SpecError, UnreachableError
 from llmo.kernel.devices import detect
 from llmo.kernel.local import LocalExecutor
-from llmo.kernel.scheduler import Scheduler, SchedulerLock
+from llmo.kernel.scheduler import Holder, Scheduler, SchedulerLock
 from llmo.kernel.submit import cache_key, submit
 from llmo.plugins import operation
 from llmo.serve.protocol import predict_once
@@ -22,9 +22,10 @@ from llmo.settings import Settings
 from llmo.specfile import validate
 from llmo.specs import OPERATIONS, DeploySpec, ProjectSpec
 from llmo.store import Store
-from llmo.types import Artifact, Device, Endpoint, Event, Job, JobState, Kind, Needs, to_json
+from llmo.types import Artifact, Device, Endpoint, Event, Job, JobState, Key, Kind, Needs, to_json
 
 INPUT_KINDS = {"data": Kind.DATASET, "model": Kind.MODEL, "reference": Kind.MODEL}
+LOCK_SECONDS = 0.2  # between looks at whether the process that runs this store's jobs has gone
 STORED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*@\d+|sha256:[0-9a-f]{12,64}")
 
 
@@ -40,6 +41,7 @@ class System:
         self.embedded = embedded
         self.store = Store.open(self.settings.home, self.settings.database)
         self._devices = detect(self.settings)
+        self.url: str | None = None  # where this process answers over HTTP, when it does
         self._mine: set[int] = set()
         self._scheduler: _Driver | None = None
         self._starting = threading.Lock()
@@ -162,8 +164,23 @@ class System:
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         found = self.store.endpoints.get(endpoint)
         if found.job is None:
-            raise UnreachableError(f"the endpoint '{endpoint}' is down", hint=f"llmo deploy MODEL --endpoint {endpoint}")
+            raise UnreachableError(
+                f"the endpoint '{endpoint}' is down", hint=f"llmo deploy MODEL --endpoint {endpoint}"
+            )
         return predict_once(self._replica(found.job), list(texts), logits=logits)
+
+    # -- keys
+
+    def make_key(self, owner: str, role: str) -> tuple[Key, str]:
+        """A new key and its secret, which is kept nowhere. Raises InputError for an unknown role."""
+        return self.store.keys.create(owner, role)
+
+    def api_keys(self) -> list[Key]:
+        return self.store.keys.list()
+
+    def revoke_key(self, id: str) -> None:
+        """Raises NotFoundError for an id that is none."""
+        self.store.keys.revoke(id)
 
     # -- life
 
@@ -177,17 +194,30 @@ class System:
         """Run this job here too (embedded systems run only their own)."""
         self._mine.add(id)
         self.start()
+        if self._scheduler is not None:
+            self._scheduler.wake()
 
-    def scheduler_holder(self) -> str | None:
-        """Who runs this store's jobs when it is another process: a sentence, else None."""
+    def is_mine(self, job: Job) -> bool:
+        """Whether an embedded system was asked for this job, or for the job it belongs to."""
+        return job.id in self._mine or job.root in self._mine
+
+    def held_elsewhere(self) -> Holder | None:
+        """The other process that runs this store's jobs, if one does."""
         return self._scheduler.holder() if self._scheduler else None
 
     def close(self) -> None:
         """Stop what this process runs; endpoints stay declared and come back with the next server."""
         atexit.unregister(self.close)
-        if self._scheduler is not None:
-            self._scheduler.close()
-            self._scheduler = None
+        if self._scheduler is None:
+            self.store.close()
+            return
+        if self.embedded and self.held_elsewhere() is None:
+            for id in self._mine:
+                job = self.store.jobs.get(id)
+                if not job.state.ended and not job.service:
+                    self.store.jobs.request_stop(id)
+        self._scheduler.close()
+        self._scheduler = None
         self.store.close()
 
     def __enter__(self) -> Self:
@@ -276,5 +306,35 @@ class _Driver:
         self._lock = SchedulerLock(system.settings.home)
         self._scheduler: Scheduler | None = None
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="llmo-scheduler", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        while not self._lock.try_acquire(self._system.url):
+            if self._closing.wait(LOCK_SECONDS):
+                return
+        system = self._system
+        scope = system.is_mine if system.embedded else None
+        scheduler = Scheduler(system.store, LocalExecutor(), system.devices(), scope=scope, lock=self._lock)
+        self._scheduler = scheduler
+        if self._closing.is_set():
+            scheduler.stop()
+        scheduler.run()
+
+    def wake(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.wake()
+
+    def holder(self) -> Holder | None:
+        """The other process that runs this store's jobs, if one does."""
+        return None if self._lock.held else self._lock.holder()
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._scheduler is not None:
+            self._scheduler.stop()
+        self._thread.join()
+        if self._scheduler is not None:
+            self._scheduler.shutdown()
+        else:
+            self._lock.release()

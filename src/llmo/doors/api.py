@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
 
 from llmo import __version__, sources
 from llmo.errors import InputError, LLMOError, SpecError, TooLargeError
 from llmo.guard.access import check_declared, declare, require
-from llmo.serve.gateway import include_gateway
+from llmo.serve.gateway import error_response, include_gateway
 from llmo.system import System
-from llmo.types import Key, Kind, Needs, to_json
+from llmo.types import Kind, Needs, to_json
 
 UPLOAD_LIMIT = 16 << 30
 
@@ -62,6 +63,7 @@ def create_app(system: System) -> FastAPI:
     app = FastAPI(title="LLMO", version=__version__, description="An operating system for language models.")
     app.state.system = system
     app.add_exception_handler(LLMOError, _error)
+    app.add_exception_handler(RequestValidationError, _invalid)
     _projects(app, system)
     _jobs(app, system)
     _artifacts(app, system)
@@ -75,11 +77,15 @@ def create_app(system: System) -> FastAPI:
     return app
 
 
-async def _error(request: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, LLMOError):
-        raise error
-    headers = {"Retry-After": str(error.extra["retry_after"])} if "retry_after" in error.extra else None
-    return JSONResponse({"error": error.to_json()}, error.status, headers)
+async def _error(request: Request, error: Exception) -> Response:
+    return error_response(error if isinstance(error, LLMOError) else LLMOError("the server made a mistake"))
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """FastAPI's own words for a body or parameter that does not fit, as one of our errors."""
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": (), "msg": str(error)}
+    where = ".".join(str(part) for part in first["loc"])
+    return error_response(InputError(str(first["msg"]), where=where, hint="see /docs for what this route takes"))
 
 
 def _portable(project: dict[str, Any]) -> dict[str, Any]:
@@ -258,7 +264,7 @@ def _keys(app: FastAPI, system: System) -> None:
     @app.get("/v1/keys", dependencies=[Depends(require("keys.read"))])
     def keys() -> Any:
         """API keys, without their secrets."""
-        return to_json(system.keys())
+        return to_json(system.api_keys())
 
     @app.post("/v1/keys", dependencies=[Depends(require("keys.write"))], status_code=201)
     def make_key(body: KeyBody) -> Any:

@@ -97,7 +97,7 @@ class Client:
         body = {"texts": list(texts)} | ({"logits": True} if logits else {})
         return list(self._post(f"/v1/endpoints/{endpoint}/predict", body)["answers"])
 
-    def keys(self) -> list[dict[str, Any]]:
+    def api_keys(self) -> list[dict[str, Any]]:
         return list(self._get("/v1/keys"))
 
     def close(self) -> None:

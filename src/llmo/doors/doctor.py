@@ -45,7 +45,9 @@ def examine(settings: Settings | None = None) -> list[Check]:
 
 def _python() -> Check:
     found = ".".join(str(part) for part in sys.version_info[:3])
-    return Check("Python", sys.version_info >= (3, 11), found, "" if sys.version_info >= (3, 11) else "install Python 3.11+")
+    return Check(
+        "Python", sys.version_info >= (3, 11), found, "" if sys.version_info >= (3, 11) else "install Python 3.11+"
+    )
 
 
 def _packages(extra: str, names: tuple[str, ...]) -> Check:
@@ -79,12 +81,16 @@ def _home(settings: Settings) -> Check:
 def _room(settings: Settings) -> Check:
     folder = next(p for p in (settings.home, *settings.home.parents) if p.exists())
     free = shutil.disk_usage(folder).free
-    return Check("disk", free > ROOM, f"{free / (1 << 30):.1f} GiB free", "" if free > ROOM else "free 5 GiB or move LLMO_HOME")
+    return Check(
+        "disk", free > ROOM, f"{free / (1 << 30):.1f} GiB free", "" if free > ROOM else "free 5 GiB or move LLMO_HOME"
+    )
 
 
 def _sqlite() -> Check:
     works = sqlite3.sqlite_version_info >= (3, 35)
-    return Check("SQLite", works, sqlite3.sqlite_version, "" if works else "use a newer Python build, or set LLMO_DATABASE")
+    return Check(
+        "SQLite", works, sqlite3.sqlite_version, "" if works else "use a newer Python build, or set LLMO_DATABASE"
+    )
 
 
 def _server(settings: Settings) -> Check:

@@ -108,4 +108,6 @@ def absolute(source: str, base: Path) -> str:
 
 def reference(model: Artifact) -> dict[str, str]:
     """The input `reference` of a verification: the model a compressed one was made from."""
-    return {"reference": model.inputs["model"]} if model.card.get("engine") != "torch" and "model" in model.inputs else {}
+    return (
+        {"reference": model.inputs["model"]} if model.card.get("engine") != "torch" and "model" in model.inputs else {}
+    )

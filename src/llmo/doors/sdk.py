@@ -43,7 +43,9 @@ class Dataset(Stored):
     __slots__ = ()
 
     @classmethod
-    def load(cls, source: str | Path, *, name: str, task: str = "text-classification", api: Api | None = None, **spec: Any) -> Dataset:
+    def load(
+        cls, source: str | Path, *, name: str, task: str = "text-classification", api: Api | None = None, **spec: Any
+    ) -> Dataset:
         """Import a file, folder or `package:NAME/FOLDER`; further keywords are those of the `data:` section.
 
         Raises DataError for what cannot be read or learnt from.

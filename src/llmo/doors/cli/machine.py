@@ -26,12 +26,15 @@ def devices(as_json: Json = False) -> None:
     """
     with closing(flow.connect()) as api:
         found = api.devices()
-    rows = [(d.name, d.kind, d.cores, size(d.memory), size(d.free), "yes" if d.usable else "no", d.reason) for d in found]
+    rows = [
+        (d.name, d.kind, d.cores, size(d.memory), size(d.free), "yes" if d.usable else "no", d.reason) for d in found
+    ]
     emit(found, as_json, lambda: table("", ["device", "kind", "cores>", "memory>", "free>", "usable", "why"], rows))
 
 
 def models(
-    ref: Annotated[str | None, typer.Argument(help="One model, in full, with its lineage.")] = None, as_json: Json = False
+    ref: Annotated[str | None, typer.Argument(help="One model, in full, with its lineage.")] = None,
+    as_json: Json = False,
 ) -> None:
     """List the stored models, or show one with its lineage.
 
@@ -44,7 +47,10 @@ def models(
             emit({"model": found, "lineage": line}, as_json, lambda: _show_model(found, line))
             return
         all_models = api.artifacts(Kind.MODEL)
-    rows = [(a.ref, a.card.get("engine", "-"), a.card.get("precision", "-"), _quality(a), size(a.size), ago(a.created_at)) for a in all_models]
+    rows = [
+        (a.ref, a.card.get("engine", "-"), a.card.get("precision", "-"), _quality(a), size(a.size), ago(a.created_at))
+        for a in all_models
+    ]
     columns = ["model", "engine", "precision", "held-out quality", "size>", "made"]
     emit(all_models, as_json, lambda: table("", columns, rows))
 
@@ -56,15 +62,31 @@ def _quality(model: Artifact) -> str:
 
 def _show_model(model: Artifact, line: list[Artifact]) -> None:
     card = model.card
-    facts = [("digest", model.digest), ("size", size(model.size)), ("made", ago(model.created_at)), ("job", str(model.job or "-"))]
-    facts += [(key, str(card[key])) for key in ("engine", "precision", "method", "parameters", "trained_parameters", "code") if key in card]
-    facts += [(f"test {name}", figure(v)) for name, v in card.get("metrics", {}).get("test", {}).get("after", {}).items()]
+    facts = [
+        ("digest", model.digest),
+        ("size", size(model.size)),
+        ("made", ago(model.created_at)),
+        ("job", str(model.job or "-")),
+    ]
+    facts += [
+        (key, str(card[key]))
+        for key in ("engine", "precision", "method", "parameters", "trained_parameters", "code")
+        if key in card
+    ]
+    facts += [
+        (f"test {name}", figure(v)) for name, v in card.get("metrics", {}).get("test", {}).get("after", {}).items()
+    ]
     table(f"model {model.ref}", ["", ""], facts)
-    table("\nlineage", ["", "kind", "digest", "made"], [(a.ref, a.kind.value, a.digest[:19], ago(a.created_at)) for a in line])
+    table(
+        "\nlineage",
+        ["", "kind", "digest", "made"],
+        [(a.ref, a.kind.value, a.digest[:19], ago(a.created_at)) for a in line],
+    )
 
 
 def endpoints(
-    remove: Annotated[str | None, typer.Option(help="Take this endpoint down and forget it.")] = None, as_json: Json = False
+    remove: Annotated[str | None, typer.Option(help="Take this endpoint down and forget it.")] = None,
+    as_json: Json = False,
 ) -> None:
     """List the endpoints, what is behind them, and whether they answer.
 

@@ -85,13 +85,17 @@ def ask(api: Api, endpoint: str, steps: Mapping[str, Any], door: Door) -> list[d
     different = list({str(row.get("label", index)): row for index, row in enumerate(rows)}.values())[:3]
     answers = door.predict(endpoint, [row["text"] for row in different])
     return [
-        {"text": row["text"], "true": _truth(row), "answer": answer} for row, answer in zip(different, answers, strict=True)
+        {"text": row["text"], "true": _truth(row), "answer": answer}
+        for row, answer in zip(different, answers, strict=True)
     ]
 
 
 def _truth(row: Mapping[str, Any]) -> str:
     if "spans" in row:
-        return ", ".join(f"{span['label']} '{row['text'][span['start'] : span['end']]}'" for span in row["spans"]) or "none"
+        return (
+            ", ".join(f"{span['label']} '{row['text'][span['start'] : span['end']]}'" for span in row["spans"])
+            or "none"
+        )
     return ", ".join(row["labels"]) if "labels" in row else str(row["label"])
 
 

@@ -14,7 +14,6 @@ from rich.table import Table
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.doors.cli.show import Json, ago, console, emit, seconds, shorten, size, table
-from llmo.errors import InputError
 from llmo.types import Endpoint, Event, Job
 
 Id = Annotated[int, typer.Argument(help="The job's number, as `llmo ps` shows it.")]
@@ -29,8 +28,11 @@ def register(app: typer.Typer) -> None:
 
 
 def up(
-    host: Annotated[str, typer.Option(help="The address to listen on; others than loopback expose the server.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="The address to listen on; others than loopback expose the server.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.", min=0, max=65535)] = 8420,
+    expose: Annotated[bool, typer.Option("--expose", help="Allow a host that other machines reach.")] = False,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Run in the background.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -41,10 +43,12 @@ def up(
     from llmo.doors import server  # the HTTP stack is only needed here
 
     if detach:
-        found = server.start_detached(host, port)
+        found = server.start_detached(host, port, expose=expose)
         emit(found, as_json, lambda: _show_up(found.url, found.key))
         return
-    server.serve(host, port, ready=lambda found: emit(found, as_json, lambda: _show_up(found.url, found.key)))
+    server.serve(
+        host, port, expose=expose, ready=lambda found: emit(found, as_json, lambda: _show_up(found.url, found.key))
+    )
 
 
 def _show_up(url: str, key: str | None) -> None:
@@ -128,7 +132,9 @@ def endpoints_table(endpoints: list[Endpoint]) -> Table:
     for name in ("endpoint", "state", "model", "engine", "job"):
         grid.add_column(name)
     for e in endpoints:
-        grid.add_row(e.name, e.state, e.model_ref or e.model[:19], f"{e.engine} {e.precision}".strip(), str(e.job or "-"))
+        grid.add_row(
+            e.name, e.state, e.model_ref or e.model[:19], f"{e.engine} {e.precision}".strip(), str(e.job or "-")
+        )
     return grid
 
 
@@ -150,7 +156,9 @@ def logs(
             for event in events:
                 emit(event, as_json, lambda event=event: _show_event(event))  # type: ignore[misc]
             if text:
-                emit({"log": text}, as_json, lambda text=text: console.print(text, end="", markup=False, soft_wrap=True))  # type: ignore[misc]
+                emit(
+                    {"log": text}, as_json, lambda text=text: console.print(text, end="", markup=False, soft_wrap=True)
+                )  # type: ignore[misc]
             after = events[-1].id if events else after
             if not events and not text and (not follow or job.state.ended):
                 break
@@ -161,8 +169,12 @@ def logs(
 
 
 def _show_event(event: Event) -> None:
-    data = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in event.data.items())
-    console.print(f"{time.strftime('%H:%M:%S', time.localtime(event.at))} {event.kind}: {data}", markup=False, soft_wrap=True)
+    data = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in event.data.items()
+    )
+    console.print(
+        f"{time.strftime('%H:%M:%S', time.localtime(event.at))} {event.kind}: {data}", markup=False, soft_wrap=True
+    )
 
 
 def kill(id: Id, as_json: Json = False) -> None:
@@ -190,7 +202,11 @@ def key_make(
     with System() as system:
         key, secret = system.make_key(owner, role)
     shown = {"id": key.id, "owner": owner, "role": role, "key": secret}
-    emit(shown, as_json, lambda: console.print(f"key {key.id} for {owner} ({role}), shown this once:\n  {secret}", soft_wrap=True))
+    emit(
+        shown,
+        as_json,
+        lambda: console.print(f"key {key.id} for {owner} ({role}), shown this once:\n  {secret}", soft_wrap=True),
+    )
 
 
 @key_app.command("list")
@@ -202,13 +218,15 @@ def key_list(as_json: Json = False) -> None:
     from llmo.system import System
 
     with System() as system:
-        keys = system.keys()
+        keys = system.api_keys()
     rows = [(k.id, k.owner, k.role, ago(k.created_at), "revoked" if k.revoked_at else "") for k in keys]
     emit(keys, as_json, lambda: table("", ["key", "owner", "role", "made", ""], rows))
 
 
 @key_app.command("revoke")
-def key_revoke(id: Annotated[str, typer.Argument(help="The key's id, as `llmo key list` shows it.")], as_json: Json = False) -> None:
+def key_revoke(
+    id: Annotated[str, typer.Argument(help="The key's id, as `llmo key list` shows it.")], as_json: Json = False
+) -> None:
     """Revoke an API key; requests with it are refused within seconds.
 
     Example: llmo key revoke k3f9a1
@@ -216,7 +234,5 @@ def key_revoke(id: Annotated[str, typer.Argument(help="The key's id, as `llmo ke
     from llmo.system import System
 
     with System() as system:
-        if id not in {key.id for key in system.keys()}:
-            raise InputError(f"no key '{id}'", hint="see: llmo key list")
-        system.store.keys.revoke(id)
+        system.revoke_key(id)
     emit({"revoked": id}, as_json, lambda: console.print(f"revoked {id}"))

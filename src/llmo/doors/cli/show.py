@@ -28,7 +28,9 @@ def emit(value: Any, as_json: bool, otherwise: Callable[[], object]) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A plain table; a column whose name ends in `>` is aligned to the right."""
-    grid = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    grid = Table(
+        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for name in columns:
         right = name.endswith(">")
         grid.add_column(name.rstrip(">"), justify="right" if right else "left", header_style="dim", overflow="fold")

@@ -105,7 +105,9 @@ def _rows(artifact: Artifact) -> str:
 
 def show_dataset(artifact: Artifact) -> None:
     card = artifact.card
-    facts = [("rows", f"{card['rows']['read']} read, {_rows(artifact)} train/dev/test, {card['rows']['dropped']} dropped")]
+    facts = [
+        ("rows", f"{card['rows']['read']} read, {_rows(artifact)} train/dev/test, {card['rows']['dropped']} dropped")
+    ]
     facts += [(f"dropped: {reason.replace('_', ' ')}", str(count)) for reason, count in card["dropped"].items()]
     facts += [("labels", ", ".join(f"{label} {count}" for label, count in card["labels"].items()))]
     table(f"data set {artifact.ref}", ["", ""], facts)
@@ -232,7 +234,11 @@ def deploy(
         job = api.submit("serve", {"endpoint": name, **assignments(settings)}, {"model": artifact.digest})
         _do(api, job, as_json)
         found = next(e for e in api.endpoints() if e.name == name)
-    emit(found, as_json, lambda: console.print(f"endpoint {name} serves {artifact.ref}; try: llmo predict {name} 'a text'"))
+    emit(
+        found,
+        as_json,
+        lambda: console.print(f"endpoint {name} serves {artifact.ref}; try: llmo predict {name} 'a text'"),
+    )
 
 
 def predict(

@@ -1,4 +1,4 @@
-"""What `llmo check` and `llmo run` tell at the end: the data, the plan, before and after, the variants, the endpoint."""
+"""What `llmo check` and `llmo run` tell: the data, the plan, before and after, the variants, the endpoint."""
 
 from __future__ import annotations
 
@@ -59,28 +59,31 @@ def _state(step: Mapping[str, Any]) -> str:
 def show_check(spec: ProjectSpec, report: Mapping[str, Any]) -> None:
     tokens, need = report["tokens"], report["forecast"]
     facts = [
-        ("rows", report["rows"]),
+        ("rows", ", ".join(f"{name} {count}" for name, count in report["rows"].items())),
         ("labels", ", ".join(f"{name} {count}" for name, count in report["labels"].items())),
         ("duplicates", report["duplicates"]),
         ("empty", report["empty"]),
         ("encodings", ", ".join(f"{name} {count}" for name, count in report["encodings"].items()) or "-"),
         ("characters", f"median {report['median_characters']}, longest {report['longest_characters']}"),
         ("tokens", f"mean {tokens['mean']:.0f}, 95% under {tokens['p95']}, longest {tokens['longest']}"),
-        ("truncated", f"{tokens['truncated']:.1%} of texts at max_length {tokens['max_length']}{_of(tokens)}"),
+        ("truncated", _truncated(tokens)),
         ("memory", f"about {size(need['memory_bytes'])} to train; {_free(report['devices'])}"),
         ("disk", f"about {size(need['disk_bytes'])}"),
         ("steps", f"{need['steps']} optimiser steps"),
     ]
     table(f"{spec.name}: {spec.task.name}", ["", ""], facts)
+    for note in report["notes"]:
+        console.print(f"  note: {note}", markup=False, soft_wrap=True)
     console.print("\n[bold]three samples as the model will see them[/]")
     for sample in report["samples"]:
-        console.print(f"  {sample['label']}: {shorten(sample['text'], 100)}", markup=False, soft_wrap=True)
+        console.print(f"  {sample['tokens']}\n    -> {sample['answer']}", markup=False, soft_wrap=True)
     console.print()
     show_plan(spec, report["plan"])
 
 
-def _of(tokens: Mapping[str, Any]) -> str:
-    return f" (of {tokens['sampled']} sampled)" if tokens["sampled"] < tokens["rows"] else ""
+def _truncated(tokens: Mapping[str, Any]) -> str:
+    of = f" (of {tokens['sampled']} sampled)" if tokens["sampled"] < tokens["texts"] else ""
+    return f"{tokens['truncated_count']} texts, {tokens['truncated']:.1%}, at max_length {tokens['max_length']}{of}"
 
 
 def _free(devices: Sequence[Device]) -> str:
@@ -115,13 +118,17 @@ def _show_data(step: Mapping[str, Any]) -> None:
         ],
     )  # fmt: skip
     for reason, count in dropped.items():
-        console.print(f"  dropped {count}: {reason.replace('_', ' ')}   [dim]see: llmo data show {step['ref']} --dropped[/]")
+        console.print(
+            f"  dropped {count}: {reason.replace('_', ' ')}   [dim]see: llmo data show {step['ref']} --dropped[/]"
+        )
     console.print()
 
 
 def _show_quality(steps: Steps) -> None:
     test = steps["train"]["result"]["test"]
-    shown = [name for name in ("accuracy", "micro_f1", "f1", "precision", "recall", "macro_f1") if name in test["after"]]
+    shown = [
+        name for name in ("accuracy", "micro_f1", "f1", "precision", "recall", "macro_f1") if name in test["after"]
+    ]
     served = steps.get("evaluate", {}).get("result", {}).get("metrics")
     columns = ["on held-out documents", "before training>", "after training>"] + (["served>"] if served else [])
     rows = [
@@ -164,7 +171,9 @@ def _show_endpoint(door: Door, name: str, answers: Sequence[Mapping[str, Any]]) 
 
 def brief(answer: Mapping[str, Any]) -> str:
     if "entities" in answer:
-        return ", ".join(f"{e['label']} '{e['text']}' {e['start']}-{e['end']}" for e in answer["entities"]) or "no entity"
+        return (
+            ", ".join(f"{e['label']} '{e['text']}' {e['start']}-{e['end']}" for e in answer["entities"]) or "no entity"
+        )
     if "labels" in answer:
         return ", ".join(answer["labels"]) or "no label"
     return f"{answer['label']} ({answer['score']:.3f})"
