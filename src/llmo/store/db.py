@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, NoSuchModuleError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from llmo.errors import EnvironmentProblem, InputError, LLMOError, SpecError, StorageError
@@ -145,6 +145,8 @@ def _busy(where: str) -> StorageError:
 
 
 def _explain(error: DBAPIError, where: str) -> LLMOError:
+    if isinstance(error, DataError):
+        return InputError(f"a value is larger than the database takes: {error.orig}")
     name = str(getattr(error.orig, "sqlite_errorname", ""))
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return _busy(where)

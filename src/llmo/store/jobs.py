@@ -173,17 +173,19 @@ class Jobs:
         """
         with self._db.write() as connection:
             job = _one(connection, id)
-            if job.attempt != attempt or job.state is JobState.DONE:
-                raise ConflictError(
-                    f"job {id} cannot be tried again: it is {job.state.value} in attempt {job.attempt}",
-                    hint="submit it as a new job",
-                )
             if job.stop_requested and not job.state.ended:
                 changes = _stopped(time.time())
             else:
                 changes = _NEXT_ATTEMPT | {"attempt": attempt + 1, "reason": why}
-            guard = and_(table.c.id == id, table.c.attempt == attempt, table.c.state == job.state.value)
-            connection.execute(update(table).where(guard).values(**_encode(changes)))
+            here = and_(table.c.id == id, table.c.attempt == attempt, table.c.state == job.state.value)
+            moved = job.state is JobState.DONE or (
+                connection.execute(update(table).where(here).values(**_encode(changes))).rowcount == 0
+            )
+            if moved:
+                raise ConflictError(
+                    f"job {id} cannot be tried again: it is {job.state.value} in attempt {job.attempt}",
+                    hint="see `llmo ps`, or submit it as a new job",
+                )
             return _one(connection, id)
 
     def request_stop(self, id: int) -> None:
