@@ -101,8 +101,8 @@ class FileContext:
             self._write("progress", line)
 
     def _write(self, kind: str, data: Mapping[str, Any]) -> None:
-        line = json.dumps({"at": time.time(), "kind": kind, "data": data}, allow_nan=False) + "\n"
-        rest = line.encode()
+        line = json.dumps({"at": time.time(), "kind": kind, "data": data}, allow_nan=False, ensure_ascii=False) + "\n"
+        rest = line.encode(errors="replace")  # half a surrogate pair cannot be stored
         while rest:  # a disk that fills up takes a part
             rest = rest[os.write(self._events, rest) :]
 

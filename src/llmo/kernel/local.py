@@ -42,6 +42,7 @@ class _Running:
     oom_kills: int
     kill_at: float | None = None
     asked: bool = False
+    watched: bool = True
 
 
 class LocalExecutor:
@@ -105,6 +106,10 @@ class LocalExecutor:
         # Not reaped before its group is dead: until then its number cannot pass to a stranger.
         if os.waitid(os.P_PID, handle.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return None
+        if running.watched:
+            # Its end is known: it rings no more while what it started dies.
+            running.watched = False
+            self._selector.unregister(running.pidfd)
         if self._survivors(handle):
             return None
         return self._reap(handle, running)
@@ -184,7 +189,8 @@ class LocalExecutor:
 
     def _reap(self, handle: Handle, running: _Running) -> Exit:
         code = running.popen.wait()
-        self._selector.unregister(running.pidfd)
+        if running.watched:
+            self._selector.unregister(running.pidfd)
         os.close(running.pidfd)
         os.close(running.lifeline)
         del self._running[handle]

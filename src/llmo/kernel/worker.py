@@ -20,7 +20,7 @@ from typing import Any
 from llmo.context import Stopped
 from llmo.errors import EnvironmentProblem, JobFailed, LLMOError, StorageError
 from llmo.files import MANIFEST, manifest_of, publish, publish_json
-from llmo.kernel import jobdir
+from llmo.kernel import jobdir, processes
 from llmo.kernel.executor import DONE, FAILED, OUT_OF_MEMORY, STOPPED
 from llmo.kernel.filecontext import FileContext
 from llmo.kernel.local import DOORBELL, LIFELINE
@@ -33,7 +33,7 @@ def main(folder: Path) -> int:
     faulthandler.enable()
     lifeline = _inherited(LIFELINE)
     if lifeline is not None:
-        threading.Thread(target=_die_with_scheduler, args=(lifeline,), name="lifeline", daemon=True).start()
+        threading.Thread(target=_die_with_scheduler, args=(folder, lifeline), name="lifeline", daemon=True).start()
     lock = os.open(folder / jobdir.LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     # Whatever else went wrong, two attempts of one job never run side by side.
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -93,7 +93,10 @@ def _finish(folder: Path, attempt: int, result: Any) -> None:
 
 def _fail(folder: Path, error: LLMOError, code: int) -> int:
     sys.stderr.write(f"{error.code}: {error}\n")
-    publish(folder / jobdir.ERROR, json.dumps(error.to_json(), default=str))
+    try:
+        publish(folder / jobdir.ERROR, json.dumps(error.to_json(), default=str))
+    except (StorageError, OSError) as trouble:
+        sys.stderr.write(f"{trouble}\n")  # the exit code still says what happened
     return code
 
 
@@ -133,8 +136,9 @@ def _inherited(variable: str) -> int | None:
     return int(text)
 
 
-def _die_with_scheduler(lifeline: int) -> None:
+def _die_with_scheduler(folder: Path, lifeline: int) -> None:
     os.read(lifeline, 1)  # nobody writes: it returns when the other end is closed
+    processes.kill(processes.members(folder))  # what moved to a session of its own
     os.killpg(0, signal.SIGKILL)
 
 

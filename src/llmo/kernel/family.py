@@ -1,0 +1,79 @@
+"""Parents and children: submits what a job spawns, and lets each parent hear of the children that ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llmo.errors import LLMOError, StorageError
+from llmo.kernel import staging
+from llmo.kernel.submit import Lookup, submit
+from llmo.store import Store
+from llmo.types import Device, Job, JobState, Needs, Reason
+
+# Children change state in this process, which says so; only a stop of a queued one comes from elsewhere.
+_LOOK_SECONDS = 0.5
+
+
+class Family:
+    """What running parents wait for. `adopted` are the jobs that run here because a parent here waits for them."""
+
+    def __init__(self, store: Store, devices: Sequence[Device], lookup: Lookup) -> None:
+        self.adopted: set[int] = set()
+        self.changed = False
+        self._store = store
+        self._devices = devices
+        self._lookup = lookup
+        self._awaited: dict[int, dict[str, int]] = {}  # parent -> key -> child
+        self._looked = 0.0
+
+    def begin(self, parent: Job) -> None:
+        """A parent starts (again): it is to hear of every child it has, those of earlier attempts too."""
+        children = self._store.jobs.list(parent=parent.id, limit=None)
+        self._awaited[parent.id] = {job.child_key: job.id for job in children if job.child_key is not None}
+        self.adopted |= {job.id for job in children}
+        self.changed = True
+
+    def spawn(self, parent: Job, data: Mapping[str, Any]) -> None:
+        """A child for a `spawn` event; one that cannot be submitted is a child that failed."""
+        child = self._submit(parent, data)
+        self._awaited.setdefault(parent.id, {})[data["key"]] = child.id
+        self.adopted.add(child.id)
+        self.changed = True
+
+    def end(self, parent: Job, *, stop: bool) -> None:
+        """A parent ended; with `stop`, nobody waits for its children any more."""
+        self._awaited.pop(parent.id, None)
+        if not stop:
+            return
+        for child in self._store.jobs.list(parent=parent.id, service=False, limit=None):
+            if not child.state.ended:
+                self._store.jobs.request_stop(child.id)
+
+    def deliver(self) -> None:
+        """Tell running parents of the children that came to their end since the last time."""
+        now = time.monotonic()
+        if not self.changed and now - self._looked < _LOOK_SECONDS:
+            return
+        self.changed, self._looked = False, now
+        for parent, awaited in self._awaited.items():
+            for key, id in list(awaited.items()):
+                child = self._store.jobs.get(id)
+                if staging.is_due(child):
+                    staging.deliver(self._store, parent, key, staging.result_of(self._store, child))
+                    del awaited[key]
+
+    def _submit(self, parent: Job, data: Mapping[str, Any]) -> Job:
+        asked: dict[str, Any] = {"op": data["op"], "spec": data["spec"], "inputs": data["inputs"], "name": data["name"]}
+        kin: dict[str, Any] = {"parent": parent.id, "child_key": data["key"], "owner": parent.owner}
+        try:
+            fresh = bool(parent.spec.get("fresh"))
+            return submit(self._store, self._devices, **asked, **kin, fresh=fresh, lookup=self._lookup)
+        except StorageError:
+            raise  # the disk's fault, not the child's: the event is read again
+        except LLMOError as error:
+            ended: dict[str, Any] = {"state": JobState.FAILED, "reason": Reason.ERROR}
+            child = self._store.jobs.insert(**asked, **kin, needs=Needs(cores=0, memory=0), **ended)
+            self._store.jobs.update(child.id, child.attempt, error=error.to_json())
+            return self._store.jobs.get(child.id)

@@ -1,0 +1,82 @@
+"""Moves endpoints: a service that answers takes over its endpoint's name, and what it replaces is asked to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmo.errors import NotFoundError
+from llmo.store import Store
+from llmo.types import Endpoint, Job, JobState
+
+_ACTIVE = [state for state in JobState if not state.ended]
+_BACKOFF_SECONDS, _LONGEST_SECONDS = 0.5, 30.0
+
+
+def endpoint_of(job: Job) -> str | None:
+    """The public name a job serves under, if it does."""
+    name = job.spec.get("endpoint") if job.service else None
+    return name if isinstance(name, str) else None
+
+
+def announce(store: Store, job: Job) -> None:
+    """A service begins: an endpoint that is new, or whose service this is, says `starting`."""
+    name = endpoint_of(job)
+    if name is None:
+        return
+    known = find(store, name)
+    if known is None or known.job == job.id:
+        store.endpoints.set(name, state="starting", address=None, **_described(store, job))
+
+
+def take_over(store: Store, job: Job, address: str) -> None:
+    """The service answers: the endpoint points to it from now on, and older services of that name drain.
+
+    When a newer service has the name already, this one is the older and is asked to stop.
+    """
+    name = endpoint_of(job)
+    if name is None:
+        return
+    known = find(store, name)
+    if known is not None and known.job is not None and known.job > job.id and known.state == "up":
+        store.jobs.request_stop(job.id)
+        return
+    store.endpoints.set(name, state="up", address=address, **_described(store, job))
+    for other in store.jobs.list(states=_ACTIVE, service=True, limit=None):
+        if endpoint_of(other) == name and other.id < job.id:
+            store.jobs.request_stop(other.id)
+
+
+def leave(store: Store, job: Job, state: str) -> None:
+    """The service answers no more; its endpoint, unless another service has it, is `down` or `starting`."""
+    name = endpoint_of(job)
+    known = find(store, name) if name is not None else None
+    if known is not None and known.job == job.id:
+        store.endpoints.point(known.name, job.id, state=state, address=None)
+
+
+def find(store: Store, name: str) -> Endpoint | None:
+    try:
+        return store.endpoints.get(name)
+    except NotFoundError:
+        return None
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait before a service that died `failures` times in a row is started again."""
+    return float(min(_LONGEST_SECONDS, _BACKOFF_SECONDS * 2 ** min(failures - 1, 10)))
+
+
+def _described(store: Store, job: Job) -> dict[str, Any]:
+    digest = job.inputs.get("model", "")
+    artifact = store.catalog.find(digest) if digest else None
+    card: Mapping[str, Any] = artifact.card if artifact is not None else {}
+    task = card.get("task")
+    return {
+        "job": job.id,
+        "model": digest,
+        "model_ref": artifact.ref if artifact is not None else "",
+        "task": str(task.get("task", "")) if isinstance(task, Mapping) else str(task or ""),
+        "engine": str(card.get("engine", "")),
+        "precision": str(card.get("precision", "")),
+    }
