@@ -12,6 +12,7 @@ import torch
 
 from llmo import plugins
 from llmo.tasks.base import Encoding, Task
+from llmo.tasks.metrics import Tally
 from support.tiny import span_rows, text_rows, tiny_tokenizer
 
 
@@ -86,13 +87,23 @@ def test_intervals_hold_their_values(case: Case) -> None:
     logits = [perfect(case.task, t) for t in case.targets]
     logits[::2] = [-x for x in logits[::2]]
     measured = case.task.measure(logits, case.rows, case.encodings)
-    found = case.task.measure_with_intervals(logits, case.rows, case.encodings)
+    found = case.task.intervals(case.task.tally(logits, case.rows, case.encodings))
     assert set(found) == set(measured)
     for name, interval in found.items():
         assert interval["value"] == pytest.approx(measured[name])
         assert 0.0 <= interval["low"] <= interval["high"] <= 1.0
     main = found[case.task.metric]
     assert main["low"] < main["value"] < main["high"]
+
+
+def test_a_split_measured_in_parts_is_the_split_measured_whole(case: Case) -> None:
+    logits = [perfect(case.task, t) for t in case.targets]
+    logits[::3] = [-x for x in logits[::3]]
+    whole = case.task.tally(logits, case.rows, case.encodings)
+    cuts = [slice(0, 5), slice(5, 30), slice(30, None)]
+    parts = Tally.merged([case.task.tally(logits[c], case.rows[c], case.encodings[c]) for c in cuts])
+    assert case.task.details(parts) == case.task.details(whole)
+    assert case.task.intervals(parts, seed=4) == case.task.intervals(whole, seed=4)
 
 
 def test_agreement_is_reflexive_and_sees_a_change(case: Case) -> None:
@@ -132,7 +143,8 @@ def test_answers_are_plain_json(case: Case) -> None:
 
 
 def test_details_are_plain_json(case: Case) -> None:
-    details = case.task.details([perfect(case.task, t) for t in case.targets], case.rows, case.encodings)
+    logits = [perfect(case.task, t) for t in case.targets]
+    details = case.task.details(case.task.tally(logits, case.rows, case.encodings))
     assert json.loads(json.dumps(details, allow_nan=False)) == details
 
 

@@ -134,13 +134,11 @@ class Task(ABC):
         """Metrics over a whole split."""
         return {k: float(v) for k, v in self.scores(self.tally(logits, rows, encodings).totals()).items()}
 
-    def measure_with_intervals(
-        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding], seed: int = 0
-    ) -> dict[str, dict[str, float]]:
-        """As `measure`, each metric as `{"value", "low", "high"}` with its 95% bootstrap interval over rows."""
-        return with_intervals(self.tally(logits, rows, encodings), self.scores, seed)
+    def intervals(self, tally: Tally, seed: int = 0) -> dict[str, dict[str, float]]:
+        """Each metric as `{"value", "low", "high"}`: with its 95% bootstrap interval over rows."""
+        return with_intervals(tally, self.scores, seed)
 
-    def details(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> dict[str, Any]:
+    def details(self, tally: Tally) -> dict[str, Any]:
         """What a report shows beyond the metrics, such as a confusion matrix; JSON values."""
         return {}
 

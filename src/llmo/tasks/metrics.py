@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +59,13 @@ class Tally:
         exact = (hits == predicted).all(1) & (hits == gold).all(1)
         joined = np.concatenate([hits, predicted, gold, exact[:, None]], axis=1).astype(np.int64)
         counts, times = np.unique(joined, axis=0, return_counts=True)
+        return cls(counts, times.astype(np.int64))
+
+    @classmethod
+    def merged(cls, parts: Sequence[Tally]) -> Tally:
+        """The tally of all rows of several; a split may be measured part by part."""
+        counts, where = np.unique(np.concatenate([part.counts for part in parts]), axis=0, return_inverse=True)
+        times = np.bincount(where.ravel(), np.concatenate([part.times for part in parts]), len(counts))
         return cls(counts, times.astype(np.int64))
 
     def totals(self) -> Totals:

@@ -99,7 +99,8 @@ class TextClassification(Task):
 
     def tally(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> Tally:
         if not self.multi_label:
-            gold, predicted = self._pairs(logits, rows)
+            gold = np.array([self._find(_single(row)) for row in rows], np.int64)
+            predicted = np.stack(list(logits)).argmax(1).astype(np.int64)
             return Tally.of_pairs(gold, predicted, len(self.labels))
         wanted = np.stack([self.target(row, e) for row, e in zip(rows, encodings, strict=True)]).astype(np.int64)
         given = (sigmoid(np.stack(list(logits))) > THRESHOLD).astype(np.int64)
@@ -113,16 +114,16 @@ class TextClassification(Task):
             named = {"accuracy": exact, "macro_f1": macro_f1(totals), "weighted_f1": weighted_f1(totals)}
         return named | per_class(totals, self.labels)
 
-    def details(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> dict[str, Any]:
-        """Single label: `confusion[gold][answer]`; multi label: right, given and asked for per label."""
+    def details(self, tally: Tally) -> dict[str, Any]:
+        """Single label: `confusion[gold][answer]`; multi label: right, answered and gold per label."""
         if self.multi_label:
-            totals = self.tally(logits, rows, encodings).totals()
+            totals = tally.totals()
             columns = {"right": totals.hits, "answered": totals.predicted, "gold": totals.gold}
             return {"per_label": {x: {k: int(v[i]) for k, v in columns.items()} for i, x in enumerate(self.labels)}}
-        gold, predicted = self._pairs(logits, rows)
         size = len(self.labels)
-        confusion = np.bincount(gold * size + predicted, minlength=size * size).reshape(size, size)
-        return {"labels": list(self.labels), "confusion": confusion.tolist()}
+        predicted, gold = (tally.counts[:, i * size : (i + 1) * size].argmax(1) for i in (1, 2))
+        confusion = np.bincount(gold * size + predicted, tally.times, size * size).astype(np.int64)
+        return {"labels": list(self.labels), "confusion": confusion.reshape(size, size).tolist()}
 
     def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
         each = sigmoid(logits) if self.multi_label else softmax(logits)
@@ -137,10 +138,6 @@ class TextClassification(Task):
         if self.multi_label:
             return bool(((sigmoid(a) > THRESHOLD) == (sigmoid(b) > THRESHOLD)).all())
         return bool(a.argmax() == b.argmax())
-
-    def _pairs(self, logits: Sequence[Logits], rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        gold = np.array([self._find(_single(row)) for row in rows], np.int64)
-        return gold, np.stack(list(logits)).argmax(1).astype(np.int64)
 
     def _find(self, label: str) -> int:
         found = self._index.get(label)

@@ -138,9 +138,9 @@ class TokenClassification(Task):
             **per_class(totals, self.types),
         }
 
-    def details(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> dict[str, Any]:
+    def details(self, tally: Tally) -> dict[str, Any]:
         """Per type: entities right, answered and gold."""
-        totals = self.tally(logits, rows, encodings).totals()
+        totals = tally.totals()
         columns = {"right": totals.hits, "answered": totals.predicted, "gold": totals.gold}
         return {"per_type": {name: {k: int(v[i]) for k, v in columns.items()} for i, name in enumerate(self.types)}}
 

@@ -94,7 +94,7 @@ def test_metrics_and_confusion() -> None:
     assert found["accuracy"] == 0.75
     assert found["f1/a"] == pytest.approx(2 / 3)
     assert found["f1/b"] == pytest.approx(0.8)
-    assert task.details(logits, rows, encodings)["confusion"] == [[1, 1], [0, 2]]
+    assert task.details(task.tally(logits, rows, encodings))["confusion"] == [[1, 1], [0, 2]]
 
 
 def test_multi_label_metrics_and_answer() -> None:
