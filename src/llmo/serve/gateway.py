@@ -226,7 +226,7 @@ def include_gateway(
 ) -> Gateway:
     """Put predict, health and metrics into `app`, and what guards them.
 
-    Adds the routes (each with its declaration), sets `app.state.access` (which `require` asks, and which
+    Adds the routes (each with its declaration), answers LLMOErrors of any route as `error_response` does, sets `app.state.access` (which `require` asks, and which
     `forget()`s after a key was revoked), bounds every body to `body_limit` bytes (`uploads` maps path prefixes
     to their own limits; None: unlimited), and runs the router for as long as the application runs.
     """
@@ -239,6 +239,7 @@ def include_gateway(
     access = Access(store.keys.find)
     gateway = Gateway(Router(store.endpoints.list), access, quotas=quotas, jobs=jobs, body_limit=body_limit)
     app.state.access = access
+    app.add_exception_handler(LLMOError, _on_error)
     app.include_router(gateway.routes())
     app.add_middleware(BodyLimit, limit=body_limit, larger={"/v1/uploads/": None, **(uploads or {})})
     app.add_middleware(FastPath, gateway=gateway)  # added last, so outermost
@@ -258,6 +259,12 @@ def error_response(error: LLMOError) -> Response:
         headers["connection"] = "close"  # the rest of the body, if any, is not read
     body = json.dumps({"error": error.to_json()}).encode()  # ASCII: what is quoted may hold half a surrogate pair
     return Response(body, error.status, headers, media_type="application/json")
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, LLMOError):
+        raise error
+    return error_response(error)
 
 
 async def _send(send: Send, status: int, body: bytes) -> None:
