@@ -140,7 +140,8 @@ class System:
     def rows(self, ref: str, split: str = "train", *, offset: int = 0, limit: int = 20) -> list[dict[str, Any]]:
         from llmo.data.dataset import Dataset  # pyarrow takes a third of a second, and only this verb needs it
 
-        rows = Dataset.open(self.store.catalog.path(self.artifact(ref, Kind.DATASET).digest)).split(split)
+        data = Dataset.open(self.store.catalog.path(self.artifact(ref, Kind.DATASET).digest))
+        rows = data.dropped() if split == "dropped" else data.split(split)
         return [dict(row) for row in rows[offset : offset + limit]]
 
     def save(self, folder: Path, name: str, card: Mapping[str, Any], kind: Kind = Kind.MODEL) -> Artifact:

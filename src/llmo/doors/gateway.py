@@ -13,7 +13,6 @@ from llmo.api import Api
 from llmo.doors.client import Client
 from llmo.doors.server import running_server, serve_in_thread
 from llmo.errors import LLMOError
-from llmo.system import System
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,8 @@ def gateway(api: Api) -> Iterator[Door]:
     if isinstance(api, Client):
         yield Door(api.url, api.key or "")
         return
+    from llmo.system import System  # the client alone does not need it
+
     if not isinstance(api, System):
         raise LLMOError(f"{type(api).__name__} has no endpoints over HTTP")
     key, secret = api.store.keys.create("this command", "predict")

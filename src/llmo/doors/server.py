@@ -13,13 +13,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from llmo.errors import ConflictError, EnvironmentProblem, LLMOError, NotFoundError, from_json
 from llmo.files import publish_json
 from llmo.settings import Settings
-from llmo.system import System
+
+if TYPE_CHECKING:
+    from llmo.system import System
 
 RECORD = "server.json"
 START_SECONDS = 60.0
@@ -55,6 +58,7 @@ def serve(host: str, port: int, *, expose: bool = False, ready: Callable[[Runnin
     """
     from llmo.doors.api import create_app  # FastAPI costs half a second that `llmo down` need not pay
     from llmo.serve.server import HttpServer
+    from llmo.system import System
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     settings = Settings.from_environment()

@@ -105,7 +105,7 @@ def doctor(as_json: Json = False) -> None:
     Example: llmo doctor
     """
     found = doctor_checks.examine()
-    rows = [("✓" if c.works else "✗", c.name, c.found, c.mend) for c in found]
+    rows = [("✓" if c.works else "-" if c.optional else "✗", c.name, c.found, c.mend) for c in found]
     emit(found, as_json, lambda: table("", ["", "what", "found", "to mend it"], rows))
     if not all(c.works or c.optional for c in found):
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -154,11 +155,9 @@ def logs(
             events = [event for event in api.events(after, root=id) if event.job == id]
             text, offset = api.log(id, offset)
             for event in events:
-                emit(event, as_json, lambda event=event: _show_event(event))  # type: ignore[misc]
+                emit(event, as_json, partial(_show_event, event))
             if text:
-                emit(
-                    {"log": text}, as_json, lambda text=text: console.print(text, end="", markup=False, soft_wrap=True)
-                )  # type: ignore[misc]
+                emit({"log": text}, as_json, partial(console.print, text, end="", markup=False, soft_wrap=True))
             after = events[-1].id if events else after
             if not events and not text and (not follow or job.state.ended):
                 break

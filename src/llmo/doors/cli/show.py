@@ -14,7 +14,7 @@ from rich.table import Table
 
 from llmo.types import to_json
 
-console = Console(highlight=False, soft_wrap=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -266,7 +267,7 @@ def predict(
             count += len(chunk)
             for text, answer in zip(chunk, api.predict(endpoint, chunk), strict=True):
                 found = {"text": text, **answer}
-                emit(found, as_json or not console.is_terminal, lambda found=found: _show_answer(found))  # type: ignore[misc]
+                emit(found, as_json or not console.is_terminal, partial(_show_answer, found))
     if count == 0:
         raise InputError("no text to predict", hint=f"llmo predict {endpoint} 'a text', or --file FILE, or a pipe")
 

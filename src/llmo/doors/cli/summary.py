@@ -143,7 +143,8 @@ def _show_quality(steps: Steps) -> None:
 def show_variants(result: Mapping[str, Any]) -> None:
     rows = [
         (
-            v["name"], f"{v['bits']:.1f}", size(v["size_bytes"]), f"{v['texts_per_second']:.0f}", f"{v['speedup']:.2f}x",
+            v["name"], f"{v['bits']:.1f}", size(v["size_bytes"]), f"{v['texts_per_second']:.0f}",
+            f"{v['speedup']:.2f}x",
             f"{v['latency_ms']:.1f}", f"{v['value']:.3f}", f"{v['drop']:+.3f}", f"{v['agreement']:.1%}", v["verdict"],
         )
         for v in result["variants"]
