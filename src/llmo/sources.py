@@ -22,7 +22,11 @@ def resolve(source: str, uploads: Path | None = None) -> Path:
     if separator and scheme == "upload":
         return _upload(rest, uploads)
     path = Path(source).expanduser()
-    if not path.exists():
+    try:
+        found = path.exists()
+    except PermissionError:
+        raise DataError(f"no permission to look at '{source}'", hint="make its folders readable") from None
+    if not found:
         raise DataError(f"no file or folder at '{source}'", hint=_similar(path))
     return path
 

@@ -44,9 +44,9 @@ class Part:
 
 def parts(source: Path, spec: DataSpec) -> list[Part]:
     """What there is to read. Raises DataError when the layout is not understood, or names contradict each other."""
-    if source.is_file():
-        return [Part(source, _format(source, source.name, spec))]
     try:
+        if source.is_file():
+            return [Part(source, _format(source, source.name, spec))]
         files = sorted(p for p in source.iterdir() if p.is_file() and p.suffix.casefold() in _ENDINGS)
         folders = label_folders(source)
     except PermissionError:
@@ -137,6 +137,6 @@ def _by_content(path: Path, head: bytes, where: str, spec: DataSpec) -> str:
 
 def _looks_like_conll(text: str) -> bool:
     """Most lines are a word and a tag."""
-    lines = [line.split() for line in text.split("\n")[:200] if line.strip()]
+    lines = [line.split() for line in text.split("\n")[:200] if line.strip() and not line.startswith("# ")]
     tagged = [cells for cells in lines if len(cells) >= 2 and not problem(cells[-1])]
     return len(lines) > 1 and len(tagged) >= 0.9 * len(lines)

@@ -36,7 +36,7 @@ def near_copies(
     index of 5-grams of words (of characters where a script has no spaces); shorter texts have no near copies.
     """
     shingles: list[_Hashes] = []
-    matrices: list[NDArray[np.uint64]] = []
+    matrices: list[NDArray[np.uint32]] = []
     vocabulary: dict[str, int] = {}
     for start in range(0, len(keys), _CHUNK):
         found = _shingles(keys[start : start + _CHUNK], vocabulary)
@@ -82,14 +82,14 @@ def _word_hash(word: str, vocabulary: dict[str, int]) -> int:
     return known
 
 
-def _signatures(shingles: Sequence[_Hashes]) -> NDArray[np.uint64]:
+def _signatures(shingles: Sequence[_Hashes]) -> NDArray[np.uint32]:
     offsets = np.concatenate(([0], np.cumsum([s.size for s in shingles]))).astype(np.uint64)
     flat = np.concatenate(shingles) if shingles else np.empty(0, np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, _PERMUTATIONS, _SEED)
-    return np.array(matrix.to_rows(), np.uint64).reshape(len(shingles), _PERMUTATIONS)
+    return np.array(matrix.to_rows(), np.uint32).reshape(len(shingles), _PERMUTATIONS)
 
 
-def _bands(signatures: NDArray[np.uint64], threshold: float) -> NDArray[np.uint64]:
+def _bands(signatures: NDArray[np.uint32], threshold: float) -> NDArray[np.uint64]:
     """One hash per row and band, `[rows, bands]`; rows that share one are compared.
 
     The bands are as wide as they can be while a pair at the threshold is still found 999 times in 1000.
@@ -108,7 +108,7 @@ def _bands(signatures: NDArray[np.uint64], threshold: float) -> NDArray[np.uint6
 
 def _greedy(
     shingles: Sequence[_Hashes],
-    signatures: NDArray[np.uint64],
+    signatures: NDArray[np.uint32],
     bands: NDArray[np.uint64],
     full: NDArray[np.bool_],
     threshold: float,
@@ -132,7 +132,7 @@ def _greedy(
 
 
 def _copied(
-    row: int, rivals: list[int], shingles: Sequence[_Hashes], signatures: NDArray[np.uint64], threshold: float
+    row: int, rivals: list[int], shingles: Sequence[_Hashes], signatures: NDArray[np.uint32], threshold: float
 ) -> tuple[int, float] | None:
     if not rivals:
         return None

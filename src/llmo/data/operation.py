@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmo import sources, specfile
 from llmo.context import Context
-from llmo.data import checks, dataset
-from llmo.data.deduplicate import deduplicate
-from llmo.data.prepare import TAGGING, Prepared, prepare, tick
-from llmo.data.row import SPLITS, Drop, Dropped, Row
-from llmo.data.split import FEW_DOCUMENTS, divide
-from llmo.errors import DataError, SpecError
+from llmo.data import dataset
+from llmo.data.build import build
+from llmo.data.prepare import TAGGING
+from llmo.errors import DataError
 from llmo.specs import DataSpec, TaskSpec
-
-_SAMPLE_CHARACTERS = 300
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
@@ -27,19 +22,15 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     uploads = spec.get("uploads")
     source = sources.resolve(data.source, Path(uploads) if uploads else None)
     digest = _unchanged(source, spec.get("source_digest"))
-    prepared = prepare(source, data, task, ctx)
-    checks.learnable(prepared, source.name)
-    splits, dropped = _divided(prepared, data, ctx)
-    checks.splits_agree(splits, source.name)
-    info = {"task": task.name, "source": data.source, "source_digest": digest, **_card(prepared, splits, dropped)}
-    for note in [*prepared.notes, *_notes(prepared, dropped), *checks.alike(info["labels"])]:
+    built = build(source, data, task, ctx)
+    for note in built.notes:
         ctx.note(note)
-    samples = [_sample(row) for row in _samples(splits["train"])]
-    with_spans = task.name == TAGGING
+    info = {"source": data.source, "source_digest": digest, **built.info}
+    card = {**info, "samples": built.samples}
     dataset.write(
-        out, splits, dropped, {**info, "samples": samples}, with_spans=with_spans, multi_label=prepared.multi_label
+        out, built.splits, built.dropped, card, with_spans=task.name == TAGGING, multi_label=info["multi_label"]
     )
-    ctx.report(prepared.read, prepared.read, phase="written")
+    ctx.report(info["rows"]["read"], info["rows"]["read"], phase="written")
     return info
 
 
@@ -52,87 +43,3 @@ def _unchanged(source: Path, promised: str | None) -> str:
             hint="run it again: what is imported must be what was planned",
         )
     return digest
-
-
-def _divided(prepared: Prepared, data: DataSpec, ctx: Context) -> tuple[dict[str, list[Row]], list[Dropped]]:
-    """Copies go first, so that no text can be on two sides."""
-
-    def progress(done: int) -> None:
-        tick(ctx, done, len(prepared.rows), "comparing")
-
-    rows, copies = deduplicate(prepared.rows, data.clean.drop_duplicates, data.clean.near_threshold, progress)
-    shares = {"dev": data.split.dev, "test": data.split.test}
-    present = {row.split for row in rows}
-    if prepared.fixed_splits and "train" not in present:
-        raise DataError(f"the source has no train rows, only {', '.join(sorted(map(str, present)))}")
-    missing = {name: share for name, share in shares.items() if name not in present}
-    if sum(missing.values()) >= 1:
-        raise SpecError("split.dev and split.test leave nothing to train on", hint="their sum must be below 1")
-    free = [row for row in rows if row.split in (None, "train")]
-    if missing:
-        for row, split in zip(free, divide(free, missing, data.split.seed), strict=True):
-            row.split = split
-        documents = {row.group for row in free if row.group}
-        if 0 < len(documents) < FEW_DOCUMENTS:
-            prepared.notes.append(f"only {len(documents)} documents: their sentences are divided, not they themselves")
-        if prepared.fixed_splits:
-            prepared.notes.append(f"the source has no {' and no '.join(missing)}: taken from its train rows")
-    splits = {name: [row for row in rows if row.split == name] for name in SPLITS}
-    return splits, [*prepared.dropped, *copies]
-
-
-def _card(prepared: Prepared, splits: Mapping[str, list[Row]], dropped: list[Dropped]) -> dict[str, Any]:
-    return {
-        "columns": prepared.columns,
-        "rows": {
-            "read": prepared.read,
-            **{name: len(rows) for name, rows in splits.items()},
-            "dropped": len(dropped),
-        },
-        "dropped": dict(Counter(d.reason.value for d in dropped)),
-        "changed": {name: count for name, count in prepared.log.changed.items() if count},
-        "labels": checks.labels_of([row for name in SPLITS for row in splits[name]]),
-        "encodings": dict(prepared.log.encodings),
-        "splits": "fixed" if prepared.fixed_splits else "stratified",
-        "multi_label": prepared.multi_label,
-    }
-
-
-def _notes(prepared: Prepared, dropped: list[Dropped]) -> list[str]:
-    """What the user should look at: contradictions, leaks, lost annotations."""
-    counts = Counter(d.reason for d in dropped)
-    changed = prepared.log.changed
-    told = {
-        Drop.CONFLICT: "rows were dropped because the same text has other labels elsewhere",
-        Drop.LEAK: "rows were dropped from train or dev because a copy of them is held out",
-        Drop.NO_LABEL: "rows were dropped because they have no label",
-    }
-    lost = {
-        "overlapping_spans": "entities were left out because they overlap a longer one",
-        "spans_emptied": "entities were left out because nothing of them is left after cleaning",
-    }
-    notes = [
-        f"{counts[reason]} {text}; the first is {next(d.row.place for d in dropped if d.reason == reason)}"
-        for reason, text in told.items()
-        if counts[reason]
-    ]
-    return notes + [f"{changed[name]} {text}" for name, text in lost.items() if changed[name]]
-
-
-def _samples(rows: list[Row]) -> list[Row]:
-    """Three rows, of different labels where there are."""
-    by_label: dict[tuple[str, ...] | None, Row] = {}
-    for row in rows:
-        by_label.setdefault(row.labels, row)
-    return (list(by_label.values()) + [row for row in rows if by_label[row.labels] is not row])[:3]
-
-
-def _sample(row: Row) -> dict[str, Any]:
-    text = row.text if len(row.text) <= _SAMPLE_CHARACTERS else row.text[:_SAMPLE_CHARACTERS] + "…"
-    entities = [{"text": row.text[s.start : s.end], "label": s.label} for s in row.spans]
-    return {
-        "id": row.id,
-        "text": text,
-        "labels": list(row.labels or ()),
-        **({"entities": entities} if entities else {}),
-    }

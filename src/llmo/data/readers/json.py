@@ -15,6 +15,7 @@ from llmo.errors import DataError
 from llmo.specs import DataSpec
 
 _MAX_FILE = 256 << 20
+_MAX_DEPTH = 32
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LISTS = ("data", "rows", "examples", "items", "records")
 
@@ -57,7 +58,7 @@ def _parse(text: str, where: str, line: str = "") -> Any:
             f"broken JSON: {message} at column {error.colno}", where=at, hint="mend this line or remove it"
         ) from None
     except RecursionError:
-        raise DataError("JSON nested too deeply", where=where, hint="a row is a flat object of columns") from None
+        raise _too_deep(where) from None
     except ValueError:  # a number of more than 4300 digits
         raise DataError("broken JSON: a number is too long", where=where, hint="write it as a string") from None
 
@@ -69,22 +70,26 @@ def _object(value: Any, place: str, log: ReadLog) -> Mapping[str, Any]:
             where=place,
             hint='write each row as {"text": "...", "label": "..."}',
         )
-    mended, count = _without_surrogates(value)
+    mended, count = _without_surrogates(value, place, _MAX_DEPTH)
     log.changed["encoding"] += bool(count)
     return dict(mended)
 
 
-def _without_surrogates(value: Any) -> tuple[Any, int]:
+def _without_surrogates(value: Any, place: str, depth: int) -> tuple[Any, int]:
     """Half of a surrogate pair is no character: it becomes U+FFFD, which keeps every offset."""
     if isinstance(value, str):
         return (value, 0) if value.isascii() else _SURROGATE.subn("\ufffd", value)
-    if isinstance(value, dict):
-        pairs = [(_without_surrogates(k), _without_surrogates(v)) for k, v in value.items()]
-        return {k[0]: v[0] for k, v in pairs}, sum(k[1] + v[1] for k, v in pairs)
+    if not isinstance(value, (dict, list)):
+        return value, 0
+    if depth == 0:
+        raise _too_deep(place)
     if isinstance(value, list):
-        items = [_without_surrogates(item) for item in value]
+        items = [_without_surrogates(item, place, depth - 1) for item in value]
         return [item[0] for item in items], sum(item[1] for item in items)
-    return value, 0
+    keys = [_without_surrogates(key, place, depth - 1) for key in value]
+    items = [_without_surrogates(item, place, depth - 1) for item in value.values()]
+    mended = {key[0]: item[0] for key, item in zip(keys, items, strict=True)}
+    return mended, sum(part[1] for part in keys + items)
 
 
 def _parts(document: Any, where: str) -> list[tuple[str | None, list[Any]]]:
@@ -106,6 +111,10 @@ def _parts(document: Any, where: str) -> list[tuple[str | None, list[Any]]]:
         where=where,
         hint="write a list of rows: [{...}, ...]",
     )
+
+
+def _too_deep(where: str) -> DataError:
+    return DataError("JSON nested too deeply", where=where, hint="a row is a flat object of columns")
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,62 @@
+"""What an import would find, without writing anything: the data part of `llmo check`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llmo import sources
+from llmo.context import Context, NullContext
+from llmo.data.build import build
+from llmo.data.row import SPLITS
+from llmo.specs import DataSpec, TaskSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """`rows` counts read, train, dev, test and dropped; `dropped` counts by reason. Lengths are in characters.
+
+    `splits` is "fixed" when the source has its own, else "stratified". `texts` are the cleaned texts of all splits,
+    for whoever wants to count tokens.
+    """
+
+    rows: dict[str, int]
+    labels: dict[str, int]
+    dropped: dict[str, int]
+    changed: dict[str, int]
+    encodings: dict[str, int]
+    columns: dict[str, str]
+    splits: str
+    multi_label: bool
+    longest: int
+    median: int
+    samples: list[dict[str, Any]]
+    notes: list[str]
+    texts: list[str] = field(repr=False)
+
+    @property
+    def duplicates(self) -> int:
+        """Rows that an import drops because another row says the same."""
+        return sum(self.dropped.get(reason, 0) for reason in ("duplicate", "near_duplicate", "leak"))
+
+    @property
+    def empty(self) -> int:
+        return self.dropped.get("empty", 0)
+
+
+def profile(spec: DataSpec, task: TaskSpec, uploads: Path | None = None, ctx: Context | None = None) -> Profile:
+    """Reads, cleans, compares and divides exactly as an import does. Raises the same DataErrors."""
+    built = build(sources.resolve(spec.source, uploads), spec, task, ctx or NullContext())
+    texts = [row.text for name in SPLITS for row in built.splits[name]]
+    lengths = [len(text) for text in texts]
+    known = ("rows", "labels", "dropped", "changed", "encodings", "columns", "splits", "multi_label")
+    return Profile(
+        **{name: built.info[name] for name in known},
+        longest=max(lengths),
+        median=int(median(lengths)),
+        samples=built.samples,
+        notes=built.notes,
+        texts=texts,
+    )
