@@ -1,0 +1,76 @@
+"""What a model's config.json says of it, and whether LLMO may and can open it; no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmo.errors import ModelError, nearest
+
+# Families whose positions start after the padding id, so that the table is longer than the text may be.
+OFFSET_POSITIONS = {
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "longformer",
+    "mpnet",
+    "data2vec-text",
+    "mvp",
+}
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """The folder's config. Raises ModelError when it is missing, wants code of its own, or is of no known kind."""
+    config = _read(folder / "config.json", folder)
+    settings = _read(folder / "tokenizer_config.json", folder) if (folder / "tokenizer_config.json").is_file() else {}
+    for name, content in (("config.json", config), ("tokenizer_config.json", settings)):
+        if content.get("auto_map") or content.get("trust_remote_code"):
+            raise ModelError(
+                f"{name} asks to run Python code that comes with the model (auto_map / trust_remote_code)",
+                hint="LLMO never runs code from a model folder: take a model of an architecture transformers has",
+                where=str(folder),
+            )
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise ModelError(
+            "config.json names no model_type, so the architecture is unknown",
+            hint="give the folder that holds the transformer itself (not one of its pooling or adapter folders)",
+            where=str(folder),
+        )
+    from transformers import CONFIG_MAPPING  # more than a second, and a forecast needs none of it
+
+    if kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"unknown architecture '{kind}'{nearest(kind, list(CONFIG_MAPPING))}",
+            hint="the installed transformers does not know it: upgrade it, or take another model",
+            where=str(folder),
+        )
+    return config
+
+
+def position_limit(config: Mapping[str, Any]) -> int | None:
+    """The longest text in tokens, special ones included; None where the architecture sets no limit."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    if config.get("model_type") in OFFSET_POSITIONS:
+        return positions - int(config.get("pad_token_id") or 0) - 1
+    return positions
+
+
+def _read(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        hint = "give a Hugging Face model folder: config.json, model.safetensors and the tokeniser's files"
+        if (folder / "adapter_config.json").is_file():
+            hint = "this folder holds an adapter: merge it into its base model and save that"
+        raise ModelError(f"no {path.name} in {folder}", hint=hint) from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} is not valid JSON: {error}", where=str(path)) from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path.name} is not a JSON object", where=str(path))
+    return content
