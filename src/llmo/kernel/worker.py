@@ -72,14 +72,7 @@ def _attempt(folder: Path, job: Mapping[str, Any], ctx: FileContext) -> int:
 
 
 def _run(folder: Path, job: Mapping[str, Any], ctx: FileContext) -> Any:
-    try:
-        target = load_target(job["target"])
-    except ImportError as error:
-        traceback.print_exc()
-        raise EnvironmentProblem(
-            f"the operation '{job['op']}' needs a package that is not installed: {error.name or error}",
-            hint="install the full set with: pip install 'llmo-os[all]' (see `llmo doctor`)",
-        ) from error
+    target = load_target(job["target"])
     inputs = {name: Path(path) for name, path in job["inputs"].items()}
     return target(job["spec"], inputs, folder / jobdir.OUT, ctx)
 
@@ -104,6 +97,11 @@ def _explained(error: Exception, job: Mapping[str, Any]) -> LLMOError:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(
             "the disk is full", hint="free some space and run it again: it goes on from its last checkpoint"
+        )
+    if isinstance(error, ImportError):
+        return EnvironmentProblem(
+            f"the operation '{job['op']}' needs a package that is not installed: {error.name or error}",
+            hint="install the full set with: pip install 'llmo-os[all]' (see `llmo doctor`)",
         )
     lines = str(error).strip().splitlines()
     cause = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
