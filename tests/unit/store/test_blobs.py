@@ -94,7 +94,8 @@ def test_where_links_and_renames_are_refused_files_are_copied(store, folder, mon
 def test_what_gets_a_name_was_made_durable_before(store, tmp_path, monkeypatch, count) -> None:
     """The order of the real calls: content, then its name, then the name's folder, then the next name."""
     out = tmp_path / "out"
-    out.mkdir()
+    (out / "sub").mkdir(parents=True)
+    (out / "sub" / "file").write_text("below")
     for number in range(count):
         (out / str(number)).write_text(f"file {number}")
     log: list[tuple[str, int]] = []
@@ -125,6 +126,7 @@ def test_what_gets_a_name_was_made_durable_before(store, tmp_path, monkeypatch, 
         assert synced(shard.stat().st_ino, last, final)
     assert synced(store.blobs.blobs.stat().st_ino, 0, final)
     assert synced(tree.stat().st_ino, 0, final)
+    assert synced((tree / "sub").stat().st_ino, 0, final)
     assert synced(store.blobs.artifacts.stat().st_ino, final, len(log))
 
 
@@ -340,6 +342,22 @@ def test_no_permission_to_store(store, folder, monkeypatch) -> None:
     monkeypatch.undo()
     assert (out / "a").read_text() == "1"
     assert not any(store.blobs.staging.iterdir())
+
+
+def test_a_publish_that_fails_at_its_last_step_leaves_no_rubbish(store, folder, monkeypatch) -> None:
+    out = folder(a="1", sub__b="2")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(StorageError, match="full"):
+        published(store, out)
+    monkeypatch.undo()
+    assert not any(store.blobs.staging.iterdir())
+    assert not any(store.blobs.artifacts.iterdir())
+    assert store.catalog.list() == []
+    store.catalog.check(published(store, out))
 
 
 def test_processes_that_publish_the_same_make_it_once(home, folder, actors, url) -> None:
