@@ -9,8 +9,8 @@ import tempfile
 import traceback
 from pathlib import Path
 
-import click
 import typer
+from typer.exceptions import TyperException
 
 from llmo import __version__
 from llmo.doors.cli import machine, project, server, steps
@@ -49,11 +49,11 @@ def _run(arguments: list[str]) -> int:
         code = app(arguments, standalone_mode=False)
     except LLMOError as error:
         return _tell(error, as_json)
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
+    except TyperException as error:
         return _usage(error, as_json)
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.stderr.write("stopped\n")
         return 130
     except BrokenPipeError:
@@ -74,7 +74,10 @@ def _tell(error: LLMOError, as_json: bool) -> int:
     return error.exit_code
 
 
-def _usage(error: click.ClickException, as_json: bool) -> int:
+def _usage(error: TyperException, as_json: bool) -> int:
+    if not sys.argv[1:]:
+        sys.stdout.write(f"{error.format_message()}\n")
+        return 2
     if as_json:
         body = {"code": "usage", "what": error.format_message()}
         sys.stdout.write(json.dumps({"error": body}) + "\n")
