@@ -76,15 +76,16 @@ def clean_spans(text: str, spans: Sequence[Span], spec: CleanSpec, changed: Coun
     steps: set[str] = set()
     for piece, label in _pieces(text, spans):
         cleaned = _piece(piece, spec, steps)
-        if not parts or parts[-1].endswith((" ", "\n")):
-            cleaned = cleaned.lstrip() if spec.normalise else cleaned
-        if not cleaned:
-            changed["spans_emptied"] += label is not None
-            continue
+        if spec.normalise and (not parts or parts[-1].endswith((" ", "\n"))):
+            cleaned = cleaned.lstrip()
         if label is not None:
-            moved.append(Span(length, length + len(cleaned), label))
-        parts.append(cleaned)
-        length += len(cleaned)
+            start = length + len(cleaned) - len(cleaned.lstrip())
+            end = length + len(cleaned.rstrip())
+            changed["spans_emptied"] += start >= end
+            moved += [Span(start, end, label)] if start < end else []
+        if cleaned:
+            parts.append(cleaned)
+            length += len(cleaned)
     result = "".join(parts)
     changed.update(steps)
     return (result.rstrip() if spec.normalise else result), moved
@@ -130,24 +131,7 @@ def _piece(piece: str, spec: CleanSpec, steps: set[str]) -> str:
 def _pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, str | None]]:
     at = 0
     for span in spans:
-        start, end = _trimmed(text, span)
-        if start > at:
-            yield text[at:start], None
-        if end > start:
-            yield text[start:end], span.label
-        at = max(at, end)
-    if at < len(text):
-        yield text[at:], None
-
-
-def _trimmed(text: str, span: Span) -> tuple[int, int]:
-    start, end = span.start, span.end
-    while start < end and _is_edge(text[start]):
-        start += 1
-    while end > start and _is_edge(text[end - 1]):
-        end -= 1
-    return start, end
-
-
-def _is_edge(char: str) -> bool:
-    return char.isspace() or _DROPPED.match(char) is not None
+        yield text[at : span.start], None
+        yield text[span.start : span.end], span.label
+        at = span.end
+    yield text[at:], None

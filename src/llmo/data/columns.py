@@ -97,7 +97,8 @@ def _needed(names: Sequence[str], role: str, key: str, where: str) -> str:
     raise DataError(
         f"no column is called like a {key} column{meant}",
         where=where,
-        hint=f"the columns are: {_listed(names)}; say which: data.{key}: NAME",
+        hint=f"the columns are: {_listed(names)} (a CSV or TSV file names them in its first row); "
+        f"say which: data.{key}: NAME",
     )
 
 

@@ -75,7 +75,7 @@ def _score(text: str, codec: str) -> float:
         return sum(_latin_weight(text, at, frequent) for at in places) / len(places)
     if codec in _MULTIBYTE:
         # The hundred commonest characters make up two fifths of East Asian text, and of noise next to nothing.
-        return min(1.0, 2.5 * sum(text[at] in frequent for at in places) / len(places))
+        return min(1.0, 4 * sum(text[at] in frequent for at in places) / len(places))
     common = _COMMONEST[codec]
     return sum(_weight(text, at, frequent, common) for at in places) / len(places)
 

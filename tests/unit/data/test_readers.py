@@ -195,7 +195,9 @@ def test_conll_columns_comments_documents_and_schemes(tmp_path, import_):
         "Bob NNP x S-PER\n#tag NN x O\nIn IN x I-LOC\nRome NNP x I-LOC\n"
     )
     got = import_(tmp_path / "a.txt", task="token-classification")
-    spans = {row["text"]: [(row["text"][s["start"] : s["end"]], s["label"]) for s in row["spans"]] for row in got.rows()}
+    spans = {
+        row["text"]: [(row["text"][s["start"] : s["end"]], s["label"]) for s in row["spans"]] for row in got.rows()
+    }
     assert spans == {
         "Ada Lovelace runs": [("Ada Lovelace", "PER")],
         "Bob #tag In Rome": [("Bob", "PER"), ("In Rome", "LOC")],
