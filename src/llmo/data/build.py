@@ -69,6 +69,9 @@ def _divided(prepared: Prepared, data: DataSpec, ctx: Context) -> tuple[dict[str
         if prepared.fixed_splits:
             prepared.notes.append(f"the source has no {' and no '.join(missing)}: taken from its train rows")
     splits = {name: [row for row in rows if row.split == name] for name in SPLITS}
+    prepared.notes += [
+        f"there are too few rows for {name}: it is empty" for name in missing if missing[name] > 0 and not splits[name]
+    ]
     return splits, [*prepared.dropped, *copies]
 
 

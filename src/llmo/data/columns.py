@@ -51,9 +51,14 @@ def choose(names: Sequence[str], spec: DataSpec, task: str, where: str) -> Colum
     }
     if task == "token-classification":
         return _for_tokens(names, spec, where, told)
+    if spec.text is None and not _found(names, "text") and _found(names, "tokens"):
+        raise DataError(
+            "this is text with a tag for each word, not with a label for each text",
+            where=where,
+            hint="say task: token-classification",
+        )
     text = _told(names, spec.text, "text", where) or _needed(names, "text", "text", where)
-    rest = [name for name in names if name != text]
-    label = _told(names, spec.label, "label", where) or _needed(rest, "label", "label", where)
+    label = _told(names, spec.label, "label", where) or _needed(names, "label", "label", where, text)
     return Columns(text=text, label=label, **_unless(told, text, label))
 
 
@@ -62,10 +67,10 @@ def _for_tokens(names: Sequence[str], spec: DataSpec, where: str, rest: dict[str
     label = _told(names, spec.label, "label", where)
     tokens = "" if text else _found(names, "tokens")
     if tokens:
-        tags = label or _needed([n for n in names if n != tokens], "tags", "label", where)
+        tags = label or _needed(names, "tags", "label", where, tokens)
         return Columns(tokens=tokens, tags=tags, **_unless(rest, tokens, tags))
     text = text or _needed(names, "text", "text", where)
-    spans = label or _needed([n for n in names if n != text], "spans", "label", where)
+    spans = label or _needed(names, "spans", "label", where, text)
     return Columns(text=text, spans=spans, **_unless(rest, text, spans))
 
 
@@ -88,11 +93,12 @@ def _found(names: Sequence[str], role: str) -> str:
     return next((folded[name] for name in _NAMES[role].split() if name in folded), "")
 
 
-def _needed(names: Sequence[str], role: str, key: str, where: str) -> str:
-    found = _found(names, role)
+def _needed(names: Sequence[str], role: str, key: str, where: str, taken: str = "") -> str:
+    free = [name for name in names if name != taken]
+    found = _found(free, role)
     if found:
         return found
-    close = [name for name in names if nearest(name.casefold(), _NAMES[role].split())]
+    close = [name for name in free if nearest(name.casefold(), _NAMES[role].split())]
     meant = f"; did you mean '{close[0]}'?" if close else ""
     raise DataError(
         f"no column is called like a {key} column{meant}",

@@ -280,6 +280,21 @@ def test_a_missing_column_names_those_there_and_the_nearest(tmp_path, import_):
     assert "data.label: NAME" in error.hint
 
 
+def test_no_column_for_the_label(tmp_path, import_):
+    error = refused(import_, write(tmp_path, "a.csv", "text\nhello\n"))
+    assert "no column is called like a label" in error.what
+    assert "the columns are: text" in error.hint
+
+
+def test_tagged_words_for_a_task_over_texts(tmp_path, import_):
+    assert "token-classification" in refused(import_, write(tmp_path, "a.conll", "Ada\tB-PER\n")).hint
+
+
+def test_too_few_rows_for_a_split_are_told(tmp_path, import_):
+    got = import_(write(tmp_path, "a.csv", "text,label\none,a\ntwo,b\n"))
+    assert got.notes == ["there are too few rows for dev: it is empty", "there are too few rows for test: it is empty"]
+
+
 def test_a_split_column_with_another_word(tmp_path, import_):
     path = write(tmp_path, "a.csv", "text,label,part\na,x,train\nb,y,holdout\n")
     error = refused(import_, path, split_column="part")
