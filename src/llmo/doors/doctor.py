@@ -16,7 +16,7 @@ from llmo.settings import Settings
 from llmo.types import Device
 
 EXTRAS = {
-    "data": ("pyarrow", "polars", "ftfy", "selectolax", "rensa", "charset-normalizer"),
+    "data": ("pyarrow", "ftfy", "selectolax", "rensa", "charset-normalizer"),
     "train": ("torch", "transformers", "tokenizers", "safetensors", "peft"),
     "compress": ("onnx", "onnxruntime", "onnxscript"),
     "serve": ("fastapi", "uvicorn", "httptools", "uvloop", "prometheus-client"),
