@@ -226,9 +226,10 @@ def include_gateway(
 ) -> Gateway:
     """Put predict, health and metrics into `app`, and what guards them.
 
-    Adds the routes (each with its declaration), answers LLMOErrors of any route as `error_response` does, sets `app.state.access` (which `require` asks, and which
-    `forget()`s after a key was revoked), bounds every body to `body_limit` bytes (`uploads` maps path prefixes
-    to their own limits; None: unlimited), and runs the router for as long as the application runs.
+    Adds the routes (each with its declaration), answers LLMOErrors of any route as `error_response` does, sets
+    `app.state.access` (which `require` asks; call its `forget` after a key was made or revoked), bounds every
+    body to `body_limit` bytes (`uploads` maps path prefixes to their own limits; None: unlimited), and runs the
+    router for as long as the application runs.
     """
     active = [JobState.QUEUED, JobState.STARTING, JobState.RUNNING]
 
