@@ -37,6 +37,7 @@ class Kernel:
     def __init__(self, home: Path, devices: Sequence[Device] = DEVICES, **options: Any) -> None:
         self.store = Store.open(home)
         self.devices = list(devices)
+        self._closed = False
         self.executor = LocalExecutor({"PYTHONPATH": TESTS})
         self.scheduler = Scheduler(self.store, self.executor, devices, lookup=lookup, **({"grace": 5.0} | options))
 
@@ -72,9 +73,19 @@ class Kernel:
     def folder(self, job: Job) -> Path:
         return self.store.home / "jobs" / str(job.id)
 
-    def close(self) -> None:
-        self.scheduler.shutdown()
-        self.store.close()
+    def crash(self) -> None:
+        """Stop as kill -9 does: the workers die, nothing is written down."""
+        self.executor.close()
+        self.close(crashed=True)
+
+    def close(self, *, crashed: bool = False) -> None:
+        if not self._closed:
+            self._closed = True
+            if crashed:
+                self.scheduler.lock.release()
+            else:
+                self.scheduler.shutdown()
+            self.store.close()
 
     def __enter__(self) -> Self:
         return self

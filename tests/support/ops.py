@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -45,8 +46,13 @@ def write(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: C
 
 
 def count(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """Add 1 to `steps`, one a step, with a checkpoint after each; the log tells when it began and was done."""
-    record(spec["log"], f"begin {os.getpid()}")
+    """Add up 1 to `steps`, with a checkpoint after each step; the log says `overlap` when two do so at once."""
+    guard = os.open(spec["log"] + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        record(spec["log"], "overlap")
+    record(spec["log"], "begin")
     saved = ctx.checkpoint() / "state.json"
     state = json.loads(saved.read_text()) if saved.exists() else {"step": 0, "total": 0}
     while state["step"] < spec["steps"]:
@@ -58,7 +64,7 @@ def count(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: C
         ctx.report(step, spec["steps"])
         pause(spec.get("pause", 0.0))
     (out / "total.txt").write_text(str(state["total"]))
-    record(spec["log"], f"end {os.getpid()}")
+    record(spec["log"], "end")
     return {"total": state["total"]}
 
 

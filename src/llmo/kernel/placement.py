@@ -25,7 +25,7 @@ def place(devices: Sequence[Device], running: Sequence[Running], needs: Needs, s
     at most half of the machine, so that training can still start beside an endpoint.
     """
     cores, memory, gpus = _free(devices, running)
-    if needs.cores == 0 and needs.gpus == 0:
+    if _only_waits(needs):
         return Placement(0, min(needs.memory, memory))
     short = []
     if needs.cores > cores:
@@ -50,7 +50,7 @@ def refuse(devices: Sequence[Device], needs: Needs) -> None:
             f"needs {_count(needs.cores, 'core')}; this machine has {cores}",
             hint="ask for fewer cores, or raise LLMO_CORES if it is set (see `llmo devices`)",
         )
-    if needs.memory > memory and needs.cores > 0:
+    if needs.memory > memory and not _only_waits(needs):
         raise NeedsError(
             f"needs {size(needs.memory)} of memory; LLMO may use {size(memory)} on this machine",
             hint="use a smaller model or batch, or raise LLMO_MEMORY (see `llmo devices`)",
@@ -77,6 +77,10 @@ def _free(devices: Sequence[Device], running: Sequence[Running]) -> tuple[int, i
     gpus = [d.name for d in devices if d.kind != "cpu" and d.usable and d.name not in taken]
     # Below zero when the machine was made smaller (LLMO_CORES) while a job ran on.
     return max(0, cores), max(0, memory), gpus
+
+
+def _only_waits(needs: Needs) -> bool:
+    return needs.cores == 0 and needs.gpus == 0
 
 
 def _most(devices: Sequence[Device], needs: Needs, service: bool) -> int:
