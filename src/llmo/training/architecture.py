@@ -21,6 +21,9 @@ OFFSET_POSITIONS = {
     "mvp",
 }
 
+# Surely known: for these the check costs no import of transformers, which brings torch.
+COMMON = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "deberta-v2", "mpnet", "modernbert"}
+
 
 def check_config(folder: Path) -> dict[str, Any]:
     """The folder's config. Raises ModelError when it is missing, wants code of its own, or is of no known kind."""
@@ -40,7 +43,13 @@ def check_config(folder: Path) -> dict[str, Any]:
             hint="give the folder that holds the transformer itself (not one of its pooling or adapter folders)",
             where=str(folder),
         )
-    from transformers import CONFIG_MAPPING  # more than a second, and a forecast needs none of it
+    if kind not in COMMON:
+        _known(kind, folder)
+    return config
+
+
+def _known(kind: str, folder: Path) -> None:
+    from transformers import CONFIG_MAPPING  # brings torch: seconds
 
     if kind not in CONFIG_MAPPING:
         raise ModelError(
@@ -48,7 +57,6 @@ def check_config(folder: Path) -> dict[str, Any]:
             hint="the installed transformers does not know it: upgrade it, or take another model",
             where=str(folder),
         )
-    return config
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:

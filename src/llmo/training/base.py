@@ -65,7 +65,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
 def inspect(folder: Path) -> dict[str, Any]:
     """What is known of a base model without loading it; raises ModelError for what `run` would refuse.
 
-    `{"model_type", "parameters", "max_positions"}`. No torch.
+    `{"model_type", "parameters", "max_positions"}`. No torch for the common architectures.
     """
     config = check_config(folder)
     parameters = weights.count(weights.find(folder))

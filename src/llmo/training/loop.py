@@ -1,0 +1,233 @@
+"""The training loop: step, report, evaluate, checkpoint; a resumed run equals the unbroken one bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from llmo.context import Context, Stopped
+from llmo.errors import JobFailed
+from llmo.files import digest_of_value
+from llmo.specs import TrainSpec
+from llmo.tasks.base import Task
+from llmo.training import batches, checkpoint, optimiser
+from llmo.training.batches import Encoded
+from llmo.training.model import Built, set_training
+from llmo.training.precision import Precision
+
+SMOOTHING = 0.9  # of the loss that is shown
+
+
+@dataclass(slots=True)
+class State:
+    """What a checkpoint says besides tensors; nothing in it depends on the clock."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best
+    losses: list[float] = field(default_factory=list)  # since the last evaluation
+    history: list[dict[str, float]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Loop:
+    """One run. `evaluate` gives the task's metrics on dev, or is None where there is no dev split.
+
+    `state.extra` is the caller's, kept in checkpoints (what was measured before training, for one).
+    """
+
+    def __init__(
+        self,
+        built: Built,
+        task: Task,
+        spec: TrainSpec,
+        data: Encoded,
+        evaluate: Callable[[], dict[str, float]] | None,
+        ctx: Context,
+        precision: Precision,
+    ) -> None:
+        self.built, self.task, self.spec, self.data, self.ctx = built, task, spec, data, ctx
+        self._evaluate_on_dev, self._precision = evaluate, precision
+        self._named: dict[str, nn.Parameter] = dict(built.trainable())
+        self._optimiser = optimiser.build(list(self._named.items()), spec)
+        self._class_weights = self._weigh_classes()
+        self._loss_weights = None if self._class_weights is None else self._class_weights.to(precision.device)
+        self._pad_id = int(built.network.config.pad_token_id)
+        self._per_epoch = -(-len(data) // spec.batch_size)
+        self.total = max(1, round(self._per_epoch * spec.epochs))
+        self._every = spec.evaluate_every or self._per_epoch
+        self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
+        self._best: dict[str, torch.Tensor] = {}
+        self._saved_at = time.monotonic()
+        self._shown_loss: float | None = None
+        self._seconds, self._samples = 0.0, 0
+        self.state = State()
+
+    @property
+    def samples_per_second(self) -> float:
+        """Training speed of this attempt, evaluations and checkpoints not counted."""
+        return self._samples / self._seconds if self._seconds else 0.0
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint of this same run, if there is one, with its number of threads."""
+        found = checkpoint.newest(self.ctx.checkpoint(), self._fingerprint())
+        if found is None:
+            return False
+        tensors, state = found
+        checkpoint.unpack(
+            {k: v for k, v in tensors.items() if not k.startswith(checkpoint.BEST)}, self._named, self._optimiser
+        )
+        self._best = {
+            k.removeprefix(checkpoint.BEST): v.clone() for k, v in tensors.items() if k.startswith(checkpoint.BEST)
+        }
+        self.state = State(**state["state"])
+        torch.set_num_threads(state["threads"])
+        checkpoint.restore_random_state(state["random"])
+        return True
+
+    def run(self) -> None:
+        """Train to the end. Raises Stopped (after a checkpoint) when asked to, JobFailed when the loss is lost."""
+        set_training(self.built.model)
+        while self.state.step < self.total and not self._gave_up():
+            self._report(self._step())
+            if self._evaluation_is_due():
+                self._evaluate()
+            if self.ctx.should_stop():
+                self._save()
+                raise Stopped
+            if time.monotonic() - self._saved_at >= self.spec.checkpoint_seconds:
+                self._save()
+        if self._best:
+            self._restore_best()
+
+    def _step(self) -> float:
+        started = time.monotonic()
+        batch = self._batch()
+        for group in self._optimiser.param_groups:
+            group["lr"] = optimiser.rate(self.spec, self.state.step, self.total)
+        loss = self._backward(batch)
+        norm = nn.utils.clip_grad_norm_(self._named.values(), self.spec.max_grad_norm)
+        self.state.step += 1
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+            raise self._lost("loss" if not math.isfinite(loss) else "gradient")
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+        self.state.losses.append(loss)
+        self._seconds += time.monotonic() - started
+        self._samples += len(batch)
+        return loss
+
+    def _backward(self, batch: NDArray[np.int64]) -> float:
+        """Gradients of the mean loss of the whole batch, however many parts it is computed in."""
+        pieces = [p for p in np.array_split(batch, self.spec.gradient_accumulation_steps) if len(p)]
+        parts = [batches.collate(self.data, piece, self._pad_id) for piece in pieces]
+        masses = [self.task.mass(targets, self._class_weights) for _, targets in parts]
+        whole = sum(masses) or 1.0
+        loss = 0.0
+        for (inputs, targets), mass in zip(parts, masses, strict=True):
+            with self._precision.autocast():
+                logits = self.built.model(**{k: v.to(self._precision.device) for k, v in inputs.items()}).logits
+            on_device = targets.to(self._precision.device)
+            part = self.task.loss(logits, on_device, self._loss_weights, self.spec.label_smoothing) * (mass / whole)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+        return loss
+
+    def _batch(self) -> NDArray[np.int64]:
+        epoch, index = divmod(self.state.step, self._per_epoch)
+        if self._order[0] != epoch:
+            self._order = (epoch, batches.order(self.data.lengths, self.spec.batch_size, self.spec.seed, epoch))
+        return self._order[1][index]
+
+    def _report(self, loss: float) -> None:
+        before = self._shown_loss
+        self._shown_loss = loss if before is None else SMOOTHING * before + (1 - SMOOTHING) * loss
+        self.ctx.report(
+            self.state.step,
+            self.total,
+            loss=self._shown_loss,
+            learning_rate=self._optimiser.param_groups[0]["lr"],
+            samples_per_second=self.samples_per_second,
+            epoch=self.state.step / self._per_epoch,
+        )
+
+    def _evaluation_is_due(self) -> bool:
+        last = self.state.step == self.total
+        if self._evaluate_on_dev is None or (last and self.spec.early_stopping is None):
+            return False  # the final figures are taken anyway, in full precision
+        return last or self.state.step % self._every == 0
+
+    def _evaluate(self) -> None:
+        assert self._evaluate_on_dev is not None  # noqa: S101 (as `_evaluation_is_due` found)
+        metrics = self._evaluate_on_dev()
+        value, state = metrics[self.task.metric], self.state
+        mean = sum(state.losses) / max(1, len(state.losses))
+        state.losses = []
+        state.history.append({"step": state.step, "loss": mean, f"dev_{self.task.metric}": value})
+        shown = {f"dev_{k}": v for k, v in metrics.items() if "/" not in k}
+        self.ctx.report(state.step, self.total, train_loss=mean, **shown)
+        if state.best is not None and value <= state.best:
+            state.stale += 1
+            return
+        state.best, state.best_step, state.stale = value, state.step, 0
+        if self.spec.early_stopping is not None:
+            self._best = {name: p.detach().cpu().clone() for name, p in self._named.items()}
+
+    def _gave_up(self) -> bool:
+        return self.spec.early_stopping is not None and self.state.stale >= self.spec.early_stopping
+
+    def _restore_best(self) -> None:
+        if self._gave_up():
+            self.ctx.note(f"stopped early at step {self.state.step} of {self.total}: no gain on dev")
+        with torch.no_grad():
+            for name, p in self._named.items():
+                p.copy_(self._best[name])
+        self.ctx.note(f"kept the weights of step {self.state.best_step}, the best on dev")
+
+    def _save(self) -> None:
+        tensors = checkpoint.pack(self._named, self._optimiser)
+        tensors |= {f"{checkpoint.BEST}{name}": tensor for name, tensor in self._best.items()}
+        epoch, position = divmod(self.state.step, self._per_epoch)
+        about = {
+            "fingerprint": self._fingerprint(),
+            "threads": torch.get_num_threads(),
+            "epoch": epoch,
+            "position": position,
+            "state": {name: getattr(self.state, name) for name in State.__slots__},
+            "random": checkpoint.random_state(),
+        }
+        checkpoint.save(self.ctx.checkpoint(), self.state.step, tensors, about)
+        self._saved_at = time.monotonic()
+
+    def _fingerprint(self) -> str:
+        """Names the run by everything its result depends on, so that a checkpoint of another is never taken."""
+        rows = hashlib.sha256(self.data.ids.tobytes() + self.data.starts.tobytes())
+        for target in self.data.targets:
+            rows.update(target.tobytes())
+        spec = self.spec.plain()
+        spec.pop("checkpoint_seconds")
+        weights = {name: list(p.shape) for name, p in self._named.items()}
+        return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self._precision.name])
+
+    def _weigh_classes(self) -> torch.Tensor | None:
+        if self.spec.class_weights == "none":
+            return None
+        counts = np.maximum(self.task.class_counts(self.data.targets), 1)
+        weights = counts.sum() / (len(counts) * counts)
+        return torch.tensor(weights, dtype=torch.float32)
+
+    def _lost(self, what: str) -> JobFailed:
+        return JobFailed(
+            f"the {what} became NaN or infinite at step {self.state.step} of {self.total}",
+            hint=f"lower train.learning_rate (the peak is {optimiser.peak(self.spec):g}), or set train.precision: fp32",
+        )

@@ -1,0 +1,41 @@
+"""The optimiser over the trained weights, and the learning rate of each step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from llmo.specs import TrainSpec
+
+LEARNING_RATES = {"full": 1e-4, "last-n": 1e-4, "lora": 1e-3, "head": 5e-3}
+
+
+def peak(spec: TrainSpec) -> float:
+    """The peak learning rate: as written, else the method's own."""
+    return spec.learning_rate if spec.learning_rate is not None else LEARNING_RATES[spec.method]
+
+
+def build(named: list[tuple[str, nn.Parameter]], spec: TrainSpec) -> torch.optim.Optimizer:
+    """AdamW or SGD, fused; weight decay on matrices only (vectors are biases and norms)."""
+    groups = [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=peak(spec), momentum=spec.momentum, fused=True)
+    return torch.optim.AdamW(groups, lr=peak(spec), fused=True)
+
+
+def rate(spec: TrainSpec, step: int, total: int) -> float:
+    """The learning rate of step `step` (from 0) of `total`: a linear warm-up, then the schedule down to 0."""
+    warm = round(spec.warmup * total)
+    top = peak(spec)
+    if step < warm:
+        return top * (step + 1) / warm
+    if spec.schedule == "constant":
+        return top
+    left = (total - step) / max(1, total - warm)
+    return top * left if spec.schedule == "linear" else top * 0.5 * (1.0 - math.cos(math.pi * left))
