@@ -194,5 +194,5 @@ def _weights(vocabulary: int, layers: int, seed: int) -> dict[str, np.ndarray]:
         elif name.endswith(".bias"):
             weights[name] = np.zeros(shape, np.float32)
         else:
-            weights[name] = rng.normal(0.0, 0.05, shape).astype(np.float32)
+            weights[name] = rng.normal(0.0, 0.18, shape).astype(np.float32)
     return weights
