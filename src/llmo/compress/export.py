@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -14,16 +14,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function
 
 from llmo.compress import graph
-from llmo.engines.onnx import session_options
+from llmo.engines.onnx import ORT_ERRORS, session_options
 from llmo.engines.torch import open_model
 from llmo.errors import ModelError
 
 FUSED = "llmo_onnx"
 TOLERANCE = 1e-4
+LENGTHS = (2, 7, 33)  # of the texts on which the graph is compared with torch
+LARGEST = 2000 << 20  # bytes; protobuf ends at 2 GiB
 
 
 class _Logits(torch.nn.Module):
@@ -38,23 +41,27 @@ class _Logits(torch.nn.Module):
         return logits
 
 
-def export(folder: Path) -> tuple[onnx.ModelProto, str]:
-    """The model of a saved folder as an ONNX graph with dynamic batch and length, and which attention it has.
+def export(folder: Path, target: Path) -> str:
+    """Write the model of a saved folder to the file `target`, with dynamic batch and length.
 
-    "fused": each layer's attention is one ONNX Runtime node; "plain": for models whose attention or mask is
-    not the usual one, as transformers spells it. Raises ModelError when neither gives torch's logits.
+    Returns which attention it has. "fused": each layer's attention is one ONNX Runtime node; "plain": as
+    transformers spells it, for models whose attention or mask is not the usual one. Raises ModelError when
+    neither gives torch's logits, or the weights are more than one file can hold.
     """
-    reference = open_model(folder)
+    model = open_model(folder)
+    _refuse_too_large(model, folder)
+    expected = [_torch_logits(model, length) for length in LENGTHS]
     reasons = []
     for attention, name in ((FUSED, "fused"), ("eager", "plain")):
         try:
-            exported = _exported(folder, attention)
-            difference = _difference(reference, exported)
+            model.set_attn_implementation(attention)
+            onnx.save(_exported(model), target)
+            difference = _difference(target, expected)
         except _EXPORT_ERRORS as error:
             reasons.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
             continue
         if difference <= TOLERANCE:
-            return exported, name
+            return name
         reasons.append(f"{name}: logits differ by {difference:.1e}")
     raise ModelError(
         f"the model cannot be turned into an ONNX graph ({'; '.join(reasons)})",
@@ -63,17 +70,29 @@ def export(folder: Path) -> tuple[onnx.ModelProto, str]:
     )
 
 
-_EXPORT_ERRORS = (ModelError, torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError, KeyError)
+# What the exporter and ONNX Runtime raise for models they cannot express; each is reported with the next attempt.
+_EXPORT_ERRORS: tuple[type[Exception], ...] = (
+    *(ModelError, torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError, KeyError),
+    *ORT_ERRORS,
+)
 
 
-def _exported(folder: Path, attention: str) -> onnx.ModelProto:
-    ids, mask = _example(16)
+def _refuse_too_large(model: Any, folder: Path) -> None:
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if size > LARGEST:
+        raise ModelError(
+            f"the weights take {size / 2**30:.1f} GiB, and one ONNX file holds at most 2 GiB",
+            hint="deploy it on the torch engine: leave out the section `compress`",
+            where=str(folder),
+        )
+
+
+def _exported(model: Any) -> onnx.ModelProto:
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    model = _Logits(open_model(folder, attention)).eval()
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            model,
-            (ids, mask),
+            _Logits(model).eval(),
+            _example(16),
             dynamo=True,
             verbose=False,
             input_names=["input_ids", "attention_mask"],
@@ -94,21 +113,25 @@ def _example(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def _difference(reference: Any, exported: onnx.ModelProto) -> float:
-    """The largest difference of logits on tokens that are not padding, at several shapes."""
-    session = onnxruntime.InferenceSession(
-        exported.SerializeToString(), session_options(torch.get_num_threads()), providers=["CPUExecutionProvider"]
-    )
+def _torch_logits(model: Any, length: int) -> NDArray[np.float32]:
+    ids, mask = _example(length)
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = model(input_ids=ids, attention_mask=mask).logits.numpy()
+    return logits
+
+
+def _difference(exported: Path, expected: Sequence[NDArray[np.float32]]) -> float:
+    """The largest difference of logits on tokens that are not padding, at each of `LENGTHS`."""
+    options = session_options(torch.get_num_threads())
+    session = onnxruntime.InferenceSession(str(exported), options, providers=["CPUExecutionProvider"])
     worst = 0.0
-    for length in (2, 7, 33):
-        ids, mask = _example(length)
-        with torch.inference_mode():
-            expected = reference(input_ids=ids, attention_mask=mask).logits.numpy()
-        got = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
-        if got.shape != expected.shape:
-            raise ModelError(f"logits have the shape {got.shape}, not {expected.shape}")
-        kept = mask.numpy().astype(bool) if expected.ndim == 3 else np.ones(len(ids), dtype=bool)
-        worst = max(worst, float(np.abs(got - expected)[kept].max()))
+    for length, wanted in zip(LENGTHS, expected, strict=True):
+        ids, mask = (tensor.numpy() for tensor in _example(length))
+        got = session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+        if got.shape != wanted.shape:
+            raise ModelError(f"logits have the shape {got.shape}, not {wanted.shape}")
+        kept = mask.astype(bool) if wanted.ndim == 3 else np.ones(len(ids), dtype=bool)
+        worst = max(worst, float(np.abs(got - wanted)[kept].max()))
     return worst
 
 

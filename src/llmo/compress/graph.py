@@ -77,3 +77,9 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
             graph.node.remove(node)
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)
+
+
+def add_domain(model: onnx.ModelProto, domain: str, version: int) -> None:
+    """Say that nodes of a domain beyond ONNX's own are used."""
+    if all(entry.domain != domain for entry in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(domain, version))
