@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import types
 import typing
@@ -210,13 +211,18 @@ def to_json(value: Any) -> Any:
 
 def from_json(cls: type[T], body: Mapping[str, Any]) -> T:
     """The inverse of `to_json` for the records of this module; keys it does not know are ignored."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints_of(cls)
     values = {
         f.name: _revive(hints[f.name], body[f.name])
         for f in dataclasses.fields(cls)  # type: ignore[arg-type]
         if f.name in body
     }
     return cls(**values)
+
+
+@functools.cache
+def _hints_of(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _revive(hint: Any, value: Any) -> Any:

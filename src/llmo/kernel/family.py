@@ -42,12 +42,13 @@ class Family:
         self.adopted.add(child.id)
         self.changed = True
 
-    def end(self, parent: Job, *, stop: bool) -> None:
-        """A parent ended; with `stop`, nobody waits for its children any more."""
-        self._awaited.pop(parent.id, None)
+    def end(self, job: Job, *, stop: bool) -> None:
+        """An attempt of a job ended, and its own parent may hear of it; `stop`: nobody waits for its children now."""
+        self.changed = True
+        self._awaited.pop(job.id, None)
         if not stop:
             return
-        for child in self._store.jobs.list(parent=parent.id, service=False, limit=None):
+        for child in self._store.jobs.list(parent=job.id, service=False, limit=None):
             if not child.state.ended:
                 self._store.jobs.request_stop(child.id)
 

@@ -86,9 +86,11 @@ class Scheduler:
         """Tick until `stop`. Raises ConflictError when another scheduler runs the jobs of this store."""
         self._own()
         while not self._stopping.is_set():
-            pause = _IDLE_SECONDS
+            began = time.monotonic()
             try:
                 self.tick()
+                # A long line takes long to walk, and must not take a core.
+                pause = max(_IDLE_SECONDS, 10 * (time.monotonic() - began))
             # The loop must outlive anything; every step is in the store, so the next tick takes it up again.
             except Exception as error:
                 if not passes(error):
