@@ -20,10 +20,10 @@ from transformers.masking_utils import bidirectional_mask_function
 
 from llmo.compress import graph
 from llmo.engines.onnx import ORT_ERRORS, session_options
-from llmo.engines.torch import open_model
+from llmo.engines.torch import open_model, quiet
 from llmo.errors import ModelError
 
-FUSED = "llmo_onnx"
+FUSED = "fused"
 TOLERANCE = 1e-4
 LENGTHS = (2, 7, 33)  # of the texts on which the graph is compared with torch
 LARGEST = 2000 << 20  # bytes; protobuf ends at 2 GiB
@@ -52,17 +52,19 @@ def export(folder: Path, target: Path) -> str:
     _refuse_too_large(model, folder)
     expected = [_torch_logits(model, length) for length in LENGTHS]
     reasons = []
-    for attention, name in ((FUSED, "fused"), ("eager", "plain")):
+    for attention in (FUSED, "eager"):
         try:
-            model.set_attn_implementation(attention)
-            onnx.save(_exported(model), target)
+            with quiet():  # it warns of models that keep the attention they have; the graph shows it
+                model.set_attn_implementation(attention)
+            exported = _exported(model)
+            onnx.save(exported, target)
             difference = _difference(target, expected)
         except _EXPORT_ERRORS as error:
-            reasons.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
+            reasons.append(f"{attention}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
             continue
         if difference <= TOLERANCE:
-            return name
-        reasons.append(f"{name}: logits differ by {difference:.1e}")
+            return "fused" if graph.has_attention(exported) else "plain"
+        reasons.append(f"{attention}: logits differ by {difference:.1e}")
     raise ModelError(
         f"the model cannot be turned into an ONNX graph ({'; '.join(reasons)})",
         hint="deploy it on the torch engine: leave out the section `compress`",

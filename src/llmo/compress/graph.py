@@ -20,6 +20,11 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def has_attention(model: onnx.ModelProto) -> bool:
+    """Whether the model's attention is ONNX Runtime's own node."""
+    return any(node.op_type == ATTENTION for node in model.graph.node)
+
+
 def producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     """Which node makes each value."""
     return {output: node for node in graph.node for output in node.output}

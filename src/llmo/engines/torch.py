@@ -60,10 +60,9 @@ class TorchEngine:
             torch.cuda.empty_cache()
 
 
-def open_model(folder: Path, attention: str = "sdpa") -> Any:
+def open_model(folder: Path) -> Any:
     """The saved model with its head, at fp32 and in eval mode, opened by the class its task names.
 
-    `attention` is the transformers implementation; models that lack it are opened with their own default.
     Raises ModelError when weights are missing, broken or do not fit the config.
     """
     config = read_config(folder)
@@ -80,7 +79,6 @@ def open_model(folder: Path, attention: str = "sdpa") -> Any:
             model, info = auto_class.from_pretrained(
                 folder,
                 dtype=torch.float32,
-                attn_implementation=attention,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
