@@ -33,7 +33,12 @@ def prepare(folder: Path, rows: int) -> None:
     (folder / "data").mkdir()
     share = 1 - rows / 2200 - 0.2
     data = DataSpec(source=SOURCE, split=SplitSpec(test=0.2, dev=round(share, 4)))
-    spec = {**data.plain(), "task": TaskSpec(name="text-classification").plain(), "source_digest": None, "uploads": None}
+    spec = {
+        **data.plain(),
+        "task": TaskSpec(name="text-classification").plain(),
+        "source_digest": None,
+        "uploads": None,
+    }
     import_data(spec, {}, folder / "data", NullContext(2))
     (folder / "base").mkdir()
     fetch({"source": str(sources.resolve(MODEL)), "source_digest": None}, {}, folder / "base", NullContext(2))
@@ -46,7 +51,9 @@ def llmo(folder: Path) -> dict[str, float]:
     from llmo.specs import TrainJobSpec
     from llmo.training.operation import run
 
-    spec = TrainJobSpec(task={"name": "text-classification"}, epochs=1.0, batch_size=BATCH, learning_rate=RATE, seed=SEED)
+    spec = TrainJobSpec(
+        task={"name": "text-classification"}, epochs=1.0, batch_size=BATCH, learning_rate=RATE, seed=SEED
+    )
     with tempfile.TemporaryDirectory() as out:
         result = run(spec.plain(), {"data": folder / "data", "model": folder / "base"}, Path(out), NullContext(2))
     assert len(Dataset.open(folder / "data").split("train"))
@@ -56,7 +63,13 @@ def llmo(folder: Path) -> dict[str, float]:
 def trainer(folder: Path) -> dict[str, float]:
     """One epoch with Trainer: its own defaults for everything but the batch, the rate and the length."""
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainingArguments,
+    )
 
     from llmo.data.dataset import Dataset
 
@@ -113,7 +126,9 @@ def main() -> None:
     for side in SIDES:
         rates = [r["rate"] for r in found[side]]
         accuracy = statistics.median(r["accuracy"] for r in found[side])
-        print(f"{side}: median {statistics.median(rates):.1f} samples/s ({min(rates):.1f} to {max(rates):.1f}), accuracy {accuracy:.3f}")
+        print(
+            f"{side}: median {statistics.median(rates):.1f} samples/s ({min(rates):.1f} to {max(rates):.1f}), accuracy {accuracy:.3f}"
+        )
     print(f"ratio llmo/trainer: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
