@@ -23,7 +23,7 @@ def filled(lengths: list[int], **options: int) -> tuple[Batcher, list[Item]]:
 def test_every_item_runs_once_within_the_bounds_and_the_oldest_first(
     lengths: list[int], max_tokens: int, max_items: int, overhead: int
 ) -> None:
-    batcher, items = filled(lengths, max_batch_tokens=max_tokens, max_items=max_items, overhead_tokens=overhead)
+    batcher, items = filled(lengths, max_batch_tokens=max_tokens, max_items=max_items, slack_tokens=overhead)
     left = list(items)
     while len(batcher):
         batch, expired = batcher.take(0.0)
@@ -40,7 +40,7 @@ def test_every_item_runs_once_within_the_bounds_and_the_oldest_first(
 @given(LENGTHS, st.integers(1, 128))
 @settings(max_examples=200, deadline=None)
 def test_no_batch_costs_more_than_running_its_texts_apart(lengths: list[int], overhead: int) -> None:
-    batcher, _ = filled(lengths, max_batch_tokens=4096, overhead_tokens=overhead)
+    batcher, _ = filled(lengths, max_batch_tokens=4096, slack_tokens=overhead)
     while len(batcher):
         batch, _ = batcher.take(0.0)
         sizes = [i.tokens for i in batch]
@@ -77,7 +77,7 @@ def test_equal_lengths_share_a_batch_up_to_its_tokens() -> None:
 
 
 def test_a_short_text_is_not_padded_to_a_long_one() -> None:
-    batcher, items = filled([128, 8, 120, 10, 12], overhead_tokens=32)
+    batcher, items = filled([128, 8, 120, 10, 12], slack_tokens=8)
     assert {i.tokens for i in batcher.take(0.0)[0]} == {128, 120}
     assert batcher.take(0.0)[0] == [items[1], items[3], items[4]]
 
