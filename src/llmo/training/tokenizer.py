@@ -14,6 +14,7 @@ from llmo.engines.torch import quiet
 from llmo.errors import ModelError
 from llmo.tasks.card import TOKENIZER, load_tokenizer
 
+VOCABULARIES = (TOKENIZER, "vocab.txt", "vocab.json", "tekken.json", "entity_vocab.json")
 PROBES = ("Hello, World! 42", "Élan naïve CAFÉ e\u0301", "我在北京", "👍🏽 ok", "a_b-c  d\te\nf", "don't U.S. 3.14")
 
 
@@ -53,6 +54,12 @@ def bring(source: Path, out: Path, config: Mapping[str, Any]) -> Brought:
 
 
 def _backend(source: Path) -> Tokenizer:
+    if not any(p.name in VOCABULARIES or p.suffix in (".model", ".tiktoken") for p in source.iterdir()):
+        raise ModelError(  # transformers would make an empty tokeniser of nothing
+            "the folder holds no tokeniser",
+            hint="put tokenizer.json (or vocab.txt, or the sentencepiece model) beside the weights",
+            where=str(source),
+        )
     try:
         with quiet():
             loaded = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
