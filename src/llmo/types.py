@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import json
 import types
 import typing
@@ -220,9 +219,13 @@ def from_json(cls: type[T], body: Mapping[str, Any]) -> T:
     return cls(**values)
 
 
-@functools.cache
+_HINTS: dict[type, dict[str, Any]] = {}  # evaluating annotations takes longer than all the rest
+
+
 def _hints_of(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    if cls not in _HINTS:
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _revive(hint: Any, value: Any) -> Any:

@@ -244,7 +244,9 @@ class Scheduler:
         for made in list(self._publishing.values()):
             if made.again_at is not None and time.monotonic() >= made.again_at:
                 made.again_at, made.future = None, made.start()
-            if made.again_at is None and made.future.done():
+            if made.again_at is not None:
+                self.trouble = str(made.future.exception())
+            elif made.future.done():
                 self._published(made)
 
     def _published(self, made: Publishing) -> None:
@@ -254,7 +256,6 @@ class Scheduler:
             self._line.done(job)
         elif passes(error):
             # The work is whole and stays in the job's directory until the disk takes it.
-            self.trouble = str(error)
             made.again_at = time.monotonic() + _TROUBLE_SECONDS
             return
         elif isinstance(error, StorageError):
@@ -301,6 +302,8 @@ class Scheduler:
                 return ""
             inputs = staging.inputs_of(self._store, job)
             folder = staging.prepare(self._store, job, operation, inputs, device_for(self._devices, answer))
+        except OSError as error:
+            return f"the job's folder cannot be made: {error}"
         except LLMOError as error:
             if passes(error):
                 return str(error)

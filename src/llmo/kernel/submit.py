@@ -44,10 +44,6 @@ def submit(
     Raises NeedsError when the machine could never run it, SpecError and NotFoundError for what is wrong in it.
     """
     operation = lookup(op)
-    if parent is not None and child_key is not None:
-        known = [job for job in store.jobs.list(parent=parent, limit=None) if job.child_key == child_key]
-        if known:
-            return known[0]
     _check(store, operation, spec, inputs, name)
     wanted = _needs(operation, spec, needs)
     refuse(devices, wanted)
