@@ -126,7 +126,7 @@ class ProcessReplica:
     def __init__(self, model: Path, spec: Mapping[str, Any] | None = None) -> None:
         root = Path(__file__).parents[1]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "support.serving", str(model), json.dumps(spec or deploy())],
+            [sys.executable, "-m", "support.replica_process", str(model), json.dumps(spec or deploy())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -152,31 +152,3 @@ class ProcessReplica:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.kill()
-
-
-def main() -> None:
-    """Serve until standard input ends, then print the imported modules."""
-
-    class Told(NullContext):
-        stopping = False
-
-        def ready(self, address: str) -> None:
-            print(address, flush=True)
-
-        def should_stop(self) -> bool:
-            return self.stopping
-
-    context = Told()
-
-    def wait() -> None:
-        sys.stdin.read()
-        context.stopping = True
-
-    threading.Thread(target=wait, daemon=True).start()
-    model = Path(sys.argv[1])
-    replica.run(json.loads(sys.argv[2]), {"model": model}, model, context)
-    print(json.dumps(sorted(sys.modules)))
-
-
-if __name__ == "__main__":
-    main()

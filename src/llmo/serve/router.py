@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,20 +33,21 @@ class Replica:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.outstanding = 0
         self._link: Link | None = None
         self._connecting = asyncio.Lock()
 
-    @property
-    def outstanding(self) -> int:
-        return self._link.outstanding if self._link is not None else 0
-
-    async def link(self) -> Link:
-        """The open connection, made anew when the last one ended. Raises ReplicaGone."""
-        if self._link is None or self._link.closed:
-            async with self._connecting:
-                if self._link is None or self._link.closed:
-                    self._link = await Link.connect(self.address)
-        return self._link
+    async def call(self, body: Mapping[str, Any]) -> Any:
+        """As `Link.call`, over a connection made anew when the last one ended. Raises ReplicaGone."""
+        self.outstanding += 1  # before the connection is there, so that a burst is divided as well
+        try:
+            if self._link is None or self._link.closed:
+                async with self._connecting:
+                    if self._link is None or self._link.closed:
+                        self._link = await Link.connect(self.address)
+            return await self._link.call(body)
+        finally:
+            self.outstanding -= 1
 
     def close(self) -> None:
         if self._link is not None:
@@ -128,7 +129,7 @@ class Router:
             if replica is None:
                 break
             try:
-                return Reply(target.model, await (await replica.link()).call(body))
+                return Reply(target.model, await replica.call(body))
             except ReplicaGone as gone:
                 failure = gone
                 tried.append(replica)
@@ -200,7 +201,7 @@ def _unreachable(endpoint: Endpoint, failure: Exception) -> UnreachableError:
 async def _stats_of(replica: Replica) -> dict[str, Any] | None:
     try:
         async with asyncio.timeout(_STATS_SECONDS):
-            answer = await (await replica.link()).call({"op": "stats"})
+            answer = await replica.call({"op": "stats"})
     except (ReplicaGone, TimeoutError):
         return None
     numbers: dict[str, Any] = answer["stats"]

@@ -1,0 +1,40 @@
+"""A process that is one replica: imports what `serve` imports and nothing else, so that tests can see what that is."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+from llmo.context import NullContext
+from llmo.serve import replica
+
+
+class Told(NullContext):
+    """Stops when standard input ends."""
+
+    stopping = False
+
+    def ready(self, address: str) -> None:
+        print(address, flush=True)
+
+    def should_stop(self) -> bool:
+        return self.stopping
+
+    def listen(self) -> None:
+        sys.stdin.read()
+        self.stopping = True
+
+
+def main() -> None:
+    """Serve until standard input ends, then print the names of the imported modules."""
+    context = Told()
+    threading.Thread(target=context.listen, daemon=True).start()
+    model = Path(sys.argv[1])
+    replica.run(json.loads(sys.argv[2]), {"model": model}, model, context)
+    print(json.dumps(sorted(sys.modules)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The router against scripted replicas: choice, retry, and a table that changes or cannot be read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmo.errors import BusyError, InputError, NotFoundError, StorageError, UnreachableError
+from llmo.serve.protocol import Frames, answers_frame, error_frame, frame
+from llmo.serve.router import Router
+from llmo.types import Endpoint
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Fake:
+    """A replica that answers with its name, or as `mood` says."""
+
+    def __init__(self, name: str, address: str) -> None:
+        self.name = name
+        self.address = address
+        self.mood = "answer"
+        self.asked = 0
+        self.connections = 0
+        self.release = asyncio.Event()
+
+    def session(self) -> Frames:
+        fake = self
+
+        class Session(Frames):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                super().connection_made(transport)
+                fake.connections += 1
+                self.transport.write(frame({"hello": 1, "deadline_seconds": 5.0}))
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                fake.connections -= 1
+
+            def received(self, data: bytes) -> None:
+                import json
+
+                body = json.loads(data)
+                if body["op"] == "predict":
+                    fake.asked += 1
+                    self._tasks = asyncio.ensure_future(fake.reply(self, body))
+
+        return Session()
+
+    async def reply(self, session: Frames, body: dict[str, Any]) -> None:
+        if self.mood == "hold":
+            await self.release.wait()
+        if self.mood == "die":
+            session.transport.abort()
+        elif self.mood == "busy":
+            session.transport.write(error_frame(body["id"], BusyError("full", retry_after=1.0)))
+        elif self.mood == "leave":
+            session.transport.write(error_frame(body["id"], UnreachableError("leaving")))
+        elif self.mood == "refuse":
+            session.transport.write(error_frame(body["id"], InputError("bad")))
+        else:
+            session.transport.write(answers_frame(body["id"], b'["%s"]' % self.name.encode()))
+
+
+class World:
+    """A table and the replicas it may name."""
+
+    def __init__(self) -> None:
+        self.rows: list[Endpoint] = []
+        self.failure: Exception | None = None
+
+    def load(self) -> list[Endpoint]:
+        if self.failure is not None:
+            raise self.failure
+        return self.rows
+
+    def point(self, *fakes: Fake, ref: str = "m@1", state: str = "up") -> None:
+        address = ",".join(f.address for f in fakes) or None
+        self.rows = [Endpoint("topics", state, "sha256:0", ref, 3, address=address)]
+
+
+@asynccontextmanager
+async def world(tmp_path: Path) -> AsyncIterator[tuple[World, Router, Fake, Fake]]:
+    made = World()
+    loop = asyncio.get_running_loop()
+    async with AsyncExitStack() as stack:
+        fakes = [Fake(name, f"unix:{tmp_path / name}") for name in ("a", "b")]
+        for fake in fakes:
+            path = fake.address.removeprefix("unix:")
+            await stack.enter_async_context(await loop.create_unix_server(fake.session, path))
+        router = Router(made.load, refresh_seconds=0.02)
+        made.point(fakes[0])
+        await stack.enter_async_context(router.running())
+        yield made, router, fakes[0], fakes[1]
+
+
+async def until(true: Any) -> None:
+    async with asyncio.timeout(60):
+        while not true():
+            await asyncio.sleep(0.002)
+
+
+async def test_says_which_model_answered(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, router, _, _):
+        reply = await router.predict("topics", ["x"])
+        assert (reply.model, reply.answers) == ("m@1", b'["a"]')
+        assert router.ready
+
+
+async def test_unknown_names_are_looked_up_again_and_then_not_found(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, a, _):
+        with pytest.raises(NotFoundError, match="did you mean 'topics'"):
+            await router.predict("topic", ["x"])
+        made.rows = [*made.rows, Endpoint("fresh", "up", "sha256:1", "n@1", 4, address=a.address)]
+        assert (await router.predict("fresh", ["x"])).model == "n@1"
+
+
+async def test_the_least_busy_replica_is_asked(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, a, b):
+        made.point(a, b)
+        await router.refresh()
+        a.mood = b.mood = "hold"
+        calls = [asyncio.create_task(router.predict("topics", ["x"])) for _ in range(10)]
+        await until(lambda: a.asked + b.asked == 10)
+        assert (a.asked, b.asked) == (5, 5)
+        a.release.set()
+        b.release.set()
+        assert len(await asyncio.gather(*calls)) == 10
+
+
+@pytest.mark.parametrize("mood", ["die", "leave", "busy"])
+async def test_another_replica_is_asked_when_one_cannot_answer(tmp_path: Path, mood: str) -> None:
+    async with world(tmp_path) as (made, router, a, b):
+        made.point(a, b)
+        await router.refresh()
+        a.mood = mood
+        for _ in range(4):
+            assert (await router.predict("topics", ["x"])).answers == b'["b"]'
+        assert a.asked >= 1
+
+
+async def test_the_retry_uses_the_newest_table(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, a, b):
+        a.mood = "hold"
+        call = asyncio.create_task(router.predict("topics", ["x"]))
+        await until(lambda: a.asked == 1)
+        made.point(b, ref="m@2")
+        a.mood = "die"
+        a.release.set()
+        reply = await call
+        assert (reply.model, reply.answers) == ("m@2", b'["b"]')
+
+
+async def test_errors_of_the_request_are_not_retried(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, a, b):
+        made.point(a, b)
+        await router.refresh()
+        a.mood = b.mood = "refuse"
+        with pytest.raises(InputError):
+            await router.predict("topics", ["x"])
+        assert a.asked + b.asked == 1
+        a.mood = b.mood = "busy"
+        with pytest.raises(BusyError):
+            await router.predict("topics", ["x"])
+
+
+@pytest.mark.parametrize(("state", "says"), [("up", "no replica"), ("starting", "is starting"), ("down", "no replica")])
+async def test_nobody_left_says_what_to_do(tmp_path: Path, state: str, says: str) -> None:
+    async with world(tmp_path) as (made, router, a, _):
+        a.mood = "die"
+        made.point(*([] if state == "starting" else [a]), state=state)
+        await router.refresh()
+        with pytest.raises(UnreachableError, match=says) as caught:
+            await router.predict("topics", ["x"])
+        assert caught.value.hint
+
+
+async def test_a_replica_that_left_the_table_finishes_and_is_then_closed(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, a, b):
+        a.mood = "hold"
+        old = asyncio.create_task(router.predict("topics", ["x"]))
+        await until(lambda: a.asked == 1)
+        made.point(b, ref="m@2")
+        await router.refresh()
+        assert (await router.predict("topics", ["x"])).model == "m@2"
+        await asyncio.sleep(0.1)  # several refreshes, none of which may close it
+        assert a.connections == 1
+        a.release.set()
+        a.mood = "answer"
+        assert (await old).model == "m@1"
+        await until(lambda: a.connections == 0)
+
+
+async def test_a_store_that_cannot_be_read_does_not_stop_requests(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, _, _):
+        made.failure = StorageError("the disk is gone")
+        await until(lambda: not router.ready)
+        assert (await router.predict("topics", ["x"])).answers == b'["a"]'
+        made.failure = None
+        await until(lambda: router.ready)
