@@ -127,7 +127,8 @@ def main() -> None:
         rates = [r["rate"] for r in found[side]]
         accuracy = statistics.median(r["accuracy"] for r in found[side])
         print(
-            f"{side}: median {statistics.median(rates):.1f} samples/s ({min(rates):.1f} to {max(rates):.1f}), accuracy {accuracy:.3f}"
+            f"{side}: median {statistics.median(rates):.1f} samples/s ({min(rates):.1f} to {max(rates):.1f}), "
+            f"accuracy {accuracy:.3f}"
         )
     print(f"ratio llmo/trainer: median {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 

@@ -90,8 +90,8 @@ def deployment(model: str, reference: str | None, deploy: Mapping[str, Any]) -> 
 
 
 def _source(source: Mapping[str, Any]) -> dict[str, Any]:
-    found = {"source": source["source"], "source_digest": source["digest"]}
-    return found | ({"uploads": source["uploads"]} if source.get("uploads") else {})
+    """As `ImportSpec` and `BaseModelSpec` write it, so that a single step and a project's step are one."""
+    return {"source": source["source"], "source_digest": source["digest"], "uploads": source.get("uploads")}
 
 
 def base_name(source: str) -> str:
