@@ -30,7 +30,7 @@ Table = list[dict[str, Any]]
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """Write the compressed model folder. Returns `{"variants": [...], "chosen", "why", "texts"}`.
+    """Write the compressed model folder. Returns `{"metric", "variants", "chosen", "why", "texts"}`.
 
     Raises GateRefused, with the table in `extra`, when no variant is both faster than the original and within
     `max_drop` of its metric on dev.
@@ -58,7 +58,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             raise _refusal(why, table)
         _assemble(model, work / chosen / GRAPH, out)
     number = [candidate.name for candidate in candidates].index(chosen)
-    result = {"variants": table, "chosen": chosen, "why": why, "texts": len(rows)}
+    result = {"metric": task.metric, "variants": table, "chosen": chosen, "why": why, "texts": len(rows)}
     dev = task.intervals(task.tally(measured[number].logits, rows, encodings))
     write_card(out, _card(card, model, result, table[number], dev))
     return result

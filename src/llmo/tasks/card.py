@@ -84,7 +84,7 @@ def read_golden(folder: Path) -> list[dict[str, Any]]:
     """`[{"text", "input_ids", "logits"}]`: what the training graph said of some texts before it was saved."""
     golden = _read_json(folder / GOLDEN, hint="only models trained by LLMO carry it: train the model again")
     if not isinstance(golden, list):
-        raise ModelError("the golden evidence is not a list", where=str(folder / GOLDEN))
+        raise ModelError("the golden evidence is not a list", where=str(folder / GOLDEN), hint="train the model again")
     return golden
 
 
