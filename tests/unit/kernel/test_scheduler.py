@@ -100,19 +100,20 @@ def test_attempts_that_leave_a_checkpoint_do_not_count(kernel: Kernel, tmp_path:
     assert not (kernel.folder(job) / "checkpoint").exists()
 
 
-def test_a_worker_without_a_pulse_is_killed_and_replaced(tmp_path: Path) -> None:
-    with Kernel(tmp_path / "home", heartbeat=3.0) as kernel:
-        job = kernel.submit("wait", {"until": str(tmp_path / "go")})
-        first = kernel.noted(job) and kernel.job(job).pid
-        assert first
-        os.kill(first, signal.SIGSTOP)
-        kernel.until(lambda: kernel.job(job).attempt == 2)
-        assert not alive(first)
-        lost = kernel.events(job, "state")[-1].data
-        assert (lost["state"], lost["reason"]) == ("queued", "lost")
-        assert "no sign of life" in lost["text"]
-        (tmp_path / "go").touch()
-        assert kernel.ended(job).state is JobState.DONE
+def test_a_worker_without_a_pulse_is_killed_and_replaced(kernel: Kernel, tmp_path: Path) -> None:
+    job = kernel.submit("wait", {"until": str(tmp_path / "go")})
+    first = kernel.noted(job) and kernel.job(job).pid
+    assert first
+    os.kill(first, signal.SIGSTOP)
+    patience, kernel.scheduler._heartbeat = kernel.scheduler._heartbeat, 0.5
+    kernel.until(lambda: kernel.job(job).attempt == 2)
+    kernel.scheduler._heartbeat = patience
+    assert not alive(first)
+    lost = kernel.events(job, "state")[-1].data
+    assert (lost["state"], lost["reason"]) == ("queued", "lost")
+    assert "no sign of life" in lost["text"]
+    (tmp_path / "go").touch()
+    assert kernel.ended(job).state is JobState.DONE
 
 
 def test_cancel_leaves_no_orphan(kernel: Kernel) -> None:
