@@ -108,11 +108,18 @@ def _open(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:
     model, info = _load(base, task, config, _attention(written, task, on_cpu))
     _check_loaded(model, info, base)
     model.name_or_path = config._name_or_path = ""  # a path of this machine, which would be saved with the model
-    if known != labels:  # an answer layer of as many labels, but other ones, is worth nothing
-        for part in (part for module in _outside_trunk(model) for part in module.modules()):
-            if isinstance(part, nn.Linear) and part.out_features == len(labels):
-                model._init_weights(part)
+    if known != labels:
+        _renew_answers(model, len(labels))
     return model
+
+
+def _renew_answers(model: Any, labels: int) -> None:
+    """An answer layer of as many labels, but other ones, is worth nothing. (transformers skips what it has loaded.)"""
+    for part in (part for module in _outside_trunk(model) for part in module.modules()):
+        if isinstance(part, nn.Linear) and part.out_features == labels:
+            nn.init.normal_(part.weight, std=getattr(model.config, "initializer_range", 0.02))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 def _attention(config: dict[str, Any], task: Task, on_cpu: bool) -> str:
