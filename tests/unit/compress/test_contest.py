@@ -1,0 +1,138 @@
+"""The contest: fresh processes that take turns, never outlive their asker, and report their own failures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from llmo.compress.contest import BATCH, Candidate, contest, plan
+from llmo.compress.export import export
+from llmo.compress.measure import obey, peak_memory
+from llmo.context import NullContext, Stopped
+from llmo.engines.onnx import OnnxEngine
+from llmo.errors import JobFailed, LLMOError, ModelError
+from llmo.tasks.base import Encoding
+from llmo.types import Device
+from support.headed import headed_model
+
+TEXTS = [[2, *range(10, 10 + n % 23), 3] for n in range(40)]
+ENCODINGS = [Encoding(ids, len(ids), [], []) for ids in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = headed_model(tmp_path_factory.mktemp("contest") / "model")
+    export(made, made / "model.onnx")
+    return made
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if "llmo.compress.measure" in " ".join(p.cmdline())]
+
+
+def test_a_plan_covers_every_text_once_in_batches_of_like_length() -> None:
+    made = plan(TEXTS)
+    assert sorted(n for batch in made["batches"] for n in batch) == list(range(len(TEXTS)))
+    lengths = [len(TEXTS[n]) for batch in made["batches"] for n in batch]
+    assert lengths == sorted(lengths)
+    assert all(len(batch) <= BATCH for batch in made["batches"])
+    assert len(TEXTS[made["singles"][-1]]) == max(map(len, TEXTS))
+
+
+def test_a_plan_of_many_texts_times_a_spread_of_them() -> None:
+    texts = [[2] * (1 + n % 64) for n in range(1000)]
+    made = plan(texts)
+    timed = sum(len(batch) for batch in made["timed"])
+    assert 50 <= timed <= 128
+    lengths = [len(texts[n]) for batch in made["timed"] for n in batch]
+    assert (min(lengths), max(lengths)) == (1, 64)
+
+
+def test_candidates_are_measured_side_by_side(folder: Path, tmp_path: Path) -> None:
+    reports: list[int] = []
+    ctx = NullContext(1, on_report=lambda step, total, metrics: reports.append(step))
+    candidates = [Candidate("one", "onnx", folder), Candidate("two", "onnx", folder)]
+    one, two = contest(candidates, ENCODINGS, tmp_path, ctx)
+    assert one.speedup == 1.0
+    assert two.speedup > 0
+    assert len(one.rounds) == len(two.rounds) >= 3
+    assert all(np.array_equal(a, b) for a, b in zip(one.logits, two.logits, strict=True))
+    assert len(one.logits) == len(TEXTS)
+    engine = OnnxEngine()
+    engine.load(folder, ctx.device)
+    own = obey(engine, plan(TEXTS), ["answers", str(tmp_path / "own.npz")])
+    engine.close()
+    assert own["rss_bytes"] > 0
+    with np.load(tmp_path / "own.npz", allow_pickle=False) as kept:
+        assert all(np.array_equal(kept[str(n)], one.logits[n]) for n in range(len(TEXTS)))
+    assert reports == [1, 2, 3, 4, 5]
+    assert children() == []
+
+
+def test_memory_is_the_process_s_own(folder: Path, tmp_path: Path) -> None:
+    """A fresh process must not inherit the peak of the big one that started it, as ru_maxrss does."""
+    ballast = np.ones(100_000_000)  # 800 MB
+    (found,) = contest([Candidate("one", "onnx", folder)], ENCODINGS, tmp_path, NullContext(1))
+    assert peak_memory() > ballast.nbytes > 2 * found.rss_bytes
+
+
+def test_a_model_that_cannot_be_run_says_so_itself(folder: Path, tmp_path: Path) -> None:
+    candidates = [Candidate("good", "onnx", folder), Candidate("bad", "onnx", tmp_path / "nothing")]
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        contest(candidates, ENCODINGS, tmp_path, NullContext(1))
+    assert children() == []
+
+
+def test_a_process_that_dies_is_a_failed_job(folder: Path, tmp_path: Path) -> None:
+    def kill(step: int, total: int | None, metrics: object) -> None:
+        for child in children():
+            child.kill()
+
+    with pytest.raises(JobFailed, match="measuring one ended with code -9"):
+        contest([Candidate("one", "onnx", folder)], ENCODINGS, tmp_path, NullContext(1, on_report=kill))
+    assert children() == []
+
+
+def test_being_asked_to_stop_ends_every_process(folder: Path, tmp_path: Path) -> None:
+    class Impatient(NullContext):
+        def should_stop(self) -> bool:
+            return True
+
+    with pytest.raises(Stopped):
+        contest([Candidate("one", "torch", folder)], ENCODINGS, tmp_path, Impatient(1))
+    assert children() == []
+
+
+def test_it_does_not_outlive_the_process_that_started_it(folder: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work.json"
+    work.write_text(json.dumps(plan(TEXTS)))
+    code = (
+        "import os, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'llmo.compress.measure', 'onnx', sys.argv[1], sys.argv[2],"
+        " '1'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "child.stdout.readline(); print(child.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(work)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == -9
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the measuring process is an orphan"
+        os.sched_yield()
+
+
+def test_an_unknown_command_is_an_error(folder: Path) -> None:
+    engine = OnnxEngine()
+    engine.load(folder, Device("cpu", "cpu", 0, 0, 1))
+    with pytest.raises(LLMOError, match="'dance', which is no command"):
+        obey(engine, plan(TEXTS), ["dance"])
+    engine.close()

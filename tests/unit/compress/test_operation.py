@@ -1,0 +1,155 @@
+"""The operation compress on a really trained model: what it writes, what it chooses, and when it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llmo.compress.operation import choose, run
+from llmo.context import NullContext
+from llmo.engines.base import Request
+from llmo.engines.torch import TorchEngine
+from llmo.errors import DataError, GateRefused, ModelError
+from llmo.specs import CompressSpec, TaskSpec, TrainSpec
+from llmo.tasks.card import load_task, load_tokenizer, read_card
+from llmo.training.operation import run as train
+from llmo.types import Device
+from llmo.verify.operation import run as verify
+from support.tiny import text_rows, tiny_dataset, tiny_model, write_split
+
+SPEC = CompressSpec(max_drop=0.5).plain()
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compress")
+    tiny_model(folder / "base")
+    tiny_dataset(folder / "data")
+    (folder / "model").mkdir()
+    spec = TrainSpec(epochs=3, learning_rate=3e-3, precision="fp32")
+    task = TaskSpec(name="text-classification", max_length=32).plain()
+    inputs = {"data": folder / "data", "model": folder / "base"}
+    train({**spec.plain(), "task": task}, inputs, folder / "model", NullContext(1, folder / "checkpoint"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(workshop: Path) -> tuple[Path, dict[str, Any]]:
+    out = workshop / "out"
+    out.mkdir()
+    return out, run(SPEC, {"data": workshop / "data", "model": workshop / "model"}, out, NullContext(1))
+
+
+def test_every_variant_is_measured_against_the_reference(done: tuple[Path, dict[str, Any]]) -> None:
+    _, result = done
+    rows = {row["name"]: row for row in result["variants"]}
+    assert list(rows) == ["torch-fp32", "onnx-fp32", "onnx-int8"]
+    assert (rows["torch-fp32"]["speedup"], rows["torch-fp32"]["drop"]) == (1.0, 0.0)
+    assert rows["onnx-fp32"]["agreement"] == 1.0
+    assert [rows[name]["bits"] for name in ("torch-fp32", "onnx-fp32")] == [32.0, 32.0]
+    assert rows["onnx-int8"]["bits"] < 20
+    for row in rows.values():
+        assert min(row[k] for k in ("size_bytes", "texts_per_second", "latency_ms", "rss_bytes", "load_seconds")) > 0
+        assert row["p95_ms"] >= row["latency_ms"]
+        assert row["verdict"]
+    assert rows["torch-fp32"]["rss_bytes"] > rows["onnx-fp32"]["rss_bytes"] > 20 << 20
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_folder_is_whole_and_holds_nothing_else(done: tuple[Path, dict[str, Any]], workshop: Path) -> None:
+    out, result = done
+    expected = {"config.json", "golden.json", "llmo.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"}
+    found = {path.name for path in out.iterdir()}
+    assert expected <= found <= expected | {"special_tokens_map.json", "added_tokens.json"}
+    card = read_card(out)
+    assert card["engine"] == "onnx"
+    assert "onnx-" + card["precision"] == card["chosen"] == result["chosen"]
+    assert card["variants"] == result["variants"]
+    assert card["reference"]["metrics"] == read_card(workshop / "model")["metrics"]
+    chosen = next(row for row in result["variants"] if row["name"] == result["chosen"])
+    dev = card["metrics"]["dev"][chosen["metric"]]
+    assert dev["low"] <= dev["value"] == chosen["value"] <= dev["high"]
+    assert (out / "model.onnx").stat().st_size == chosen["size_bytes"]
+
+
+def test_what_it_wrote_passes_verify(done: tuple[Path, dict[str, Any]], workshop: Path, tmp_path: Path) -> None:
+    report = verify({}, {"model": done[0], "reference": workshop / "model"}, tmp_path, NullContext(1))
+    assert report["passed"]
+
+
+def test_a_compressed_model_is_not_compressed_again(
+    done: tuple[Path, dict[str, Any]], workshop: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="compressed already"):
+        run(SPEC, {"data": workshop / "data", "model": done[0]}, tmp_path, NullContext(1))
+
+
+def test_without_dev_rows_there_is_nothing_to_measure(workshop: Path, tmp_path: Path) -> None:
+    data = tiny_dataset(tmp_path / "data", sizes={"train": 4, "dev": 0, "test": 4})
+    with pytest.raises(DataError, match="no dev rows"):
+        run(SPEC, {"data": data, "model": workshop / "model"}, tmp_path, NullContext(1))
+
+
+def test_a_loss_beyond_the_limit_is_refused(workshop: Path, tmp_path: Path) -> None:
+    """Two labels that part the texts at their median: int8 answers those nearest to it otherwise."""
+    model = shutil.copytree(workshop / "model", tmp_path / "model")
+    rows = text_rows(256, seed=5)
+    tensors = load_file(model / "model.safetensors")
+    tensors["classifier.bias"] = np.array([0, 0, -1000], np.float32)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    margin = np.median([one[0] - one[1] for one in logits(model, rows)])
+    tensors["classifier.bias"][1] = margin
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    labels = load_task(model).labels
+    answered = [{**row, "label": labels[int(one.argmax())]} for row, one in zip(rows, logits(model, rows), strict=True)]
+    data = tiny_dataset(tmp_path / "data")
+    write_split(data / "dev.arrow", answered, "text-classification")
+    (tmp_path / "out").mkdir()
+    spec = CompressSpec(max_drop=0.0, variants=("onnx-int8",)).plain()
+    with pytest.raises(GateRefused, match="onnx-int8: drops too much") as caught:
+        run(spec, {"data": data, "model": model}, tmp_path / "out", NullContext(1))
+    reference, variant = caught.value.extra["variants"]
+    assert reference["value"] == 1.0
+    assert variant["drop"] > 0
+    assert "compress.max_drop" in caught.value.hint
+    assert caught.value.exit_code == 3
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def logits(model: Path, rows: list[dict[str, Any]]) -> list[np.ndarray]:
+    """What the model at fp32 says of each row."""
+    engine = TorchEngine()
+    engine.load(model, Device("cpu", "cpu", 0, 0, 1))
+    encodings = load_task(model).encode(load_tokenizer(model), [row["text"] for row in rows])
+    found = {c.id: c.data for c in engine.run([Request(i, e.input_ids) for i, e in enumerate(encodings)])}
+    engine.close()
+    return [found[i] for i in range(len(rows))]
+
+
+def row(name: str, speedup: float, drop: float) -> dict[str, Any]:
+    return {"name": name, "speedup": speedup, "drop": drop, "verdict": ""}
+
+
+@pytest.mark.parametrize(
+    ("variants", "max_drop", "chosen", "verdicts"),
+    [
+        ([("a", 2.0, 0.0), ("b", 4.0, 0.0)], 0.0, "b", ["within the limit, but slower than the chosen", "chosen"]),
+        ([("a", 2.0, 0.0), ("b", 4.0, 0.01)], 0.005, "a", ["chosen", "drops too much"]),
+        ([("a", 2.0, 0.005), ("b", 1.0, 0.0)], 0.005, "a", ["chosen", "no faster than the original"]),
+        ([("a", 1.0, 0.0), ("b", 0.9, -0.1)], 0.1, None, ["no faster than the original"] * 2),
+        ([("a", 9.0, 0.2)], 0.1, None, ["drops too much"]),
+        ([("a", 1.5, -0.02)], 0.0, "a", ["chosen"]),
+    ],
+)
+def test_the_fastest_within_the_limit_is_chosen(
+    variants: list[tuple[str, float, float]], max_drop: float, chosen: str | None, verdicts: list[str]
+) -> None:
+    table = [row("torch-fp32", 1.0, 0.0), *(row(*variant) for variant in variants)]
+    assert choose(table, max_drop) == chosen
+    assert [r["verdict"] for r in table] == ["reference", *verdicts]
