@@ -81,7 +81,7 @@ def run(
 def ask(api: Api, endpoint: str, steps: Mapping[str, Any], door: Door) -> list[dict[str, Any]]:
     """Three held-out documents, sent to the endpoint over HTTP: text, true label and answer."""
     model = api.artifact(steps["train"]["output"])
-    rows = api.rows(model.inputs["data"], "test", limit=60)
+    rows = api.rows(model.inputs["data"], "test", limit=1000)
     different = list({str(row.get("label", index)): row for index, row in enumerate(rows)}.values())[:3]
     answers = door.predict(endpoint, [row["text"] for row in different])
     return [

@@ -117,10 +117,9 @@ def _show_data(step: Mapping[str, Any]) -> None:
             )
         ],
     )  # fmt: skip
-    for reason, count in dropped.items():
-        console.print(
-            f"  dropped {count}: {reason.replace('_', ' ')}   [dim]see: llmo data show {step['ref']} --dropped[/]"
-        )
+    if dropped:
+        reasons = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items())
+        console.print(f"  dropped: {reasons}   [dim]see: llmo data show {step['ref']} --dropped[/]", soft_wrap=True)
     console.print()
 
 
@@ -151,7 +150,7 @@ def show_variants(result: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     columns = ["variant", "bits>", "size>", "texts/s>", "speed>", "one text ms>", f"{result['metric']}>"]
     table("compression, measured on dev", [*columns, "drop>", "agree>", "verdict"], rows)
-    console.print(f"chosen: [bold]{result['chosen']}[/]: {result['why']}\n", soft_wrap=True)
+    console.print(f"[bold]chosen[/] {result['why']}\n", soft_wrap=True)
 
 
 def show_verify(result: Mapping[str, Any]) -> None:
