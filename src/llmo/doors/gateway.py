@@ -17,10 +17,11 @@ from llmo.errors import LLMOError
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """Where endpoints answer over HTTP, and a key that may ask them."""
+    """Where endpoints answer over HTTP, and a key that may ask them; a `lasting` one outlives the command."""
 
     url: str
     key: str
+    lasting: bool
     closing: threading.Event = field(default_factory=threading.Event)
 
     def endpoint(self, name: str) -> str:
@@ -54,7 +55,7 @@ def _quoted(text: str) -> str:
 def gateway(api: Api) -> Iterator[Door]:
     """A door for as long as the block lasts. Its key, when one was made for it, is revoked at the end."""
     if isinstance(api, Client):
-        yield Door(api.url, api.key or "")
+        yield Door(api.url, api.key or "", lasting=True)
         return
     from llmo.system import System  # the client alone does not need it
 
@@ -64,9 +65,9 @@ def gateway(api: Api) -> Iterator[Door]:
     try:
         server = running_server(api.settings.home)
         if server is not None:
-            yield Door(server.url, secret)
+            yield Door(server.url, secret, lasting=True)
             return
         with serve_in_thread(api) as url:
-            yield Door(url, secret)
+            yield Door(url, secret, lasting=False)
     finally:
         api.store.keys.revoke(key.id)

@@ -74,8 +74,10 @@ def run(
         shown = {"steps": steps, "endpoint": door.endpoint(spec.deploy.endpoint), "answers": answers}
         emit(shown, as_json, lambda: summary.show_run(spec, steps, door, answers))
         if keep:
-            console.print("serving until Ctrl-C")
+            console.print("\nserving until Ctrl-C")
             door.wait()
+        elif not door.lasting and not as_json:
+            console.print("\nthe endpoint ends with this command; to keep it: llmo up, or --keep (KEEP=1 make demo)")
 
 
 def ask(api: Api, endpoint: str, steps: Mapping[str, Any], door: Door) -> list[dict[str, Any]]:
