@@ -13,8 +13,6 @@ from llmo.specs import TrainSpec
 from llmo.training import operation
 from support.tiny import tiny_dataset, tiny_model
 
-Train = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -37,7 +35,7 @@ def spans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(base: Path, tmp_path: Path) -> Train:
+def train(base: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Run the operation on one core; keywords are keys of the train section, `task`, `max_length` and `ctx`."""
 
     def run(data: Path, out: str = "out", **keys: Any) -> dict[str, Any]:

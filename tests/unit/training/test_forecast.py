@@ -1,0 +1,54 @@
+"""The forecast's arithmetic against models that are really there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmo.specs import TaskSpec, TrainSpec
+from llmo.training.forecast import forecast
+
+MINILM = {
+    "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12,
+    "vocab_size": 30522, "max_position_embeddings": 512,
+}  # fmt: skip
+TASK = TaskSpec(name="text-classification")
+
+
+def test_steps_and_the_folder_are_those_of_the_run(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    found = forecast(TrainSpec(epochs=2.5, batch_size=16), TASK, config, 100, 30.0)
+    assert found.steps == round(7 * 2.5)
+    weights = (base / "model.safetensors").stat().st_size
+    assert found.disk_bytes > weights
+
+
+def test_the_measured_run_is_met() -> None:
+    """BBC news, 1450 rows cut to 128 tokens, batch 16, bf16, two cores: the peak of the process was 1330 MiB."""
+    found = forecast(TrainSpec(epochs=2), TASK, MINILM, 1450, 480.0)
+    assert found.steps == 182
+    assert found.memory_bytes == pytest.approx(1330 << 20, rel=0.2)
+
+
+def test_less_trained_needs_less() -> None:
+    def memory(**keys: object) -> int:
+        return forecast(TrainSpec(**keys), TASK, MINILM, 1450, 480.0).memory_bytes
+
+    assert memory(method="head") < memory(method="last-n") < memory(method="lora") < memory()
+    assert memory(gradient_accumulation_steps=4) < memory() < memory(batch_size=64)
+    assert memory(early_stopping=2) > memory()
+
+
+def test_unknown_configs_still_get_a_number() -> None:
+    found = forecast(TrainSpec(), TASK, {"model_type": "novel", "d_model": 512}, 10, 5.0)
+    assert found.memory_bytes > 0
+
+
+def test_no_torch() -> None:
+    code = "import sys, llmo.training.forecast; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
