@@ -58,7 +58,7 @@ def test_a_run_learns_and_reports(done: tuple[Path, Path, dict]) -> None:
     test = steps["train"]["result"]["test"]
     assert test["after"]["accuracy"]["value"] > max(0.8, test["before"]["accuracy"]["value"])
     assert steps["verify"]["result"]["passed"]
-    assert steps["data"]["result"]["rows"]["read"] == 120
+    assert steps["data"]["result"]["rows"]["read"] == 240
 
 
 def test_the_second_run_finds_every_step(done: tuple[Path, Path, dict], home: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_spec_that_needs_too_much_is_refused_with_the_number(home: Path) -> No
 
 def test_ctrl_c_stops_and_leaves_nothing(tmp_path: Path) -> None:
     file = project(tmp_path / "p", rows=400)
-    file.write_text(file.read_text().replace("epochs: 3", "epochs: 500"))
+    file.write_text(file.read_text().replace("epochs: 10", "epochs: 500"))
     home = tmp_path / "home"
     process = subprocess.Popen(
         [sys.executable, "-m", "llmo.doors.cli", "run", str(file)],
@@ -220,7 +220,7 @@ def test_the_python_way_in_this_process(tmp_path: Path, monkeypatch: pytest.Monk
     project(tmp_path / "p")
     with System(Settings(home=tmp_path / "home")) as system:
         data = sdk.Dataset.load(tmp_path / "p" / "tickets.csv", name="t", text="body", label="queue", api=system)
-        model = sdk.train(data, model=str(tmp_path / "p" / "base"), epochs=2.0, max_length=32, learning_rate=5e-3)
+        model = sdk.train(data, model=str(tmp_path / "p" / "base"), epochs=10.0, max_length=32, learning_rate=5e-3)
         assert model.ref == "t@1"
         assert set(model.metrics) >= {"accuracy", "macro_f1"}
         endpoint = sdk.deploy(model, "t", cores=1)

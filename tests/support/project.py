@@ -18,11 +18,11 @@ name: tickets
 task: {name: text-classification, max_length: 32}
 data: {source: tickets.csv, text: body, label: queue, split: {test: 0.2, dev: 0.2}}
 model: base
-train: {epochs: 3, learning_rate: 5e-3, batch_size: 8}
+train: {epochs: 10, learning_rate: 5e-3, batch_size: 8}
 """
 
 
-def project(folder: Path, *, rows: int = 120, extra: str = "") -> Path:
+def project(folder: Path, *, rows: int = 240, extra: str = "") -> Path:
     """`folder/llmo.yaml` with its data and its base model; `extra` is appended."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "tickets.csv").open("w", newline="", encoding="utf-8") as file:
