@@ -82,10 +82,14 @@ def padded(sequences: Sequence[Sequence[int] | NDArray[np.int32]], pad_id: int, 
 def collate(data: Encoded, batch: NDArray[np.int64], pad_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """A batch's inputs and its targets (padded with -100 where they are per token)."""
     inputs = padded([data.ids[data.starts[i] : data.starts[i + 1]] for i in batch], pad_id, data.max_length)
-    targets = [data.targets[i] for i in batch]
-    if targets[0].ndim == 1 and targets[0].dtype == np.int64:
-        full = np.full(inputs["input_ids"].shape, IGNORED, np.int64)
-        for i, target in enumerate(targets):
-            full[i, : len(target)] = target
-        return inputs, torch.from_numpy(full)
-    return inputs, torch.from_numpy(np.stack(targets))
+    return inputs, stacked([data.targets[i] for i in batch], inputs["input_ids"].shape[1])
+
+
+def stacked(targets: Sequence[NDArray[Any]], width: int) -> torch.Tensor:
+    """Targets as one tensor; those per token (a row of indices) are padded with -100 to `width`."""
+    if targets[0].ndim == 0 or targets[0].dtype != np.int64:
+        return torch.from_numpy(np.stack(targets))
+    full = np.full((len(targets), width), IGNORED, np.int64)
+    for i, target in enumerate(targets):
+        full[i, : len(target)] = target
+    return torch.from_numpy(full)

@@ -1,4 +1,4 @@
-"""Writes the trained model's folder: what plain transformers opens, and LLMO's evidence beside it."""
+"""Writes the trained model's folder for plain transformers, and takes the evidence that lies beside it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from llmo.engines.torch import quiet
 from llmo.files import storage_errors
 from llmo.tasks.base import Row, Task
-from llmo.tasks.card import TOKENIZER, load_tokenizer, write_golden
+from llmo.tasks.card import TOKENIZER
 from llmo.training.model import Built, merged
 from llmo.training.scoring import Predict
 
@@ -34,13 +35,11 @@ def write(out: Path, built: Built, base: Path) -> None:
                 shutil.copyfile(base / name, out / name)
 
 
-def golden(out: Path, task: Task, base: Path, rows: Sequence[Row], predict: Predict) -> int:
-    """Write what the training graph says of up to 16 texts, one at a time; returns how many."""
+def evidence(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], predict: Predict) -> list[dict[str, Any]]:
+    """What the training graph says of up to 16 texts, one at a time: `[{"text", "input_ids", "logits"}]`."""
     picked = [rows[int(i)]["text"] for i in np.linspace(0, len(rows) - 1, min(GOLDEN_TEXTS, len(rows)))]
-    encodings = task.encode(load_tokenizer(base), picked)
     found = []
-    for text, encoding in zip(picked, encodings, strict=True):
+    for text, encoding in zip(picked, task.encode(tokenizer, picked), strict=True):
         (logits,) = predict([encoding])
         found.append({"text": text, "input_ids": encoding.input_ids, "logits": logits.tolist()})
-    write_golden(out, found)
-    return len(found)
+    return found

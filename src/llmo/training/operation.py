@@ -17,7 +17,7 @@ from llmo.errors import DataError, SpecError
 from llmo.specfile import validate
 from llmo.specs import TrainJobSpec
 from llmo.tasks.base import Row, Task
-from llmo.tasks.card import load_tokenizer, write_card
+from llmo.tasks.card import load_tokenizer, write_card, write_golden
 from llmo.training import batches, checkpoint, folder, lineage, optimiser, precision, scoring
 from llmo.training.batches import Encoded
 from llmo.training.loop import Loop
@@ -62,8 +62,8 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         "dev": figures.full(splits["dev"], "dev", exact),
         "test": {"before": loop.state.extra["before"], "after": figures.full(splits["test"], "test", exact)},
     }
-    evidence = splits["dev"] if len(splits["dev"]) else data.split("train")
-    folder.golden(out, task, inputs["model"], evidence, figures.predictor(exact))
+    shown = splits["dev"] if len(splits["dev"]) else data.split("train")
+    write_golden(out, folder.evidence(task, tokenizer, shown, figures.predictor(exact)))
     folder.write(out, built, inputs["model"])
     write_card(out, _card(request, task, built, metrics, data, inputs["model"], loop))
     checkpoint.clear(ctx.checkpoint())
