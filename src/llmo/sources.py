@@ -1,4 +1,4 @@
-"""Where raw data and base models come from: `package:NAME[/SUB]`, `upload:DIGEST[/FILE]`, `hf:NAME`, or a local path."""
+"""Where raw data and base models come from: a package, an upload, a hub name, or a local path."""
 
 from __future__ import annotations
 

@@ -56,6 +56,8 @@ def test_the_commands_of_the_readme(desk: Path) -> None:
 @pytest.mark.slow
 def test_the_python_of_the_docs(desk: Path) -> None:
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "doors.md").read_text(), re.DOTALL)[0]
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "tickets@1" in done.stdout

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.project import llmo, project
-from support.serving import eventually
 
 import llmo as sdk
 from llmo.doors.server import running_server
 from llmo.errors import DataError, InputError, UnauthorizedError
 from llmo.settings import Settings
 from llmo.system import System
+from support.project import llmo, project
+from support.serving import eventually
 
 WHOLE = "compress: {max_drop: 0.9}\ndeploy: {endpoint: tickets, cores: 1}\n"
 
@@ -38,13 +38,13 @@ def processes_of(home: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, dict]]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict]:
     """A project that was run once, up to a verified model; its store; and what the run said."""
     folder = tmp_path_factory.mktemp("project")
     file, home = project(folder), folder / "home"
     said = llmo("run", file, "--json", LLMO_HOME=str(home))
     assert said.code == 0, said.err + said.out
-    yield file, home, said.json
+    return file, home, said.json
 
 
 @pytest.fixture
@@ -88,7 +88,15 @@ def test_resolved_says_where_each_value_is_from(done: tuple[Path, Path, dict], h
 
 
 def test_single_steps_and_listings(home: Path) -> None:
-    for command in (["data", "list"], ["models"], ["endpoints"], ["devices"], ["ps", "--all"], ["top", "--once"], ["key", "list"]):
+    for command in (
+        ["data", "list"],
+        ["models"],
+        ["endpoints"],
+        ["devices"],
+        ["ps", "--all"],
+        ["top", "--once"],
+        ["key", "list"],
+    ):
         assert llmo(*command).code == 0, command
         assert llmo(*command, "--json").code == 0, command
     assert llmo("data", "show", "tickets", "--split", "test", "--json").json["rows"]
@@ -138,12 +146,15 @@ def server(home: Path) -> Iterator[tuple[str, str]]:
         assert eventually(lambda: not processes_of(home), "all workers to end")
 
 
-def test_the_same_over_http_and_in_python(done: tuple[Path, Path, dict], server: tuple[str, str], tmp_path: Path) -> None:
+def test_the_same_over_http_and_in_python(
+    done: tuple[Path, Path, dict], server: tuple[str, str], tmp_path: Path
+) -> None:
     url, key = server
     remote = {"LLMO_URL": url, "LLMO_KEY": key, "LLMO_HOME": str(tmp_path / "elsewhere")}
     ran = llmo("run", done[0], "--json", **remote)
     assert ran.code == 0, ran.err + ran.out
-    assert ran.json["steps"]["train"]["output"] == done[2]["steps"]["train"]["output"], "the upload has the same content"
+    there, here = (said["steps"]["train"]["result"]["test"]["after"] for said in (ran.json, done[2]))
+    assert there == here, "the upload has the same content, and training is exact"
     assert llmo("deploy", "tickets", "--endpoint", "tickets", "--set", "cores=1", **remote).code == 0
     with sdk.Client(url, key) as client:
         assert [e.state for e in client.endpoints() if e.name == "tickets"] == ["up"]
@@ -153,7 +164,7 @@ def test_the_same_over_http_and_in_python(done: tuple[Path, Path, dict], server:
         assert sdk.Model.get("tickets", api=client).metrics["accuracy"]["value"] > 0.8
         assert data.rows("test", limit=2)
         with pytest.raises(InputError, match="path"):
-            client.submit("base-model", {"source": "/etc/passwd"})
+            client._request("POST", "/v1/jobs", json={"op": "base-model", "spec": {"source": "/etc/passwd"}})
     checked = llmo("verify", "tickets", "--endpoint", "tickets", "--json", **remote)
     assert checked.code == 0, checked.out
     assert any("HTTP" in check["text"] or "endpoint" in check["text"] for check in checked.json["checks"])
@@ -173,7 +184,8 @@ def test_unreachable_is_exit_code_5(tmp_path: Path) -> None:
         ("body,queue\n", "row"),
         ("body,queue\na,x\nb,x\nc,x\nd,x\ne,x\n", "one"),
         ("text,label\na,x\n", "body"),
-        ("PK\x03\x04\x00\x00\x00", "binary"),
+        ("PK\x03\x04\x00\x00\x00", "zip"),
+        ("body,queue\na\x00b,x\n", "binary"),
     ],
 )
 def test_bad_data_is_exit_code_2(tmp_path: Path, body: str, words: str) -> None:

@@ -7,10 +7,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llmo import plugins
 from llmo.errors import ConflictError, EnvironmentProblem, LLMOError, StorageError
@@ -234,7 +235,10 @@ class Scheduler:
 
     def _publish(self, job: Job, operation: Operation) -> None:
         def start() -> Made:
-            future = self._publisher.submit(staging.publish, self._store, job, operation)
+            try:
+                future = self._publisher.submit(staging.publish, self._store, job, operation)
+            except RuntimeError:  # closed while the interpreter ends: a pool takes no work then, but this thread can
+                future = _at_once(lambda: staging.publish(self._store, job, operation))
             future.add_done_callback(lambda _: self._executor.wake())
             return future
 
@@ -329,3 +333,12 @@ class Scheduler:
 
     def _allowed(self, job: Job) -> bool:
         return self._scope is None or job.id in self._family.adopted or self._scope(job)
+
+
+def _at_once(work: Callable[[], tuple[str | None, dict[str, Any]]]) -> Made:
+    future: Made = Future()
+    try:
+        future.set_result(work())
+    except LLMOError as error:
+        future.set_exception(error)
+    return future

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,11 +42,10 @@ def check(
         entries = summary.resolved(found)
         emit(entries, as_json, lambda: summary.show_resolved(entries))
         return
-    api = flow.connect()
     project = portable(found.spec, file)
-    with Live(quiet=as_json) as live:
+    with closing(flow.connect()) as api, Live(quiet=as_json) as live:
         job = flow.wait(api, api.check(project), live.hear)
-    report = {**flow.result(job), "plan": api.plan(project), "devices": api.devices()}
+        report = {**flow.result(job), "plan": api.plan(project), "devices": api.devices()}
     emit(report, as_json, lambda: summary.show_check(found.spec, report))
 
 
@@ -60,24 +60,31 @@ def run(
     Example: llmo run examples/newsdesk/llmo.yaml
     """
     spec = specfile.read(file, ProjectSpec).spec
-    api = flow.connect()
     project = portable(spec, file)
-    if not as_json:
-        summary.show_plan(spec, api.plan(project))
-    with Live(quiet=as_json) as live:
-        steps = flow.result(flow.wait(api, api.run(project, fresh=fresh), live.hear))["steps"]
-    if spec.deploy is None:
-        emit({"steps": steps}, as_json, lambda: summary.show_run(spec, steps))
-        return
-    with gateway(api) as door:
-        answers = ask(api, spec.deploy.endpoint, steps, door)
-        shown = {"steps": steps, "endpoint": door.endpoint(spec.deploy.endpoint), "answers": answers}
-        emit(shown, as_json, lambda: summary.show_run(spec, steps, door, answers))
-        if keep:
-            console.print("\nserving until Ctrl-C")
-            door.wait()
-        elif not door.lasting and not as_json:
-            console.print("\nthe endpoint ends with this command; to keep it: llmo up, or --keep (KEEP=1 make demo)")
+    with closing(flow.connect()) as api:
+        if not as_json:
+            summary.show_plan(spec, api.plan(project))
+        with Live(quiet=as_json) as live:
+            steps = flow.result(flow.wait(api, api.run(project, fresh=fresh), live.hear))["steps"]
+        if spec.deploy is None:
+            emit({"steps": steps}, as_json, lambda: summary.show_run(spec, steps))
+            return
+        with gateway(api) as door:
+            answers = ask(api, spec.deploy.endpoint, steps, door)
+            shown = {"steps": steps, "endpoint": door.endpoint(spec.deploy.endpoint), "answers": answers}
+            emit(shown, as_json, lambda: summary.show_run(spec, steps, door, answers))
+            if not as_json:
+                console.print(f"\n{_future(door, keep)}")
+            if keep:
+                door.wait()
+
+
+def _future(door: Door, keep: bool) -> str:
+    if keep:
+        return "serving until Ctrl-C"
+    if door.lasting:
+        return f"the server goes on serving it at {door.url}"
+    return "the endpoint ends with this command; to keep it: llmo up, or --keep (KEEP=1 make demo)"
 
 
 def ask(api: Api, endpoint: str, steps: Mapping[str, Any], door: Door) -> list[dict[str, Any]]:
