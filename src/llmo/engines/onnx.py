@@ -17,6 +17,9 @@ from llmo.types import Device
 
 GRAPH = "model.onnx"
 ERRORS_ONLY = 3
+LARGE_BATCH = (
+    4096  # padded tokens; what a larger batch needed is given back at once, a smaller one's is kept for the next
+)
 
 _STATE = vars(onnxruntime.capi.onnxruntime_pybind11_state)
 # ONNX Runtime's exceptions share no base class of their own.
@@ -74,7 +77,7 @@ class OnnxEngine:
             arrays["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
         feed = {name: np.ascontiguousarray(arrays[name], dtype=kind) for name, kind in self._inputs.items()}
         try:
-            logits = self._session.run(None, feed)[0]
+            logits = self._session.run(None, feed, _giving_back() if ids.size > LARGE_BATCH else None)[0]
         except ORT_ERRORS as error:
             raise ModelError(
                 f"the model cannot run this batch of {ids.shape[0]} x {ids.shape[1]} tokens: {_first_line(error)}",
@@ -96,6 +99,12 @@ def session_options(cores: int) -> Any:
     options.enable_mem_pattern = False  # it keeps one plan for every shape seen, and every batch has its own
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _giving_back() -> Any:
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
 
 

@@ -89,11 +89,13 @@ def open_model(folder: Path) -> Any:
             hint="make the folder again, or check it with `llmo verify`",
             where=str(folder),
         ) from error
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-    if missing:
+    missing = sorted(info["missing_keys"])
+    wrong = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"])
+    if missing or wrong:
+        what = f"lack {len(missing)} tensors, such as {missing[0]}" if missing else f"have another shape at {wrong[0]}"
         raise ModelError(
-            f"the weights lack {len(missing)} tensors of the model, such as {missing[0]}",
-            hint="a base model has no head yet: train it first",
+            f"the weights do not fit the config: they {what}",
+            hint="a base model has no head yet: train it first" if missing else "make the folder again",
             where=str(folder),
         )
     return model.eval()
