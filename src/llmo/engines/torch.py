@@ -81,6 +81,7 @@ def open_model(folder: Path) -> Any:
                 dtype=torch.float32,
                 local_files_only=True,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
