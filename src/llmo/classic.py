@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from torch.optim import AdamW
 
 from llmo import sources
+from llmo.context import NullContext
 from llmo.engines.torch import quiet
 from llmo.errors import ModelError
-from llmo.files import storage_errors
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Row, Task
 from llmo.tasks.card import TOKENIZER, write_card, write_golden
@@ -27,6 +27,7 @@ from llmo.tasks.text_classification import TextClassification
 from llmo.tasks.token_classification import TokenClassification
 from llmo.training import base, hub, lineage, scoring
 from llmo.training.batches import padded, stacked
+from llmo.training.failures import disk_errors
 from llmo.training.folder import evidence
 from llmo.training.model import build
 from llmo.training.precision import Precision
@@ -111,8 +112,6 @@ def batch(tokenizer: Any, task: Task, rows: Sequence[Row], pad_id: int = 0) -> d
 
 def evaluate(model: Any, tokenizer: Any, task: Task, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Every metric of the task over rows as `{"value", "low", "high"}`, with 95% bootstrap intervals."""
-    from llmo.context import NullContext  # nobody listens to the progress of a call in a user's own script
-
     scored = scoring.score(task, _backend(tokenizer), rows, _predictor(model, task), NullContext(), "evaluate")
     return task.intervals(scored.tally)
 
@@ -139,7 +138,7 @@ def save(model: Any, tokenizer: Any, task: Task, name: str, into: Keeper, rows: 
     with tempfile.TemporaryDirectory(prefix="llmo-classic-") as aside:
         folder = Path(aside) / "model"
         folder.mkdir()
-        with storage_errors(folder), quiet():
+        with disk_errors(folder), quiet():
             _write(model, tokenizer, task, folder)
         write_golden(folder, evidence(task, _backend(tokenizer), rows, _predictor(model, task)))
         write_card(folder, card)

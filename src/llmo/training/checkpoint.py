@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llmo.files import storage_errors, sync_folder
+from llmo.files import sync_folder
+from llmo.training.failures import disk_errors
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 PREFIX = "step-"
@@ -25,7 +26,7 @@ BEST = "best."
 def save(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
     """Write `folder/step-N`: aside, synced, renamed; then remove the older ones. Raises StorageError."""
     target, aside = folder / f"{PREFIX}{step}", folder / f".{PREFIX}{step}.tmp"
-    with storage_errors(folder):
+    with disk_errors(folder):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside / TENSORS)

@@ -11,9 +11,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from llmo.engines.torch import quiet
-from llmo.files import storage_errors
 from llmo.tasks.base import Row, Task
 from llmo.tasks.card import TOKENIZER
+from llmo.training.failures import disk_errors
 from llmo.training.model import Built, merged
 from llmo.training.scoring import Predict
 
@@ -24,7 +24,7 @@ TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"
 
 def write(out: Path, built: Built, base: Path) -> None:
     """Weights, config and tokeniser; LoRA merged, with the adapter beside it. `built` is spent afterwards."""
-    with storage_errors(out), quiet():
+    with disk_errors(out), quiet():
         if built.adapted:
             built.model.save_pretrained(out / ADAPTER)  # type: ignore[operator]
             (out / ADAPTER / "README.md").unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """What a training run will need, from arithmetic alone: memory, disk and steps, before anything is computed.
 
-The constants were fitted to the peak of real runs on two cores (MiniLM, 16 x 128 tokens, bf16: full 1329 MiB, LoRA 1275,
-last-n 935, head 896); expect a fifth of error.
+The constants were fitted to the peaks of real runs on two cores (MiniLM, 16 x 128 tokens, bf16: full 1329 MiB,
+LoRA 1275, last-n 935, head 896); expect a fifth of error.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from llmo.tasks.base import Row, Task
 from llmo.tasks.card import load_tokenizer, write_card, write_golden
 from llmo.training import batches, checkpoint, folder, lineage, optimiser, precision, scoring
 from llmo.training.batches import Encoded
+from llmo.training.failures import memory_errors
 from llmo.training.loop import Loop
 from llmo.training.model import Built, build
 
@@ -30,8 +31,14 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     """`spec` is `TrainSpec.plain()` with `task`; `inputs` are the folders `data` and `model`.
 
     Returns the main figures: test before and after, dev, speed. Raises DataError, ModelError and SpecError for what
-    cannot be trained, JobFailed when the loss is lost, Stopped (after a checkpoint) when asked to stop.
+    cannot be trained, JobFailed when the loss is lost, Stopped (after a checkpoint) when asked to stop, StorageError
+    and MemoryError when there is no room.
     """
+    with memory_errors():
+        return _run(spec, inputs, out, ctx)
+
+
+def _run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     started = time.monotonic()
     request = validate(dict(spec), TrainJobSpec)
     torch.set_num_threads(max(1, ctx.device.cores))
