@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
@@ -60,7 +61,8 @@ class KeyBody(Body):
 
 def create_app(system: System) -> FastAPI:
     """The application over one System. Raises EnvironmentProblem when a route declares no requirement."""
-    app = FastAPI(title="LLMO", version=__version__, description="An operating system for language models.")
+    about = {"version": __version__, "description": "An operating system for language models."}
+    app = FastAPIOffline(title="LLMO", redoc_url=None, static_url="/docs/static", **about)
     app.state.system = system
     app.add_exception_handler(LLMOError, _error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -71,10 +73,18 @@ def create_app(system: System) -> FastAPI:
     _machine(app, system)
     _keys(app, system)
     include_gateway(app, system.store)
-    for path in ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"):
+    for path in ("/docs", "/docs/oauth2-redirect", "/docs/static", "/openapi.json"):
         declare(app.routes, path, "public")
+    _ask_for_a_key(app)
     check_declared(app)
     return app
+
+
+def _ask_for_a_key(app: FastAPI) -> None:
+    """Let the pages of /docs have a field for the API key, which every request then carries."""
+    described = app.openapi()
+    described.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    described["security"] = [{"key": []}]
 
 
 async def _error(request: Request, error: Exception) -> Response:
