@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
@@ -13,6 +16,15 @@ from llmo.errors import SpecError, nearest
 
 S = TypeVar("S", bound=BaseModel)
 Lines = dict[tuple[str, ...], int]
+
+LARGEST = 10_000  # values in one file; aliases of aliases grow a short file without end
+# What is wrong, in words for people, by pydantic's name of it.
+SAID = {
+    "string_type": "a text is expected; put it in quotes",
+    "model_type": "a mapping of keys to values is expected",
+    "model_attributes_type": "a mapping of keys to values is expected",
+    "string_pattern_mismatch": "use letters, digits, '.', '_' and '-', at most 100 of them, a letter or digit first",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +62,15 @@ def parse(text: str, file: str, model: type[S]) -> Resolved[S]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = mark.line + 1 if mark else 1
-        raise SpecError(f"not valid YAML: {getattr(error, 'problem', None) or error}", where=f"{file}:{line}") from None
+        told = (getattr(error, "context", None), getattr(error, "problem", None))
+        what = ", ".join(part for part in told if part) or str(error)
+        raise SpecError(f"not valid YAML: {what}", where=f"{file}:{line}") from None
     except RecursionError:
         raise SpecError("nested too deeply", where=file) from None
     if node is None:
         raise SpecError("the file is empty", where=file, hint="it needs at least: " + ", ".join(_required(model)))
     lines: Lines = {}
-    value = _plain(node, (), lines, file)
+    value = _plain(node, (), lines, file, itertools.count(1))
     if not isinstance(value, dict):
         raise SpecError("a specification is a mapping of keys to values", where=f"{file}:1")
     return Resolved(_validated(value, lines, file, model), file, {".".join(k): v for k, v in lines.items()})
@@ -69,28 +83,36 @@ def validate(value: Any, model: type[S], where: str = "") -> S:
     return _validated(value, {}, where, model)
 
 
-def _plain(node: yaml.Node, path: tuple[str, ...], lines: Lines, file: str) -> Any:
+def _plain(node: yaml.Node, path: tuple[str, ...], lines: Lines, file: str, counted: Iterator[int]) -> Any:
+    here = f"{file}:{node.start_mark.line + 1}"
     if len(path) > 20:
-        raise SpecError("nested too deeply", where=f"{file}:{node.start_mark.line + 1}")
+        raise SpecError("nested too deeply", where=here)
+    if next(counted) > LARGEST:
+        raise SpecError(f"more than {LARGEST} values in one specification", where=here, hint="use fewer aliases")
     if isinstance(node, yaml.MappingNode):
         found: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key = str(key_node.value)
             line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise SpecError("a key is a word, not a list or a mapping", where=f"{file}:{line}")
+            key = str(key_node.value)
             if key in found:
                 raise SpecError(f"the key '{key}' is written twice", where=f"{file}:{line}", hint="keep one of them")
             lines[(*path, key)] = line
-            found[key] = _plain(value_node, (*path, key), lines, file)
+            found[key] = _plain(value_node, (*path, key), lines, file, counted)
         return found
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, (*path, str(i)), lines, file) for i, item in enumerate(node.value)]
+        return [_plain(item, (*path, str(i)), lines, file, counted) for i, item in enumerate(node.value)]
     try:
         return yaml.SafeLoader("").construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError):
-        raise SpecError(f"cannot read the value {node.value!r}", where=f"{file}:{node.start_mark.line + 1}") from None
+        raise SpecError(f"cannot read the value {node.value!r}", where=here) from None
 
 
 def _validated(value: dict[str, Any], lines: Lines, file: str, model: type[S]) -> S:
+    for unfit, what, hint in _unfit(value, ()):
+        at = f"{file}:{_line(unfit, lines)}" if lines and file else file
+        raise SpecError(f"'{'.'.join(unfit)}': {what}", where=at, hint=hint)
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -106,8 +128,26 @@ def _validated(value: dict[str, Any], lines: Lines, file: str, model: type[S]) -
         ) from None
     if first["type"] == "missing":
         raise SpecError(f"the key '{key}' is missing", where=where, hint=f"add '{path[-1]}: ...'") from None
-    message = first["msg"][:1].lower() + first["msg"][1:]
+    told = first["msg"].removeprefix("Value error, ")
+    message = SAID.get(first["type"]) or told[:1].lower() + told[1:]
     raise SpecError(f"'{key}': {message} (it is {first['input']!r:.80})", where=where) from None
+
+
+def _unfit(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """What neither a file of JSON nor a database can keep: its path, what it is, and what to do."""
+    if len(path) > 20:
+        yield path, "nested too deeply", ""
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _unfit(str(key), (*path, str(key).encode("utf-8", "backslashreplace").decode()))
+            yield from _unfit(inner, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _unfit(inner, (*path, str(index)))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, f"{value} is not a number that can be used", "write a finite number"
+    elif isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        yield path, "half of a character (a lone surrogate)", "write the text again, as UTF-8"
 
 
 def _line(path: tuple[int | str, ...], lines: Lines) -> int:

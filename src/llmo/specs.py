@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from llmo import plugins
+from llmo.errors import nearest
 
 
 class Spec(BaseModel):
@@ -32,7 +35,14 @@ def _float(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-Number = Annotated[float, BeforeValidator(_float)]
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_float)]
+
+
+def _known_task(name: str) -> str:
+    known = plugins.names("llmo.tasks")
+    if name not in known:
+        raise ValueError(f"unknown task{nearest(name, known)}; known: {', '.join(known)}")
+    return name
 
 
 class SplitSpec(Spec):
@@ -76,7 +86,9 @@ class DataSpec(Spec):
 class TaskSpec(Spec):
     """What is learnt. A plain name is enough: `task: text-classification`."""
 
-    name: str = Field(description="a registered task, e.g. text-classification or token-classification")
+    name: Annotated[str, AfterValidator(_known_task)] = Field(
+        description="a registered task, e.g. text-classification or token-classification"
+    )
     multi_label: bool | None = Field(None, description="several labels for one text; default: seen from the data")
     max_length: Annotated[int, Field(ge=8, le=8192)] = Field(128, description="tokens a text is cut to")
 

@@ -106,3 +106,53 @@ def test_any_text_is_either_a_specification_or_a_clear_error(text: str) -> None:
 def test_any_value_is_either_valid_or_a_clear_error(value: object) -> None:
     with suppress(LLMOError):
         validate(value, DataSpec)
+
+
+def test_aliases_of_aliases_end() -> None:
+    rows = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    rows += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]" for i in range(1, 15)]
+    assert "10000 values" in str(refused("\n".join(rows)))
+    assert refused("a: &a [*a]").what == "nested too deeply"
+
+
+def test_an_alias_is_its_value() -> None:
+    text = GOOD.replace("test: 0.2, dev: 0.1", "test: &share 0.2, dev: *share")
+    assert parse(text, "llmo.yaml", ProjectSpec).spec.data.split.dev == 0.2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "words"),
+    [
+        ("text-classification", "text-clasification", 2, "did you mean 'text-classification'"),
+        ("epochs: 2", "epochs: .inf", 7, "finite"),
+        ("epochs: 2", "epochs: 1e999", 7, "finite"),
+        ("method: full", 'method: "\\ud800"', 7, "surrogate"),
+        ("method: full", '"\\ud800": 1', 7, "surrogate"),
+        ("name: newsdesk", "name: 007", 1, "quotes"),
+        ("name: newsdesk", "name: news/desk", 1, "letters, digits"),
+        ("train: {method: full, epochs: 2, learning_rate: 1e-4}", "train: 3", 7, "mapping"),
+        ("model: package", "? [a, b]\n: 1\nmodel: package", 6, "a key is a word"),
+        ("model: package", "<<: {a: 1}\nmodel: package", 6, "unknown key '<<'"),
+        ("epochs: 2", "lora: {rnk: 2}", 7, "did you mean 'rank'"),
+        ("test: 0.2", "tset: 0.2", 5, "did you mean 'test'"),
+        ("model: package", "---\nmodel: package", 6, "another document"),
+    ],
+)
+def test_more_mistakes(old: str, new: str, where: int, words: str) -> None:
+    error = refused(GOOD.replace(old, new))
+    assert error.where == f"llmo.yaml:{where}"
+    assert words in f"{error} {error.hint}"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\udfff", ["\ud800"], {"\ud800": 1}])
+def test_what_no_json_can_keep(value: object) -> None:
+    with pytest.raises(SpecError):
+        validate({"source": "x.csv", "text": value}, DataSpec)
+
+
+def test_nested_without_end() -> None:
+    deep: object = 1
+    for _ in range(100_000):
+        deep = {"a": deep}
+    with pytest.raises(SpecError, match="deeply"):
+        validate({"source": "x.csv", "clean": deep}, DataSpec)
