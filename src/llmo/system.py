@@ -6,12 +6,14 @@ import atexit
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from llmo import pipeline, sources
 from llmo.errors import SpecError, UnreachableError
+from llmo.kernel import service
 from llmo.kernel.devices import detect
 from llmo.kernel.local import LocalExecutor
 from llmo.kernel.scheduler import Holder, Scheduler, SchedulerLock
@@ -154,7 +156,11 @@ class System:
         return self._devices
 
     def endpoints(self) -> list[Endpoint]:
-        return self.store.endpoints.list()
+        found = self.store.endpoints.list()
+        if SchedulerLock(self.settings.home).holder() is None:
+            # Who ran them was killed and could not write it down.
+            return [replace(endpoint, state="down", address=None) for endpoint in found]
+        return found
 
     def remove_endpoint(self, name: str) -> None:
         endpoint = self.store.endpoints.get(name)
@@ -307,11 +313,12 @@ class _Driver:
         self._lock = SchedulerLock(system.settings.home)
         self._scheduler: Scheduler | None = None
         self._closing = threading.Event()
+        self._take()
         self._thread = threading.Thread(target=self._run, name="llmo-scheduler", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._lock.try_acquire(self._system.url):
+        while not self._take():
             if self._closing.wait(LOCK_SECONDS):
                 return
         system = self._system
@@ -321,6 +328,15 @@ class _Driver:
         if self._closing.is_set():
             scheduler.stop()
         scheduler.run()
+
+    def _take(self) -> bool:
+        if self._lock.held:
+            return True
+        if not self._lock.try_acquire(self._system.url):
+            return False
+        # Before anybody is told that this process is up: what an earlier one left as `up` is not.
+        service.bring_down(self._system.store)
+        return True
 
     def wake(self) -> None:
         if self._scheduler is not None:

@@ -55,6 +55,13 @@ def leave(store: Store, job: Job, state: str) -> None:
         store.endpoints.point(known.name, job.id, state=state, address=None)
 
 
+def bring_down(store: Store) -> None:
+    """No service runs any more, because the process that ran them ended: no endpoint is up."""
+    for known in store.endpoints.list():
+        if known.state != "down":
+            store.endpoints.point(known.name, known.job, state="down", address=None)
+
+
 def find(store: Store, name: str) -> Endpoint | None:
     try:
         return store.endpoints.get(name)

@@ -122,10 +122,16 @@ class Router:
         """
         body = {"op": "predict", "texts": texts, "deadline": deadline, "logits": logits}
         tried: list[Replica] = []
+        looked_again = False
         failure: Exception = ReplicaGone("it has no replica")
         while len(tried) < _TRIES:
             target = self._table.get(name) or await self._find(name)
             replica = min((r for r in target.replicas if r not in tried), key=lambda r: r.outstanding, default=None)
+            if replica is None and not tried and not looked_again:
+                # Whoever was told a moment ago that it is up must not hear from an older table that it is not.
+                looked_again = True
+                await self._refresh_quietly()
+                continue
             if replica is None:
                 break
             try:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmo.kernel import service
+from llmo.store import Store
 from llmo.types import Device, JobState, Needs, Placement, Reason
 from support.kernel import Kernel, alive
 
@@ -37,6 +38,18 @@ def test_a_swap_moves_the_name_and_then_drains_the_old(kernel: Kernel) -> None:
     assert (ended.state, ended.reason) == (JobState.STOPPED, Reason.USER)
     assert not alive(old.pid or 0)
     assert kernel.store.endpoints.get("news").address == kernel.job(new).address
+
+
+def test_nothing_is_up_when_the_process_that_ran_it_was_killed(kernel: Kernel) -> None:
+    job = kernel.submit("serve", {"endpoint": "e"})
+    kernel.reached(job, "running")
+    kernel.crash()
+    store = Store.open(kernel.store.home)
+    assert store.endpoints.get("e").state == "up"
+    service.bring_down(store)
+    found = store.endpoints.get("e")
+    assert (found.state, found.address, found.job) == ("down", None, job.id)
+    store.close()
 
 
 def test_a_swap_fits_on_a_full_machine(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ class World:
 
 
 @asynccontextmanager
-async def world(tmp_path: Path) -> AsyncIterator[tuple[World, Router, Fake, Fake]]:
+async def world(tmp_path: Path, refresh_seconds: float = 0.02) -> AsyncIterator[tuple[World, Router, Fake, Fake]]:
     made = World()
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
@@ -97,7 +97,7 @@ async def world(tmp_path: Path) -> AsyncIterator[tuple[World, Router, Fake, Fake
         for fake in fakes:
             path = fake.address.removeprefix("unix:")
             await stack.enter_async_context(await loop.create_unix_server(fake.session, path))
-        router = Router(made.load, refresh_seconds=0.02)
+        router = Router(made.load, refresh_seconds=refresh_seconds)
         made.point(fakes[0])
         await stack.enter_async_context(router.running())
         yield made, router, fakes[0], fakes[1]
@@ -122,6 +122,14 @@ async def test_unknown_names_are_looked_up_again_and_then_not_found(tmp_path: Pa
             await router.predict("topic", ["x"])
         made.rows = [*made.rows, Endpoint("fresh", "up", "sha256:1", "n@1", 4, address=a.address)]
         assert (await router.predict("fresh", ["x"])).model == "n@1"
+
+
+async def test_an_endpoint_that_is_up_since_a_moment_is_found(tmp_path: Path) -> None:
+    async with world(tmp_path, refresh_seconds=3600) as (made, router, a, _):
+        made.point(state="starting")
+        await router.refresh()
+        made.point(a)
+        assert (await router.predict("topics", ["x"])).answers == b'["a"]'
 
 
 async def test_the_least_busy_replica_is_asked(tmp_path: Path) -> None:
