@@ -13,6 +13,6 @@ IMPORT = Operation("import", "llmo.data.operation:run", produces=Kind.DATASET, n
 BASE_MODEL = Operation("base-model", "llmo.training.base:run", produces=Kind.MODEL, needs=Needs(memory=_GIB))
 TRAIN = Operation("train", "llmo.training.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB))
 EVALUATE = Operation("evaluate", "llmo.training.evaluate:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB))
-COMPRESS = Operation("compress", "llmo.compress.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB))
+COMPRESS = Operation("compress", "llmo.compression.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB))
 VERIFY = Operation("verify", "llmo.verify.operation:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB))
 SERVE = Operation("serve", "llmo.serve.replica:run", service=True, needs=Needs(memory=_GIB))

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from llmo import plugins
-from llmo.compress.export import export
+from llmo.compression.export import export
 from llmo.engines.base import Engine, Request
 from llmo.errors import EnvironmentProblem, LLMOError, ModelError
 from llmo.types import Device

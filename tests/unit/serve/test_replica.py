@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmo.compress.export import export
+from llmo.compression.export import export
 from llmo.engines.torch import TorchEngine
 from llmo.errors import EnvironmentProblem, GateRefused
 from llmo.serve.pipeline import Pipeline

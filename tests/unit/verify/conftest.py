@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import onnx
 import pytest
 
-from llmo.compress.export import export
-from llmo.compress.quantise import quantise
+from llmo.compression.export import export
+from llmo.compression.quantise import quantise
 from llmo.context import NullContext
 from llmo.files import digest_of, manifest_of
 from llmo.specs import LoraSpec, TaskSpec, TrainSpec
@@ -24,15 +23,15 @@ from support.tiny import tiny_dataset, tiny_model
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
     tiny_model(folder / "base")
-    tiny_dataset(folder / "data")
     return folder
 
 
-def trained(workshop: Path, name: str, spec: TrainSpec) -> Path:
+def trained(workshop: Path, name: str, spec: TrainSpec, task_name: str = "text-classification") -> Path:
     out = workshop / name
     out.mkdir()
-    task = TaskSpec(name="text-classification", max_length=16).plain()
-    inputs = {"data": workshop / "data", "model": workshop / "base"}
+    task = TaskSpec(name=task_name, max_length=16).plain()
+    data = tiny_dataset(workshop / f"{name}-data", task_name)
+    inputs = {"data": data, "model": workshop / "base"}
     train({**spec.plain(), "task": task}, inputs, out, NullContext(1, workshop / f"{name}-checkpoint"))
     return out
 
@@ -51,15 +50,30 @@ def lora(workshop: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def tagger(workshop: Path) -> Path:
+    spec = TrainSpec(epochs=2, learning_rate=3e-3, precision="fp32")
+    return trained(workshop, "tagger", spec, "token-classification")
+
+
+@pytest.fixture(scope="module")
 def compressed(full: Path) -> Path:
-    out = full.with_name("int8")
+    return as_int8(full)
+
+
+@pytest.fixture(scope="module")
+def compressed_tagger(tagger: Path) -> Path:
+    return as_int8(tagger)
+
+
+def as_int8(model: Path) -> Path:
+    out = model.with_name(model.name + "-int8")
     out.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "golden.json"):
-        shutil.copy(full / name, out)
-    export(full, out / "model.onnx")
+        shutil.copy(model / name, out)
+    export(model, out / "model.onnx")
     onnx.save(quantise(onnx.load(out / "model.onnx")), out / "model.onnx")
-    reference = {"digest": digest_of(manifest_of(full))}
-    write_card(out, {**read_card(full), "engine": "onnx", "precision": "int8", "reference": reference})
+    reference = {"digest": digest_of(manifest_of(model))}
+    write_card(out, {**read_card(model), "engine": "onnx", "precision": "int8", "reference": reference})
     return out
 
 
@@ -71,9 +85,3 @@ def copy(tmp_path: Path) -> Callable[[Path], Path]:
         return shutil.copytree(folder, tmp_path / f"{folder.name}-copy")
 
     return make
-
-
-def edit_json(path: Path, change: Callable[[dict], None]) -> None:
-    body = json.loads(path.read_text(encoding="utf-8"))
-    change(body)
-    path.write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")

@@ -91,6 +91,13 @@ def test_a_compressed_model_passes_alone(compressed: Path, tmp_path: Path) -> No
     assert "saved model" not in names(report)
 
 
+def test_a_tagger_passes_as_trained_and_as_compressed(tagger: Path, compressed_tagger: Path, tmp_path: Path) -> None:
+    assert verify(tmp_path / "one", tagger)["passed"]
+    checks = {check["name"]: check for check in verify(tmp_path / "two", compressed_tagger, tagger)["checks"]}
+    assert 0 < checks["engine logits"]["value"] < checks["engine logits"]["limit"]
+    assert checks["engine answers"]["value"] >= 13
+
+
 def test_a_lora_model_passes_with_all_its_modules(lora: Path, tmp_path: Path) -> None:
     checks = {check["name"]: check for check in verify(tmp_path / "out", lora)["checks"]}
     assert checks["adapter modules"]["value"] == checks["adapter modules"]["limit"] == 2 * 6

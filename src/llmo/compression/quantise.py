@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
-from llmo.compress.graph import add_domain, weights
+from llmo.compression.graph import add_domain, weights
 
 MICROSOFT = "com.microsoft"
 SMALLEST_TABLE = 1 << 16  # weights; smaller tables save nothing worth their error

@@ -13,9 +13,9 @@ import numpy as np
 import psutil
 import pytest
 
-from llmo.compress.contest import BATCH, Candidate, contest, plan
-from llmo.compress.export import export
-from llmo.compress.measure import obey, peak_memory
+from llmo.compression.contest import BATCH, Candidate, contest, plan
+from llmo.compression.export import export
+from llmo.compression.measure import obey, peak_memory
 from llmo.context import NullContext, Stopped
 from llmo.engines.onnx import OnnxEngine
 from llmo.errors import JobFailed, LLMOError, ModelError
@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "llmo.compress.measure" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children() if "llmo.compression.measure" in " ".join(p.cmdline())]
 
 
 def test_a_plan_covers_every_text_once_in_batches_of_like_length() -> None:
@@ -116,7 +116,7 @@ def test_it_does_not_outlive_the_process_that_started_it(folder: Path, tmp_path:
     work.write_text(json.dumps(plan(TEXTS)))
     code = (
         "import os, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'llmo.compress.measure', 'onnx', sys.argv[1], sys.argv[2],"
+        "child = subprocess.Popen([sys.executable, '-m', 'llmo.compression.measure', 'onnx', sys.argv[1], sys.argv[2],"
         " '1'], stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
         "child.stdout.readline(); print(child.pid, flush=True); os.kill(os.getpid(), 9)"
     )

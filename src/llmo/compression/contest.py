@@ -122,13 +122,13 @@ def _answers(probe: _Probe, file: Path, count: int) -> list[Logits]:
 
 
 class _Probe:
-    """A running `llmo.compress.measure`: told on its standard input, heard on its standard output."""
+    """A running `llmo.compression.measure`: told on its standard input, heard on its standard output."""
 
     def __init__(self, candidate: Candidate, work: Path, folder: Path, ctx: Context) -> None:
         self._name, self._ctx = candidate.name, ctx
         self._log = folder / f"{candidate.name}.log"
         cores = str(ctx.device.cores)
-        command = [sys.executable, "-m", "llmo.compress.measure", candidate.engine, candidate.folder, work, cores]
+        command = [sys.executable, "-m", "llmo.compression.measure", candidate.engine, candidate.folder, work, cores]
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
                 [str(part) for part in command],

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from llmo.compress import export as module
-from llmo.compress.export import export
+from llmo.compression import export as module
+from llmo.compression.export import export
 from llmo.engines.base import Engine, Request
 from llmo.engines.onnx import OnnxEngine
 from llmo.engines.torch import TorchEngine, quiet
