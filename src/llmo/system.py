@@ -6,13 +6,14 @@ import atexit
 import re
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from llmo import pipeline, sources
-from llmo.errors import SpecError, UnreachableError
+from llmo.errors import SpecError, StorageError, UnreachableError
 from llmo.kernel import service
 from llmo.kernel.devices import detect
 from llmo.kernel.local import LocalExecutor
@@ -334,8 +335,10 @@ class _Driver:
             return True
         if not self._lock.try_acquire(self._system.url):
             return False
-        # Before anybody is told that this process is up: what an earlier one left as `up` is not.
-        service.bring_down(self._system.store)
+        # Before anybody is told that this process is up: what an earlier one left as `up` is not. It may fail
+        # (a full disk) without harm: each endpoint's state is written again when its service is taken up.
+        with suppress(StorageError):
+            service.bring_down(self._system.store)
         return True
 
     def wake(self) -> None:

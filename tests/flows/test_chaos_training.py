@@ -230,9 +230,6 @@ class Chaos:
     def busy(self) -> list[Job]:
         return [job for job in self.observe() if not job.state.ended and not job.service]
 
-    def saved(self) -> bool:
-        return any(self.server.home.glob("jobs/*/checkpoint/step-*/state.json"))
-
     def events(self) -> dict[int, list[Event]]:
         found: dict[int, list[Event]] = defaultdict(list)
         after = 0
@@ -272,7 +269,7 @@ def test_killed_at_random_moments(chaos: Chaos, unbroken: Unbroken, capsys: pyte
         while LONG and len([job for job in chaos.busy() if job.op == "train"]) < 3:
             chaos.train()
         if done == 0:
-            chaos.watch(chaos.saved, "the first checkpoint")
+            chaos.watch(lambda: bool(checkpoints(chaos.server.home)), "the first checkpoint")
         chaos.look_on(chaos.pick.uniform(0, 4.0 if LONG else 1.0))
         chaos.kill(kinds[done % 3] if not LONG else chaos.pick.choice(KINDS))
         done = chaos.kills.total()
@@ -347,29 +344,39 @@ def check_store(chaos: Chaos, unbroken: Unbroken, weights: dict[str, str | None]
 
 def test_an_embedded_run_goes_on_from_its_checkpoint(tmp_path: Path, unbroken: Unbroken) -> None:
     print(f"LLMO_CHAOS_SEED={SEED} repeats the choices of this run")
+    pick = random.Random(SEED)
     file, home = written(tmp_path / "project", endpoint=False), tmp_path / "home"
     env = {"LLMO_HOME": str(home), "LLMO_CORES": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "llmo.doors.cli", "run", str(file)],
-        env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        saved = lambda: sorted(home.glob("jobs/*/checkpoint/step-*/state.json"))  # noqa: E731
-        first = until(saved, "the first checkpoint")[0]
-        moment = time.monotonic() + random.Random(SEED).uniform(0, 0.5)
-        until(lambda: saved() != [first] or time.monotonic() > moment, "a random moment")
-    finally:
-        process.kill()
-        process.wait()
-    until(lambda: not members(home), "the workers to die with the command", 20)
-    assert saved(), "it was killed too late"
+    # The first time in the training, then anywhere.
+    for number in range(6 if LONG else 1):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmo.doors.cli", "run", str(file)],
+            env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            if number == 0:
+                until(lambda: checkpoints(home), "the first checkpoint")
+            moment = time.monotonic() + pick.uniform(0, 0.5 if number == 0 else 8.0)
+            until(lambda end=moment, who=process: time.monotonic() > end or who.poll() is not None, "a random moment")
+        finally:
+            process.kill()
+            process.wait()
+        until(lambda: not members(home), "the workers to die with the command", 20)
+        assert number > 0 or checkpoints(home), "it was killed too late"
     said = command("run", file, "--json", **env)
     assert said.code == 0, said.err + said.out
     with System(Settings(home=home)) as system:
-        train = [job for job in system.jobs(all=True, limit=100) if job.op == "train"]
-        assert [job.state for job in train] == [JobState.DONE]
-        notes = [e for e in system.events() if e.job == train[0].id and e.kind == "note"]
-        assert any(e.attempt == 2 and str(e.data["text"]).startswith("resumed") for e in notes), notes
-        steps = [e for e in system.events() if e.job == train[0].id and e.attempt == 2 and "loss" in e.data]
-        assert min(int(e.data["step"]) for e in steps) > 1
-        assert digest(system.path(str(train[0].output))) == unbroken.weights({"tickets-1": (TRAIN, 1)})["tickets-1"]
+        jobs = system.jobs(all=True, limit=100)
+        assert all(job.state is JobState.DONE for job in jobs)
+        train = next(job for job in jobs if job.op == "train" and job.reason == "finished")
+        events = [event for event in system.events() if event.job == train.id]
+        resumed = [e for e in events if e.kind == "note" and str(e.data["text"]).startswith("resumed")]
+        assert resumed
+        assert resumed[0].attempt == 2
+        assert min(int(e.data["step"]) for e in events if e.attempt == 2 and "loss" in e.data) > 1
+        assert Counter(job.op for job in jobs if job.reason == "finished")["train"] == 1
+        assert digest(system.path(str(train.output))) == unbroken.weights({"tickets-1": (TRAIN, 1)})["tickets-1"]
+
+
+def checkpoints(home: Path) -> list[Path]:
+    return sorted(home.glob("jobs/*/checkpoint/step-*/state.json"))
