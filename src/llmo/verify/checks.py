@@ -11,7 +11,7 @@ import numpy as np
 from llmo.tasks.base import Encoding, Logits, Task
 
 EXACT = 1e-4  # largest difference of logits between two runs of the same weights at fp32
-LOSSY_SPREAD = 0.25  # of the reference's whole range of logits: a layer that is lost or wrong moves more
+LOSSY_SPREAD = 0.15  # of the reference's whole range of logits: a layer that is lost or wrong moves more
 LOSSY_BATCH = 0.02  # of the same range: rounding may tip a step of an activation, and no more
 LOSSY_AGREEMENT = 0.8  # borderline texts may be answered otherwise at int8; the loss itself is measured by compress
 
