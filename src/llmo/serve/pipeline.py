@@ -30,6 +30,7 @@ from llmo.tasks.base import Encoding, Logits, Task
 
 LONGEST_TEXT = 1 << 20  # bytes of UTF-8
 _CHUNK = 32  # texts tokenised at once: enough for the tokeniser, few enough that the engine starts early
+_SHORTEST_WAIT = 0.05  # seconds a refused client is told to stay away at least
 _BROKEN_AFTER = 8  # batches in a row of which nothing could be run
 
 Done = Callable[[bytes | LLMOError], None]
@@ -134,7 +135,8 @@ class Pipeline:
             if self._refusing:
                 raise UnreachableError("the replica is leaving", hint="ask again: another one takes over")
             if self._waiting + count > self.queue:
-                wait = self.gauge.seconds_for(max(self._waiting + count - self.queue, self._waiting // 2))
+                wanted = max(self._waiting + count - self.queue, self._waiting // 2)
+                wait = max(_SHORTEST_WAIT, self.gauge.seconds_for(wanted))
                 raise BusyError(
                     f"the queue is full ({self._waiting} texts wait)",
                     hint=f"send it again in {wait:.1f} s",
