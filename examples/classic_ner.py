@@ -25,7 +25,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--epochs", type=int, default=5)
     options.add_argument("--limit", type=int, default=100_000, help="training tweets at most")
-    options.add_argument("--learning-rate", type=float, default=3e-4)
+    options.add_argument("--learning-rate", type=float, default=2e-4)
     options.add_argument("--cores", type=int, default=torch.get_num_threads())
     chosen = options.parse_args()
     torch.manual_seed(13)
