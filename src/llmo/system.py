@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import re
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -29,7 +29,6 @@ from llmo.types import Artifact, Device, Endpoint, Event, Job, JobState, Key, Ki
 
 INPUT_KINDS = {"data": Kind.DATASET, "model": Kind.MODEL, "reference": Kind.MODEL}
 LOCK_SECONDS = 0.2  # between looks at whether the process that runs this store's jobs has gone
-STORED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*@\d+|sha256:[0-9a-f]{12,64}")
 
 
 class System:
@@ -46,6 +45,7 @@ class System:
         self._devices = detect(self.settings)
         self.url: str | None = None  # where this process answers over HTTP, when it does
         self._mine: set[int] = set()
+        self._made: set[int] = set()  # those of mine that were new, so that nobody else waits for them
         self._scheduler: _Driver | None = None
         self._starting = threading.Lock()
         atexit.register(self.close)
@@ -219,8 +219,10 @@ class System:
         if self._scheduler is None:
             self.store.close()
             return
-        if self.embedded and self.held_elsewhere() is None:
-            for id in self._mine:
+        elsewhere = self.held_elsewhere()
+        if self.embedded and (elsewhere is None or elsewhere.url is None):
+            # Of another command's jobs, joined because they are the same work, nothing is stopped.
+            for id in self._mine if elsewhere is None else self._made:
                 job = self.store.jobs.get(id)
                 if not job.state.ended and not job.service:
                     self.store.jobs.request_stop(id)
@@ -246,7 +248,10 @@ class System:
         needs: Needs | None = None,
         fresh: bool = False,
     ) -> Job:
+        began = time.time()
         job = submit(self.store, self._devices, op, spec, inputs, name=name, needs=needs, fresh=fresh)
+        if job.created_at >= began:
+            self._made.add(job.id)
         if not job.state.ended:
             self.adopt(job.id)
         return job
@@ -265,7 +270,7 @@ class System:
         return {name: self._source(name, source) for name, source in wanted.items()}
 
     def _source(self, name: str, source: str) -> dict[str, Any]:
-        if STORED.fullmatch(source) and not Path(source).exists():
+        if sources.is_stored(source) and not Path(source).exists():
             return {"artifact": self.artifact(source, INPUT_KINDS[name]).digest}
         found = self._fingerprint(source)
         return {"source": found["source"], "digest": found["source_digest"], "uploads": found.get("uploads")}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
 from llmo import sources
-from llmo.errors import LLMOError, UnauthorizedError, UnreachableError, from_json
-from llmo.types import Artifact, Device, Endpoint, Event, Job, Kind, Needs, to_json
+from llmo.errors import UnauthorizedError, UnreachableError, from_json
+from llmo.types import Artifact, Device, Endpoint, Event, Job, Key, Kind, Needs, to_json
 from llmo.types import from_json as record
 
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)
@@ -25,8 +27,13 @@ class Client:
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.key = key
+        if key and not (key.isascii() and key.isprintable()):
+            raise UnauthorizedError("the API key holds characters that no key has", hint="set LLMO_KEY again")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, trust_env=False)
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT, trust_env=False)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise self._no_address(str(error)) from None
 
     def check(self, project: Mapping[str, Any]) -> Job:
         return record(Job, self._post("/v1/projects/check", {"project": self._sent(project)}))
@@ -76,13 +83,13 @@ class Client:
         return [record(Artifact, artifact) for artifact in self._get("/v1/artifacts", query)]
 
     def artifact(self, ref: str, kind: Kind | None = None) -> Artifact:
-        return record(Artifact, self._get(f"/v1/artifacts/{ref}", {"kind": kind} if kind else {}))
+        return record(Artifact, self._get(f"/v1/artifacts/{_part(ref)}", {"kind": kind} if kind else {}))
 
     def lineage(self, ref: str) -> list[Artifact]:
-        return [record(Artifact, artifact) for artifact in self._get(f"/v1/artifacts/{ref}/lineage")]
+        return [record(Artifact, artifact) for artifact in self._get(f"/v1/artifacts/{_part(ref)}/lineage")]
 
     def rows(self, ref: str, split: str = "train", *, offset: int = 0, limit: int = 20) -> list[dict[str, Any]]:
-        return list(self._get(f"/v1/artifacts/{ref}/rows", {"split": split, "offset": offset, "limit": limit}))
+        return list(self._get(f"/v1/artifacts/{_part(ref)}/rows", {"split": split, "offset": offset, "limit": limit}))
 
     def devices(self) -> list[Device]:
         return [record(Device, device) for device in self._get("/v1/devices")]
@@ -91,14 +98,21 @@ class Client:
         return [record(Endpoint, endpoint) for endpoint in self._get("/v1/endpoints")]
 
     def remove_endpoint(self, name: str) -> None:
-        self._request("DELETE", f"/v1/endpoints/{name}")
+        self._request("DELETE", f"/v1/endpoints/{_part(name)}")
 
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         body = {"texts": list(texts)} | ({"logits": True} if logits else {})
-        return list(self._post(f"/v1/endpoints/{endpoint}/predict", body)["answers"])
+        return list(self._post(f"/v1/endpoints/{_part(endpoint)}/predict", body)["answers"])
 
-    def api_keys(self) -> list[dict[str, Any]]:
-        return list(self._get("/v1/keys"))
+    def make_key(self, owner: str, role: str) -> tuple[Key, str]:
+        found = self._post("/v1/keys", {"owner": owner, "role": role})
+        return record(Key, found), found["key"]
+
+    def api_keys(self) -> list[Key]:
+        return [record(Key, key) for key in self._get("/v1/keys")]
+
+    def revoke_key(self, id: str) -> None:
+        self._request("DELETE", f"/v1/keys/{_part(id)}")
 
     def close(self) -> None:
         self._http.close()
@@ -115,9 +129,9 @@ class Client:
 
     def _uploaded(self, source: str) -> str:
         """A source the server understands: local files are packed, sent once, and named by their content."""
-        if not sources.is_local_path(source) or not Path(source).exists():
+        if not sources.is_local_path(source) or (sources.is_stored(source) and not Path(source).exists()):
             return source
-        path = Path(source)
+        path = sources.resolve(source)
         digest = sources.fingerprint(path).removeprefix("sha256:")
         found = f"upload:{digest}/{path.name}"
         if self._get(f"/v1/uploads/{digest}")["present"]:
@@ -133,26 +147,43 @@ class Client:
         return self._request("GET", path, params=dict(query or {}))
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        return self._request("POST", path, json=body)
+        # ASCII: half a surrogate pair is refused by the server in words, not by our encoder.
+        content = json.dumps(to_json(body), allow_nan=False).encode()
+        return self._request("POST", path, content=content, headers={"Content-Type": "application/json"})
+
+    def _no_address(self, why: str) -> UnreachableError:
+        return UnreachableError(
+            f"'{self.url}' is not the address of a server: {why}", hint="write LLMO_URL like http://127.0.0.1:8420"
+        )
 
     def _request(self, method: str, path: str, **options: Any) -> Any:
         try:
             reply = self._http.request(method, path, **options)
-        except httpx.InvalidURL as error:
-            raise UnreachableError(f"'{self.url}' is not an address: {error}", hint="set LLMO_URL") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, ValueError) as error:
+            raise self._no_address(str(error)) from None
         except httpx.TransportError as error:
             raise UnreachableError(
                 f"the server at {self.url} cannot be reached ({type(error).__name__})",
                 hint="start it with: llmo up; or unset LLMO_URL to work in this process",
             ) from None
+        if reply.status_code == 204:
+            return None
+        try:
+            body = reply.json()
+        except ValueError:
+            raise self._stranger(reply) from None
         if reply.is_success:
-            return reply.json() if reply.content else None
-        raise _error(reply)
+            return body
+        told = body.get("error") if isinstance(body, dict) else None
+        raise from_json(told) if isinstance(told, dict) else self._stranger(reply)
+
+    def _stranger(self, reply: httpx.Response) -> UnreachableError:
+        return UnreachableError(
+            f"what answers at {self.url} is no LLMO server: it said {reply.status_code} {reply.reason_phrase}",
+            hint="set LLMO_URL to the address that llmo up prints",
+        )
 
 
-def _error(reply: httpx.Response) -> LLMOError:
-    try:
-        return from_json(reply.json()["error"])
-    except (ValueError, KeyError, TypeError):
-        what = f"the server answered {reply.status_code}: {reply.text[:200]}"
-        return UnauthorizedError(what) if reply.status_code == 401 else LLMOError(what)
+def _part(name: str) -> str:
+    """A name as one part of a path, whatever is in it."""
+    return quote(name, safe="@:", errors="replace") or "%20"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmo import pipeline
+from llmo import pipeline, sources
 from llmo.api import Api
 from llmo.errors import JobFailed, from_json
 from llmo.settings import Settings
@@ -78,7 +79,8 @@ def output(api: Api, job: Job) -> Artifact:
     """The artifact a finished job published."""
     if job.output is None:
         raise JobFailed(f"job {job.id} ({job.op}) published nothing", hint=f"see: llmo logs {job.id}")
-    return api.artifact(job.output)
+    named = (a for a in api.artifacts(name=job.name) if a.digest == job.output) if job.name else iter(())
+    return next(named, None) or api.artifact(job.output)
 
 
 def ensure_model(api: Api, source: str, hear: Callable[[News], None] | None = None) -> str:
@@ -99,11 +101,36 @@ def data_of(api: Api, model: Artifact) -> str:
 
 
 def absolute(source: str, base: Path) -> str:
-    """A local path as the user meant it: relative to the folder of the file it is written in."""
-    from llmo.sources import is_local_path
+    """A local path as the user meant it, relative to `base`; what names no path, or none that exists, as it is."""
+    if not sources.is_local_path(source):
+        return source
+    try:
+        inside = base / Path(source).expanduser()
+        if not inside.exists():
+            return source
+        return str(inside.resolve() if ".." in inside.parts else inside.absolute())
+    except (OSError, ValueError, RuntimeError):  # no path at all: whoever reads it says so
+        return source
 
-    inside = base / source
-    return str(inside.absolute()) if is_local_path(source) and inside.exists() else source
+
+def located(source: str, base: Path) -> str:
+    """A source written in a file of the folder `base`: a path means one beside that file, whether it exists or not."""
+    found = absolute(source, base)
+    if found != source or not sources.is_local_path(source) or sources.is_stored(source):
+        return found
+    try:
+        return os.path.normpath(base.absolute() / Path(source).expanduser())
+    except (ValueError, RuntimeError):
+        return source
+
+
+def goes_on(api: Api) -> bool:
+    """Whether what was asked for goes on when this process ends, because a server runs it."""
+    asked = getattr(api, "held_elsewhere", None)
+    if asked is None:
+        return True
+    holder = asked()
+    return holder is not None and holder.url is not None
 
 
 def reference(model: Artifact) -> dict[str, str]:

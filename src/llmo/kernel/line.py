@@ -14,7 +14,7 @@ from llmo.store import Store
 from llmo.types import Device, Job, Placement
 
 _PATIENCE_SECONDS = 30.0
-_ELSEWHERE = "waits for a server (`llmo up`): a process that embeds LLMO runs only its own jobs"
+_ELSEWHERE = "another command works in this store, on its own jobs only; this goes on after it, or with `llmo up`"
 
 
 @dataclass(frozen=True, slots=True)

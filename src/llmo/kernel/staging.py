@@ -42,6 +42,7 @@ def prepare(store: Store, job: Job, operation: Operation, inputs: Mapping[str, s
         for name in (jobdir.OUT, jobdir.CHILDREN):
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / name).mkdir()
+        _inherit(store, job, folder / jobdir.CHECKPOINT)
     spec = {
         "job": job.id,
         "attempt": job.attempt,
@@ -54,6 +55,17 @@ def prepare(store: Store, job: Job, operation: Operation, inputs: Mapping[str, s
     }
     publish_json(folder / jobdir.SPEC, to_json(spec))
     return folder
+
+
+def _inherit(store: Store, job: Job, checkpoint: Path) -> None:
+    """Go on from the checkpoint of the same work, when a job that had it was stopped or failed."""
+    if job.cache_key is None or job.service or checkpoint.exists():
+        return
+    for other in store.jobs.find_broken_off(job.cache_key):
+        left = jobdir.job_dir(store.home, other.id) / jobdir.CHECKPOINT
+        if left.is_dir():
+            left.rename(checkpoint)
+            return
 
 
 def publish(store: Store, job: Job, operation: Operation) -> tuple[str | None, dict[str, Any]]:

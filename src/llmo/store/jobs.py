@@ -140,6 +140,12 @@ class Jobs:
         )
         return next(iter(self._all(query.order_by(table.c.id).limit(1))), None)
 
+    def find_broken_off(self, cache_key: str) -> Sequence[Job]:
+        """Jobs with that key that ended without a result, newest first: one may have left a checkpoint."""
+        ended = table.c.state.in_([JobState.FAILED.value, JobState.STOPPED.value])
+        query = select(table).where(table.c.cache_key == cache_key, ended)
+        return self._all(query.order_by(table.c.id.desc()).limit(20))
+
     def claim(self, id: int, attempt: int, lease: str, placement: Placement) -> bool:
         """Queued -> starting under `lease`, for exactly one of all who try; False for the others."""
         guard = and_(table.c.state == JobState.QUEUED.value, table.c.stop_requested.is_(False))

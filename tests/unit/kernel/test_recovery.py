@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -132,3 +133,20 @@ def test_a_damaged_output_is_made_again(tmp_path: Path) -> None:
         (kernel.folder(job) / "out" / "text.txt").unlink()
         done = kernel.ended(job)
         assert (done.state, done.attempt) == (JobState.DONE, 2)
+
+
+def test_the_same_work_asked_for_again_goes_on_from_what_a_stopped_job_left(tmp_path: Path) -> None:
+    with Kernel(tmp_path / "home") as kernel:
+        spec = {"steps": 60, "pause": 0.02, "log": str(tmp_path / "log")}
+        stopped = kernel.submit("count", spec)
+        left = kernel.folder(stopped) / "checkpoint" / "state.json"
+        kernel.until(left.exists, "a checkpoint")
+        kernel.store.jobs.request_stop(stopped.id)
+        assert kernel.ended(stopped).state is JobState.STOPPED
+        reached = json.loads(left.read_text())["step"]
+        again = kernel.submit("count", spec)
+        assert again.id != stopped.id
+        done = kernel.ended(again)
+        assert (done.state, (done.result or {})["total"]) == (JobState.DONE, 60 * 61 // 2)
+        assert kernel.events(again, "progress")[0].data["step"] == reached + 1
+        assert not left.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,7 +16,16 @@ from typer.exceptions import TyperException
 from llmo import __version__
 from llmo.doors.cli import machine, project, server, steps
 from llmo.doors.cli.show import Json, console, emit
-from llmo.errors import LLMOError
+from llmo.errors import InputError, LLMOError
+
+INTERRUPTED = 130
+
+
+class UsageError(InputError):
+    """A command line that is none of ours."""
+
+    code = "usage"
+
 
 app = typer.Typer(
     name="llmo",
@@ -40,6 +50,9 @@ def version(as_json: Json = False) -> None:
 
 def main() -> None:
     """Run the command line and exit with the error's own code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is spelled out, never a crash
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(_run(sys.argv[1:]))
 
 
@@ -54,36 +67,40 @@ def _run(arguments: list[str]) -> int:
     except TyperException as error:
         return _usage(error, as_json)
     except (typer.Abort, KeyboardInterrupt):
-        sys.stderr.write("stopped\n")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = INTERRUPTED
+    except (BrokenPipeError, SystemExit):  # typer makes the one of the other: whoever read our output has enough
+        _close_output()
         return 0
     except Exception as error:  # the border: whatever it is, the user sees a sentence and we keep the evidence
         return _bug(error)
+    if code == INTERRUPTED:
+        sys.stderr.write("interrupted\n")
     return code if isinstance(code, int) else 0
+
+
+def _close_output() -> None:
+    """What is still in the buffer goes nowhere, so that the interpreter does not complain at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    os.close(nowhere)
 
 
 def _tell(error: LLMOError, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps({"error": error.to_json()}, ensure_ascii=False) + "\n")
     else:
-        sys.stderr.write(f"{error}\n")
-        if error.hint:
-            sys.stderr.write(f"  {error.hint}\n")
+        sys.stderr.write(f"{error}\n" + (f"  {error.hint}\n" if error.hint else ""))
     return error.exit_code
 
 
 def _usage(error: TyperException, as_json: bool) -> int:
-    if not sys.argv[1:]:
-        sys.stdout.write(f"{error.format_message()}\n")
-        return 2
-    if as_json:
-        body = {"code": "usage", "what": error.format_message()}
-        sys.stdout.write(json.dumps({"error": body}) + "\n")
-    else:
-        sys.stderr.write(f"{error.format_message()}\n  see: llmo --help\n")
-    return 2
+    context = getattr(error, "ctx", None)
+    command = "llmo" + (context.command_path.removeprefix(context.find_root().command_path) if context else "")
+    message = error.format_message()
+    if message.startswith("Usage:"):  # a group named without a command: this is its help
+        sys.stdout.write(f"{message}\n")
+        return UsageError.exit_code
+    return _tell(UsageError(message, hint=f"see: {command} --help"), as_json)
 
 
 def _bug(error: Exception) -> int:

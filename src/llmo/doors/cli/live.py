@@ -2,41 +2,79 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
-from llmo.doors.cli.show import console, seconds, shorten
+from llmo.api import Api
+from llmo.doors import flow
+from llmo.doors.cli.show import console, seconds
 from llmo.doors.flow import News
 from llmo.types import Event, Job, JobState, Reason
 
-SHOWN = ("loss", "learning_rate", "samples_per_second", "texts_per_second", "step")
+SHOWN = {
+    "loss": "loss",
+    "train_loss": "loss",
+    "samples_per_second": "samples/s",
+    "texts_per_second": "texts/s",
+    "learning_rate": "lr",
+}
+DEV_SHOWN = 2  # of the metrics that an evaluation on dev measured
+QUIET_SECONDS = 5.0  # at least so long between two lines about dev
+
+
+class _Count(ProgressColumn):
+    """Steps done of all, or nothing while they are not known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:.0f}/{task.total:.0f}" if task.total else "", style="progress.download")
+
+
+class _Metrics(ProgressColumn):
+    """What was last measured; the one column that gives way in a narrow terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(overflow="ellipsis"))
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields["metrics"]), style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class Live:
     """Pass an instance's `hear` to `flow.wait`. Quiet in `--json` mode."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, api: Api, *, quiet: bool = False) -> None:
+        self._api = api
         self._quiet = quiet
-        self._bars: dict[int, TaskID] = {}
+        self._root: Job | None = None
+        self._bars: dict[tuple[int, str], TaskID] = {}
+        self._metrics: dict[int, dict[str, str]] = {}
+        self._told_dev: dict[int, float] = {}
         self._states: dict[int, str] = {}
         self._waiting: dict[int, str] = {}
+        fixed = Column(no_wrap=True)
         self._progress = Progress(
-            SpinnerColumn(finished_text=" "),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("[dim]{task.fields[metrics]}"),
+            SpinnerColumn(finished_text=" ", table_column=fixed),
+            TextColumn("{task.description}", table_column=fixed),
+            BarColumn(bar_width=16, table_column=fixed),
+            _Count(fixed),
+            TimeRemainingColumn(compact=True, table_column=fixed),
+            _Metrics(),
             console=console,
             transient=True,
             disable=quiet or not console.is_terminal,
@@ -48,8 +86,11 @@ class Live:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._progress.stop()
+        if kind is KeyboardInterrupt and self._root is not None:
+            sys.stderr.write(_parting(self._root, goes_on=flow.goes_on(self._api)))
 
     def hear(self, news: News) -> None:
+        self._root = news.root
         if self._quiet:
             return
         jobs = news.children | {news.root.id: news.root}
@@ -58,52 +99,90 @@ class Live:
             if job is not None and job.op != "pipeline":
                 self._event(job, event)
         for job in jobs.values():
+            self._waits(job)
             if job.op != "pipeline":
                 self._state(job)
 
     def _event(self, job: Job, event: Event) -> None:
         if event.kind == "progress":
-            self._move(job, event.data)
+            self._move(job, event)
         elif event.kind == "note":
-            console.print(f"  [dim]{label(job)}[/] {event.data.get('text', '')}", markup=True, soft_wrap=True)
+            self._say(job, str(event.data.get("text", "")))
 
-    def _move(self, job: Job, data: Any) -> None:
-        metrics = ", ".join(
-            f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else str(value)
-            for name, value in data.items()
-            if name in SHOWN
-        )
-        if job.id not in self._bars:
-            self._bars[job.id] = self._progress.add_task(f"{label(job):<10}", total=data.get("total"), metrics="")
-        self._progress.update(
-            self._bars[job.id], completed=data.get("step", 0), total=data.get("total"), metrics=shorten(metrics, 60)
-        )
+    def _move(self, job: Job, event: Event) -> None:
+        data = event.data
+        metrics = self._metrics.setdefault(job.id, {})
+        metrics |= _metrics(data)
+        if any(name.startswith("dev_") for name in data) and event.at - self._told_dev.get(job.id, 0) > QUIET_SECONDS:
+            self._told_dev[job.id] = event.at
+            measured = ", ".join(f"{name} {value}" for name, value in _metrics(data).items())
+            self._say(job, f"step {data.get('step')} of {data.get('total')}: {measured}")
+        phase = str(data.get("phase", ""))
+        for key in [key for key in self._bars if key[0] == job.id and key[1] not in ("", phase)]:
+            self._progress.remove_task(self._bars.pop(key))
+        shown = ", ".join(f"{name} {value}" for name, value in metrics.items())
+        self._bar(job, phase, shown if not phase else "", data.get("step", 0), data.get("total"))
 
-    def _state(self, job: Job) -> None:
+    def _bar(self, job: Job, phase: str, metrics: str, step: int, total: int | None) -> None:
+        """One bar for the job and, beneath it, one for what it does in between (a phase)."""
+        key = (job.id, phase)
+        if key not in self._bars:
+            name = f"{label(job)}: {phase}" if phase else label(job)
+            self._bars[key] = self._progress.add_task(escape(f"{name:<10}"), total=total, metrics="")
+        self._progress.update(self._bars[key], completed=step, total=total, metrics=metrics)
+
+    def _waits(self, job: Job) -> None:
         if job.state is JobState.QUEUED and job.waiting and self._waiting.get(job.id) != job.waiting:
             self._waiting[job.id] = job.waiting
-            console.print(f"  [dim]{label(job)}[/] waits: {job.waiting}", soft_wrap=True)
+            self._say(job, "waits: " + job.waiting.removeprefix("waits for ").removeprefix("waits: "))
+
+    def _state(self, job: Job) -> None:
+        if job.state in (JobState.STARTING, JobState.RUNNING) and (job.id, "") not in self._bars and not job.address:
+            self._bar(job, "", "", 0, None)
         mark = self._ended(job)
         if mark is None or self._states.get(job.id) == mark:
             return
         self._states[job.id] = mark
-        if job.id in self._bars:
-            self._progress.remove_task(self._bars.pop(job.id))
+        for key in [key for key in self._bars if key[0] == job.id]:
+            self._progress.remove_task(self._bars.pop(key))
         console.print(mark, soft_wrap=True)
+
+    @staticmethod
+    def _say(job: Job, text: str) -> None:
+        console.print(f"  [dim]{escape(label(job))}[/] {escape(text)}", soft_wrap=True)
 
     @staticmethod
     def _ended(job: Job) -> str | None:
         took = seconds((job.ended_at or 0) - job.started_at) if job.started_at and job.ended_at else ""
+        name = f"{label(job):<10}"
         if job.state is JobState.DONE:
             done = "found, nothing changed" if job.reason is Reason.CACHED else took
-            return f"[green]✓[/] {label(job):<10} [dim]{done}[/]"
+            return f"[green]✓[/] {name} [dim]{done}[/]"
         if job.service and job.state is JobState.RUNNING and job.address:
-            return f"[green]✓[/] {label(job):<10} [dim]answers[/]"
+            return f"[green]✓[/] {name} [dim]answers[/]"
         if job.state in (JobState.FAILED, JobState.STOPPED):
-            return f"[red]✗[/] {label(job):<10} {job.state.value}: {job.reason.value if job.reason else ''} {took}"
+            known = job.reason not in (None, Reason.ERROR, Reason.USER)
+            why = f": {job.reason.value.replace('_', ' ')}" if known and job.reason else ""
+            return f"[red]✗[/] {name} {job.state.value}{why} [dim]{took}[/]"
         return None
 
 
 def label(job: Job) -> str:
     """What people call a job: its step in the pipeline, else its operation."""
-    return job.child_key or job.op
+    return job.child_key or (job.name if job.op == "pipeline" else job.op)
+
+
+def _metrics(data: Mapping[str, Any]) -> dict[str, str]:
+    found = {SHOWN[name]: f"{value:.4g}" for name, value in data.items() if name in SHOWN and _number(value)}
+    dev = [(name, value) for name, value in data.items() if name.startswith("dev_") and _number(value)]
+    return found | {name.replace("_", " "): f"{value:.3f}" for name, value in dev[:DEV_SHOWN]}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _parting(root: Job, *, goes_on: bool) -> str:
+    if goes_on:
+        return f"job {root.id} goes on at the server; watch it: llmo logs -f {root.id}, stop it: llmo kill {root.id}\n"
+    return "stopped; what was finished is kept, and the same command goes on from there\n"

@@ -52,7 +52,9 @@ def models(
         for a in all_models
     ]
     columns = ["model", "engine", "precision", "held-out quality", "size>", "made"]
-    emit(all_models, as_json, lambda: table("", columns, rows))
+    emit(
+        all_models, as_json, lambda: table("", columns, rows, empty="no models; make one with: llmo run or llmo train")
+    )
 
 
 def _quality(model: Artifact) -> str:

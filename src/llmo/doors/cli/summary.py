@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
+from rich.markup import escape
 
 from llmo.doors.cli.show import console, figure, shorten, size, table
 from llmo.doors.gateway import Door
@@ -150,13 +151,13 @@ def show_variants(result: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     columns = ["variant", "bits>", "size>", "texts/s>", "speed>", "one text ms>", f"{result['metric']}>"]
     table("compression, measured on dev", [*columns, "drop>", "agree>", "verdict"], rows)
-    console.print(f"[bold]chosen[/] {result['why']}\n", soft_wrap=True)
+    console.print(f"[bold]chosen[/] {escape(result['why'])}\n", soft_wrap=True)
 
 
 def show_verify(result: Mapping[str, Any]) -> None:
     for found in result["checks"]:
         mark = "[green]✓[/]" if found["passed"] else "[red]✗[/]"
-        console.print(f"{mark} {found['text']}", soft_wrap=True)
+        console.print(f"{mark} {escape(found['text'])}", soft_wrap=True)
     console.print()
 
 
