@@ -140,7 +140,7 @@ class Jobs:
         )
         return next(iter(self._all(query.order_by(table.c.id).limit(1))), None)
 
-    def find_broken_off(self, cache_key: str) -> Sequence[Job]:
+    def find_broken_off(self, cache_key: str) -> _List:
         """Jobs with that key that ended without a result, newest first: one may have left a checkpoint."""
         ended = table.c.state.in_([JobState.FAILED.value, JobState.STOPPED.value])
         query = select(table).where(table.c.cache_key == cache_key, ended)
