@@ -96,7 +96,9 @@ def _source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def base_name(source: str) -> str:
     """What a base model is called in the store: the last readable part of its source."""
-    readable = source.partition(":")[2].replace("/", ".") if ":" in source else Path(source).name
+    # What was sent to a server is `upload:DIGEST/NAME`; the sender calls it NAME.
+    local = ":" not in source or source.startswith("upload:")
+    readable = Path(source).name if local else source.partition(":")[2].replace("/", ".")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", readable).strip("-.") or "base"
 
 
