@@ -46,7 +46,7 @@ class Settings:
 def parse_bytes(text: str, where: str) -> int:
     """`512MiB`, `16GiB`, `2G` or a plain number of bytes -> bytes."""
     match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?)(i?B?)\s*", text, re.IGNORECASE)
-    if match is None:
+    if match is None or match[1].count(".") > 1 or match[1] == ".":
         raise SpecError(f"'{text}' is not an amount of memory", where=where, hint="write it like 512MiB or 16GiB")
     scale = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2].upper()]
     return int(float(match[1]) * (1 << scale))

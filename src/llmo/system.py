@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from llmo import pipeline, sources
-from llmo.errors import SpecError, StorageError, UnreachableError
+from llmo.errors import ModelError, SpecError, StorageError, UnreachableError
 from llmo.kernel import service
 from llmo.kernel.devices import detect
 from llmo.kernel.local import LocalExecutor
@@ -258,6 +258,8 @@ class System:
 
     def _deploy(self, spec: DeploySpec, model: str) -> Job:
         artifact = self.artifact(model)
+        if "engine" not in artifact.card:
+            raise ModelError(f"{artifact.ref} is a base model, which gives no answers", hint="train it: llmo train")
         reference = artifact.inputs.get("model") if artifact.card.get("engine") != "torch" else None
         steps = [to_json(step) for step in pipeline.deployment(model, reference, spec.plain())]
         return self._start("pipeline", {"steps": steps}, {}, name=spec.endpoint)

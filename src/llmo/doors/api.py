@@ -13,10 +13,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from llmo import __version__, sources
-from llmo.errors import InputError, LLMOError, SpecError, TooLargeError
+from llmo.errors import InputError, LLMOError, NotFoundError, SpecError, TooLargeError
 from llmo.guard.access import check_declared, declare, require
 from llmo.serve.gateway import error_response, include_gateway
 from llmo.system import System
@@ -66,6 +67,7 @@ def create_app(system: System) -> FastAPI:
     app.state.system = system
     app.add_exception_handler(LLMOError, _error)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _no_route)
     _projects(app, system)
     _jobs(app, system)
     _artifacts(app, system)
@@ -89,6 +91,14 @@ def _ask_for_a_key(app: FastAPI) -> None:
 
 async def _error(request: Request, error: Exception) -> Response:
     return error_response(error if isinstance(error, LLMOError) else LLMOError("the server made a mistake"))
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """What the router itself refuses (no such path, another method), as one of our errors."""
+    what = f"{request.method} {request.url.path} is no route of this server"
+    answer = error_response(NotFoundError(what, hint="see /docs for the routes"))
+    answer.status_code = error.status_code if isinstance(error, HTTPException) else answer.status_code
+    return answer
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -14,10 +14,11 @@ from urllib.parse import quote
 import httpx
 
 from llmo import sources
-from llmo.errors import UnauthorizedError, UnreachableError, from_json
+from llmo.errors import SpecError, UnauthorizedError, UnreachableError, from_json
 from llmo.types import Artifact, Device, Endpoint, Event, Job, Key, Kind, Needs, to_json
 from llmo.types import from_json as record
 
+PAGE = 1000  # rows, or jobs, that the server sends at most at once
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 
 
@@ -64,7 +65,7 @@ class Client:
         return record(Job, self._get(f"/v1/jobs/{id}"))
 
     def jobs(self, *, all: bool = False, parent: int | None = None, limit: int = 50) -> list[Job]:
-        query = {"all": all, "limit": limit} | ({"parent": parent} if parent is not None else {})
+        query = {"all": all, "limit": min(limit, PAGE)} | ({"parent": parent} if parent is not None else {})
         return [record(Job, job) for job in self._get("/v1/jobs", query)]
 
     def events(self, after: int = 0, *, root: int | None = None) -> list[Event]:
@@ -89,7 +90,14 @@ class Client:
         return [record(Artifact, artifact) for artifact in self._get(f"/v1/artifacts/{_part(ref)}/lineage")]
 
     def rows(self, ref: str, split: str = "train", *, offset: int = 0, limit: int = 20) -> list[dict[str, Any]]:
-        return list(self._get(f"/v1/artifacts/{_part(ref)}/rows", {"split": split, "offset": offset, "limit": limit}))
+        found: list[dict[str, Any]] = []
+        while True:
+            wanted = min(limit - len(found), PAGE)
+            query = {"split": split, "offset": offset + len(found), "limit": wanted}
+            page = list(self._get(f"/v1/artifacts/{_part(ref)}/rows", query))
+            found += page
+            if len(page) < wanted or len(found) >= limit:
+                return found
 
     def devices(self) -> list[Device]:
         return [record(Device, device) for device in self._get("/v1/devices")]
@@ -138,7 +146,7 @@ class Client:
             return found
         with tempfile.TemporaryFile() as packed:
             with tarfile.open(fileobj=packed, mode="w") as archive:
-                archive.add(path, arcname=path.name)
+                archive.add(path, arcname=path.name, filter=_plain)
             packed.seek(0)
             self._request("PUT", f"/v1/uploads/{digest}", content=iter(lambda: packed.read(1 << 20), b""))
         return found
@@ -148,7 +156,10 @@ class Client:
 
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         # ASCII: half a surrogate pair is refused by the server in words, not by our encoder.
-        content = json.dumps(to_json(body), allow_nan=False).encode()
+        try:
+            content = json.dumps(to_json(body), allow_nan=False).encode()
+        except (ValueError, RecursionError) as error:
+            raise SpecError(f"this cannot be sent as JSON: {error}", hint="write finite numbers") from None
         return self._request("POST", path, content=content, headers={"Content-Type": "application/json"})
 
     def _no_address(self, why: str) -> UnreachableError:
@@ -182,6 +193,11 @@ class Client:
             f"what answers at {self.url} is no LLMO server: it said {reply.status_code} {reply.reason_phrase}",
             hint="set LLMO_URL to the address that llmo up prints",
         )
+
+
+def _plain(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Files and folders only, as a source's fingerprint counts them."""
+    return info if info.isreg() or info.isdir() else None
 
 
 def _part(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmo import pipeline, sources
 from llmo.api import Api
-from llmo.errors import JobFailed, from_json
+from llmo.errors import InputError, JobFailed, from_json
 from llmo.settings import Settings
 from llmo.types import Artifact, Event, Job, JobState, Kind
 
@@ -97,7 +97,7 @@ def data_of(api: Api, model: Artifact) -> str:
     for artifact in reversed(api.lineage(model.digest)):
         if "data" in artifact.inputs:
             return artifact.inputs["data"]
-    raise JobFailed(f"the lineage of {model.ref} names no data set", hint="say which one: --data NAME")
+    raise InputError(f"the lineage of {model.ref} names no data set", hint="say which one: --data NAME")
 
 
 def absolute(source: str, base: Path) -> str:

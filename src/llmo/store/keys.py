@@ -55,7 +55,7 @@ class Keys:
             revoked = func.coalesce(table.c.revoked_at, time.time())
             done = connection.execute(update(table).where(table.c.id == id).values(revoked_at=revoked))
             if done.rowcount == 0:
-                raise NotFoundError(f"no key '{id}'", hint="see `llmo keys`")
+                raise NotFoundError(f"no key '{id}'", hint="see `llmo key list`")
 
 
 def _hash(secret: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -137,8 +138,13 @@ def train(
     """
     with closing(flow.connect()) as api, Live(api, quiet=as_json) as live:
         artifact = api.artifact(data, Kind.DATASET)
-        task = {"name": artifact.card["task"]} | ({"max_length": max_length} if max_length else {})
-        spec = {"task": task, "method": method, **({"epochs": epochs} if epochs else {}), **assignments(settings)}
+        task = {"name": artifact.card["task"]} | ({"max_length": max_length} if max_length is not None else {})
+        spec = {
+            "task": task,
+            "method": method,
+            **({"epochs": epochs} if epochs is not None else {}),
+            **assignments(settings),
+        }
         inputs = {"data": artifact.digest, "model": flow.ensure_model(api, flow.absolute(model, Path()), live.hear)}
         job = api.submit("train", spec, inputs, name=name, needs=needs_of("train", cores, memory), fresh=fresh)
         job = flow.wait(api, job, live.hear)
@@ -260,18 +266,21 @@ def predict(
     Example: llmo predict newsdesk "Shares rose after the bank's profits beat forecasts."
     """
     given = list(texts or [])
+    if file is not None and given:
+        raise InputError("texts were given twice", hint="give texts, or --file FILE, not both")
     lines: Iterator[str]
     if file is not None:
         lines = _lines(file)
     elif given == ["-"] or (not given and not sys.stdin.isatty()):
-        lines = (line.rstrip("\n") for line in sys.stdin)
+        lines = _texts(sys.stdin.buffer, "standard input")
     else:
         lines = iter(given)
     count = 0
     with closing(flow.connect()) as api:
         for chunk in _chunks(lines, batch):
+            answers = _asked(api, endpoint, chunk, count)
             count += len(chunk)
-            for text, answer in zip(chunk, api.predict(endpoint, chunk), strict=True):
+            for text, answer in zip(chunk, answers, strict=True):
                 found = {"text": text, **answer}
                 emit(found, as_json or not console.is_terminal, partial(_show_answer, found))
     if count == 0:
@@ -283,16 +292,38 @@ def _show_answer(found: dict[str, Any]) -> None:
     console.print(f"  -> {summary.brief(found)}", markup=False)
 
 
+def _asked(api: Api, endpoint: str, texts: Sequence[str], before: int) -> list[dict[str, Any]]:
+    """The answers; what is wrong with one text is said of its number among all, not in its batch."""
+    try:
+        return api.predict(endpoint, texts)
+    except InputError as error:
+        at = re.fullmatch(r"texts\[(\d+)\]", error.where)
+        if at is not None:
+            error.where = f"text {before + int(at[1]) + 1}"
+        raise
+
+
 def _lines(file: Path) -> Iterator[str]:
     try:
-        with file.open(encoding="utf-8") as handle:
-            for line in handle:
-                if line.strip():
-                    yield line.rstrip("\n")
+        with file.open("rb") as handle:
+            yield from _texts(handle, str(file))
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text", hint=f"convert it: iconv -f latin1 -t utf-8 {file}") from None
+
+
+def _texts(lines: Iterable[bytes], source: str) -> Iterator[str]:
+    """One text a line; empty lines are left out."""
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"this line is not UTF-8 text (byte {error.start + 1})",
+                where=f"{source}:{number}",
+                hint="convert it first, e.g. with: iconv -f latin1 -t utf-8",
+            ) from None
+        if text.strip():
+            yield text
 
 
 def _chunks(texts: Iterator[str], size: int) -> Iterator[Sequence[str]]:
