@@ -39,6 +39,22 @@ def publish_json(path: Path, value: Any) -> None:
     publish(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def make_home(home: Path) -> None:
+    """The store's folder, private to its user. Raises StorageError when it cannot be one."""
+    with storage_errors(home):
+        try:
+            home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StorageError(f"{home} is not a folder", hint="set LLMO_HOME to a folder") from error
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+                what = f"the folder {str(home)[:200]} cannot be made: {error.strerror}"
+                raise StorageError(what, hint="set LLMO_HOME to another folder") from error
+            raise
+        except ValueError as error:
+            raise StorageError(f"LLMO_HOME is not a path: {error}", hint="set LLMO_HOME to a folder") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)

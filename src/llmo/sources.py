@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -33,6 +34,8 @@ def resolve(source: str, uploads: Path | None = None) -> Path:
         raise DataError(f"'{source[:80]}' is not a path: {error}", hint="give a file or a folder") from None
     if not found:
         raise DataError(f"no file or folder at '{source}'", hint=_similar(path))
+    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        raise DataError(f"no permission to look into '{source}'", hint=f"chmod u+rx {path.name}")
     if not usable:
         raise DataError(f"'{source}' is neither a file nor a folder", hint="write what it gives into a file first")
     return path

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from llmo.doors.server import running_server
 from llmo.errors import LLMOError
-from llmo.files import publish
+from llmo.files import make_home, publish
 from llmo.kernel.devices import detect
 from llmo.settings import Settings
 from llmo.types import Device
@@ -70,7 +70,7 @@ def _device(device: Device) -> Check:
 def _home(settings: Settings) -> Check:
     probe = settings.home / ".probe"
     try:
-        settings.home.mkdir(parents=True, exist_ok=True)
+        make_home(settings.home)
         publish(probe, b"")
         probe.unlink()
     except (LLMOError, OSError) as error:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from llmo.errors import ConflictError, EnvironmentProblem, LLMOError, NotFoundError, from_json
-from llmo.files import publish_json
+from llmo.files import make_home, publish_json, storage_errors
 from llmo.settings import Settings
 
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def serve(host: str, port: int, *, expose: bool = False, ready: Callable[[Runnin
 def start_detached(host: str, port: int, *, expose: bool = False) -> Running:
     """Start the server in the background; returns once it answers. Raises what its start raised."""
     settings = Settings.from_environment()
-    settings.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_home(settings.home)
     command = [sys.executable, "-m", "llmo.doors.cli", "up", "--json", "--host", host, "--port", str(port)]
-    with (settings.home / "server.log").open("ab") as log:
+    with storage_errors(settings.home / "server.log"), (settings.home / "server.log").open("ab") as log:
         process = subprocess.Popen(
             [*command, *(["--expose"] if expose else [])],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 
 from sqlalchemy import Connection, inspect
+from sqlalchemy.exc import OperationalError
 
 from llmo.errors import StorageError
 from llmo.store.db import Database
@@ -66,4 +68,7 @@ def _upgrade(database: Database) -> None:
 def _outside_transaction(connection: Connection, statement: str) -> None:
     driver = connection.connection.dbapi_connection
     if driver is not None:
-        driver.cursor().execute(statement)
+        try:
+            driver.cursor().execute(statement)
+        except sqlite3.Error as error:  # past SQLAlchemy, which would have wrapped it
+            raise OperationalError(statement, None, error) from error

@@ -8,8 +8,6 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, func, select
 
-from llmo.errors import StorageError
-from llmo.files import storage_errors
 from llmo.store.blobs import Blobs
 from llmo.store.catalog import Catalog
 from llmo.store.db import Database, url_of
@@ -42,11 +40,7 @@ class Store:
         cannot be written or the database is newer than this code.
         """
         home = home.absolute()
-        with storage_errors(home):
-            try:
-                home.mkdir(mode=0o700, parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError) as error:
-                raise StorageError(f"{home} is not a folder", hint="set LLMO_HOME to a folder") from error
+        make_home(home)
         database = Database(url_of(home, url))
         try:
             migrate(database, home)

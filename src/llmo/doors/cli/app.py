@@ -72,7 +72,7 @@ def _run(arguments: list[str]) -> int:
         _close_output()
         return 0
     except Exception as error:  # the border: whatever it is, the user sees a sentence and we keep the evidence
-        return _bug(error)
+        return _bug(error, as_json)
     if code == INTERRUPTED:
         sys.stderr.write("interrupted\n")
     return code if isinstance(code, int) else 0
@@ -103,12 +103,9 @@ def _usage(error: TyperException, as_json: bool) -> int:
     return _tell(UsageError(message, hint=f"see: {command} --help"), as_json)
 
 
-def _bug(error: Exception) -> int:
+def _bug(error: Exception, as_json: bool) -> int:
     handle, name = tempfile.mkstemp(prefix="llmo-error-", suffix=".txt")
     with os.fdopen(handle, "w") as file:
         file.write("".join(traceback.format_exception(error)))
-    sys.stderr.write(
-        f"something in LLMO went wrong that it does not know how to explain: {type(error).__name__}: {error}\n"
-        f"  this is a bug; please report it with {Path(name)}\n"
-    )
-    return 1
+    what = f"something in LLMO went wrong that it does not know how to explain: {type(error).__name__}: {error}"
+    return _tell(LLMOError(what, hint=f"this is a bug; please report it with {Path(name)}"), as_json)

@@ -56,6 +56,8 @@ def _show_up(url: str, key: str | None) -> None:
     if key:
         console.print("the admin key, shown this once:")
         console.print(f"  export LLMO_URL={url} LLMO_KEY={key}", soft_wrap=True)
+    else:
+        console.print("the admin key was shown at the first start; another one: llmo key make NAME --role admin")
     console.print("stop it with: llmo down")
 
 
