@@ -110,7 +110,7 @@ class TrainSpec(Spec):
     batch_size: Positive = Field(16, description="texts per optimiser step")
     gradient_accumulation_steps: Positive = Field(1, description="micro-batches per step")
     learning_rate: Annotated[Number, Field(gt=0)] | None = Field(
-        None, description="peak; default by method: full and last-n 1e-4, lora 3e-4, head 5e-3"
+        None, description="peak; default by method: full and last-n 1e-4, lora 5e-4, head 5e-3"
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the optimiser")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")

@@ -9,7 +9,7 @@ from torch import nn
 
 from llmo.specs import TrainSpec
 
-LEARNING_RATES = {"full": 1e-4, "last-n": 1e-4, "lora": 3e-4, "head": 5e-3}
+LEARNING_RATES = {"full": 1e-4, "last-n": 1e-4, "lora": 5e-4, "head": 5e-3}
 
 
 def peak(spec: TrainSpec) -> float:
