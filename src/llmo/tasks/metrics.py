@@ -51,7 +51,7 @@ class Tally:
         counts[row, classes + codes % classes] = 1
         counts[row, 2 * classes + codes // classes] = 1
         counts[right, -1] = 1
-        return cls(counts, times.astype(np.int64))
+        return cls.merged([cls(counts, times.astype(np.int64))])  # rows in the order that every tally has
 
     @classmethod
     def of_counts(cls, hits: Counts, predicted: Counts, gold: Counts) -> Tally:
