@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, func, select
 
+from llmo.files import make_home
 from llmo.store.blobs import Blobs
 from llmo.store.catalog import Catalog
 from llmo.store.db import Database, url_of
