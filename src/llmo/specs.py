@@ -206,6 +206,15 @@ class VerifySpec(Spec):
     endpoint_key: str | None = None
 
 
+# What each operation works on: its inputs by name, and those it can do without.
+INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "train": (("data", "model"), ()),
+    "evaluate": (("data", "model"), ()),
+    "compress": (("data", "model"), ()),
+    "verify": (("model",), ("reference",)),
+    "serve": (("model",), ()),
+}
+
 OPERATIONS: dict[str, type[Spec]] = {
     "import": ImportSpec,
     "base-model": BaseModelSpec,

@@ -23,7 +23,7 @@ from llmo.plugins import operation
 from llmo.serve.protocol import predict_once
 from llmo.settings import Settings
 from llmo.specfile import validate
-from llmo.specs import OPERATIONS, DeploySpec, ProjectSpec
+from llmo.specs import INPUTS, OPERATIONS, DeploySpec, ProjectSpec
 from llmo.store import Store
 from llmo.types import Artifact, Device, Endpoint, Event, Job, JobState, Key, Kind, Needs, to_json
 
@@ -91,6 +91,7 @@ class System:
         if op not in OPERATIONS:
             raise SpecError(f"'{op}' cannot be submitted", hint=f"one of: {', '.join(sorted(OPERATIONS))}")
         parsed = validate(dict(spec), OPERATIONS[op])
+        _check_inputs(op, inputs or {})
         digests = {key: self.artifact(ref, INPUT_KINDS.get(key)).digest for key, ref in (inputs or {}).items()}
         if isinstance(parsed, DeploySpec):
             return self._deploy(parsed, digests["model"])
@@ -114,7 +115,7 @@ class System:
     def log(self, id: int, offset: int = 0) -> tuple[str, int]:
         self.store.jobs.get(id)
         path = self.settings.home / "jobs" / str(id) / "output.log"
-        if not path.exists():
+        if not path.exists() or offset >= path.stat().st_size:
             return "", offset
         with path.open("rb") as file:
             file.seek(offset)
@@ -296,6 +297,17 @@ class System:
         self.adopt(job)
         found = wait_ready(self, job)
         return found.address or ""
+
+
+def _check_inputs(op: str, inputs: Mapping[str, str]) -> None:
+    needed, more = INPUTS.get(op, ((), ()))
+    for name in needed:
+        if name not in inputs:
+            raise SpecError(f"'{op}' needs the input '{name}'", hint=f"say which: inputs: {{{name}: NAME@VERSION}}")
+    for name in inputs:
+        if name not in (*needed, *more):
+            known = ", ".join((*needed, *more)) or "none"
+            raise SpecError(f"'{op}' has no input '{name}'", hint=f"its inputs: {known}")
 
 
 def wait_ready(system: System, id: int, seconds: float = 120.0) -> Job:

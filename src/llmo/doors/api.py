@@ -68,6 +68,7 @@ def create_app(system: System) -> FastAPI:
     app.add_exception_handler(LLMOError, _error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(Exception, _error)
     _projects(app, system)
     _jobs(app, system)
     _artifacts(app, system)
@@ -94,10 +95,14 @@ async def _error(request: Request, error: Exception) -> Response:
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """What the router itself refuses (no such path, another method), as one of our errors."""
-    what = f"{request.method} {request.url.path} is no route of this server"
-    answer = error_response(NotFoundError(what, hint="see /docs for the routes"))
-    answer.status_code = error.status_code if isinstance(error, HTTPException) else answer.status_code
+    """What the framework itself refuses (a path, a method, a body it cannot parse), as one of our errors."""
+    status, detail = (error.status_code, error.detail) if isinstance(error, HTTPException) else (404, "")
+    if status in (404, 405):
+        what = f"{request.method} {request.url.path} is no route of this server"
+        answer = error_response(NotFoundError(what, hint="see /docs for the routes"))
+    else:
+        answer = error_response(InputError(str(detail), hint="see /docs for what this route takes"))
+    answer.status_code = status
     return answer
 
 
@@ -117,7 +122,9 @@ def _portable(project: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_path(source: Any) -> None:
-    if isinstance(source, str) and sources.is_local_path(source) and ("/" in source or Path(source).exists()):
+    if not isinstance(source, str) or not sources.is_local_path(source):
+        return
+    if not sources.is_stored(source) or Path(source).exists():
         raise SpecError(
             f"'{source}' is a path, and paths of the server cannot be named over HTTP",
             hint="send the file first (PUT /v1/uploads/DIGEST; the Python client and the CLI do so by themselves)",
