@@ -372,8 +372,7 @@ def test_an_embedded_run_goes_on_from_its_checkpoint(tmp_path: Path, unbroken: U
         events = [event for event in system.events() if event.job == train.id]
         resumed = [e for e in events if e.kind == "note" and str(e.data["text"]).startswith("resumed")]
         assert resumed
-        assert resumed[0].attempt == 2
-        assert min(int(e.data["step"]) for e in events if e.attempt == 2 and "loss" in e.data) > 1
+        assert min(int(e.data["step"]) for e in events if e.attempt > 1 and "loss" in e.data) > 1
         assert Counter(job.op for job in jobs if job.reason == "finished")["train"] == 1
         assert digest(system.path(str(train.output))) == unbroken.weights({"tickets-1": (TRAIN, 1)})["tickets-1"]
 
