@@ -270,7 +270,7 @@ def test_killed_at_random_moments(chaos: Chaos, unbroken: Unbroken, capsys: pyte
             chaos.train()
         if done == 0:
             chaos.watch(lambda: bool(checkpoints(chaos.server.home)), "the first checkpoint")
-        chaos.look_on(chaos.pick.uniform(0, 4.0 if LONG else 1.0))
+        chaos.look_on(chaos.pick.uniform(0, chaos.pick.choice((1.0, 4.0, 12.0)) if LONG else 1.0))
         chaos.kill(kinds[done % 3] if not LONG else chaos.pick.choice(KINDS))
         done = chaos.kills.total()
     chaos.watch(lambda: not chaos.busy(), "the end of all jobs")
