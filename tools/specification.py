@@ -21,8 +21,8 @@ SECTIONS = {
 }
 HEAD = """# Specification
 
-Every key of `llmo.yaml`. `llmo check --resolved FILE` prints them with their values and where each came from; an unknown
-key is an error with its file, its line and the nearest known key.
+Every key of `llmo.yaml`. `llmo check --resolved FILE` prints them with their values and where each came from; an
+unknown key is an error with its file, its line and the nearest known key.
 """
 
 

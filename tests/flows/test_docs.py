@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.project import llmo
-from support.tiny import text_rows
 
 from llmo.doors.server import running_server
+from support.project import llmo
+from support.tiny import text_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,8 +43,13 @@ def test_the_commands_of_the_readme(desk: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     try:
         done = subprocess.run(
-            ["bash", "-euxc", script], capture_output=True, text=True, timeout=600, check=False, env={**os.environ, "PATH": path}
-        )  # fmt: skip
+            ["bash", "-euxc", script],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+            env={**os.environ, "PATH": path},
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "tickets-compressed@1" in done.stdout
     finally:

@@ -64,14 +64,16 @@ def test_every_setting_is_documented() -> None:
     page = (ROOT / "docs" / "ground.md").read_text(encoding="utf-8")
     for name, meaning in VARIABLES.items():
         assert f"| `{name}` | {meaning} |" in page
-    used = {name for path in (ROOT / "src").rglob("*.py") for name in re.findall(r"\"(LLMO_[A-Z]+)\"", path.read_text())}
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")]
+    used = {name for source in sources for name in re.findall(r"\"(LLMO_[A-Z]+)\"", source)}
     internal = {"LLMO_JOB_DIR", "LLMO_LIFELINE", "LLMO_DOORBELL"}  # between the scheduler and its workers
     assert used - internal <= set(VARIABLES)
 
 
 def test_the_specification_page_is_what_the_models_say() -> None:
     made = runpy.run_path(str(ROOT / "tools" / "specification.py"))["page"]()
-    assert (ROOT / "docs" / "specification.md").read_text(encoding="utf-8") == made, "run: python tools/specification.py"
+    there = (ROOT / "docs" / "specification.md").read_text(encoding="utf-8")
+    assert there == made, "run: python tools/specification.py"
 
 
 def test_both_readmes_have_the_same_yaml_and_commands() -> None:

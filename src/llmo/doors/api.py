@@ -65,7 +65,6 @@ def create_app(system: System) -> FastAPI:
     about = {"version": __version__, "description": "An operating system for language models."}
     app = FastAPIOffline(title="LLMO", redoc_url=None, static_url="/docs/static", **about)
     app.state.system = system
-    app.add_exception_handler(LLMOError, _error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _error)
@@ -91,7 +90,7 @@ def _ask_for_a_key(app: FastAPI) -> None:
 
 
 async def _error(request: Request, error: Exception) -> Response:
-    return error_response(error if isinstance(error, LLMOError) else LLMOError("the server made a mistake"))
+    return error_response(LLMOError("the server made a mistake", hint="see its log"))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -75,6 +75,7 @@ class Live:
             _Count(fixed),
             TimeRemainingColumn(compact=True, table_column=fixed),
             _Metrics(),
+            TextColumn("  ", table_column=fixed),  # room for the terminal's own ^C, which else moves the cursor on
             console=console,
             transient=True,
             disable=quiet or not console.is_terminal,
