@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llmo.data.profile import profile
 from llmo.files import publish_json
 from llmo.specfile import validate
 from llmo.specs import DataSpec, ProjectSpec, TaskSpec
-from llmo.tasks.card import load_tokenizer
+from llmo.tasks.card import TOKENIZER, load_tokenizer
 from llmo.training.base import inspect
 from llmo.training.forecast import forecast
 
@@ -33,10 +34,10 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
     folder = inputs.get("model") or _resolved(spec["sources"]["model"])
     inspect(folder)
-    tokenizer = load_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tokenizer = _tokenizer(folder, config)
     lengths = _lengths(tokenizer, found["texts"])
     rows = int(found["rows"]["train"])
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     need = forecast(project.train, project.task, config, rows, float(lengths.mean()))
     limit = project.task.max_length
     result = {
@@ -100,6 +101,17 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 def _resolved(source: Mapping[str, Any]) -> Path:
     return sources.resolve(source["source"], Path(source["uploads"]) if source.get("uploads") else None)
+
+
+def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The model's tokeniser; one that has only a slow tokeniser's files is converted, as the run will do."""
+    if (folder / TOKENIZER).exists():
+        return load_tokenizer(folder)
+    from llmo.training.tokenizer import bring  # brings transformers, which few models need here
+
+    with tempfile.TemporaryDirectory() as made:
+        bring(folder, Path(made), config)
+        return load_tokenizer(Path(made))
 
 
 def _lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.int64]:

@@ -1,0 +1,69 @@
+"""What `llmo check` finds: counts, truncation, samples as tokens, a forecast; for stored and for raw inputs alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmo import specfile
+from llmo.context import NullContext
+from llmo.errors import ModelError
+from llmo.preflight import run
+from llmo.specs import ProjectSpec
+from support.project import project
+from support.tiny import tiny_dataset
+
+
+def checked(folder: Path, **inputs: Path) -> dict:
+    spec = specfile.read(folder / "llmo.yaml", ProjectSpec).spec
+    sources = {
+        "data": {"source": str(folder / "tickets.csv"), "digest": None, "uploads": None},
+        "model": {"source": str(folder / "base"), "digest": None, "uploads": None},
+    }
+    (folder / "out").mkdir()
+    return run({"project": spec.plain(), "sources": sources}, inputs, folder / "out", NullContext())
+
+
+def test_a_raw_source_is_told_of_before_anything_is_made(tmp_path: Path) -> None:
+    project(tmp_path, rows=120)
+    found = checked(tmp_path)
+    assert found["rows"]["read"] == 120
+    assert sum(found["labels"].values()) == found["rows"]["read"] - found["rows"]["dropped"]
+    tokens = found["tokens"]
+    assert tokens["max_length"] == 32
+    assert tokens["longest"] >= tokens["p95"] >= tokens["mean"] / 2
+    assert tokens["truncated_count"] == round(tokens["truncated"] * tokens["sampled"])
+    assert len(found["samples"]) == 3
+    assert all(sample["tokens"].startswith("[CLS]") for sample in found["samples"])
+    assert found["forecast"]["memory_bytes"] > 0
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_stored_data_set_is_told_of_too(tmp_path: Path) -> None:
+    project(tmp_path)
+    stored = tiny_dataset(tmp_path / "stored")
+    assert set(checked(tmp_path, data=stored)) == set(checked_raw(tmp_path / "raw"))
+
+
+def checked_raw(folder: Path) -> dict:
+    project(folder, rows=120)
+    return checked(folder)
+
+
+def test_a_model_with_only_a_slow_tokeniser_is_converted(tmp_path: Path) -> None:
+    project(tmp_path, rows=120)
+    base = tmp_path / "base"
+    from tokenizers import Tokenizer
+
+    vocabulary = Tokenizer.from_file(str(base / "tokenizer.json")).get_vocab()
+    (base / "tokenizer.json").unlink()
+    (base / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)), encoding="utf-8")
+    assert checked(tmp_path)["tokens"]["longest"] > 2
+
+
+def test_a_model_that_would_be_refused_is_refused_now(tmp_path: Path) -> None:
+    project(tmp_path, rows=120)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(ModelError):
+        checked(tmp_path)
