@@ -9,13 +9,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import llmo as sdk
 from llmo.doors.server import running_server
 from llmo.errors import DataError, InputError, UnauthorizedError
 from llmo.settings import Settings
+from llmo.store import Store
 from llmo.system import System
+from llmo.types import Kind
 from support.project import llmo, project
 from support.serving import eventually
 
@@ -132,6 +137,21 @@ def test_the_whole_way_to_an_endpoint_and_nothing_left(done: tuple[Path, Path, d
     assert eventually(lambda: not processes_of(home), "the replica to end")
 
 
+def equal_to_plain_transformers(client: sdk.Client, store: Store) -> None:
+    """Logits over HTTP against `from_pretrained` on the stored folder, in single precision."""
+    with store:
+        folder = store.catalog.path(store.catalog.get("tickets", Kind.MODEL).digest)
+        data = store.catalog.get("tickets", Kind.DATASET).digest
+    texts = [str(row["text"]) for row in client.rows(data, "test", limit=20)]
+    answers = client.predict("tickets", texts, logits=True)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for text, answer in zip(texts, answers, strict=True):
+        with torch.inference_mode():
+            plain = model(**tokenizer(text, truncation=True, max_length=32, return_tensors="pt")).logits[0]
+        assert np.abs(plain.numpy() - np.array(answer["logits"])).max() < 1e-4
+
+
 @pytest.fixture
 def server(home: Path) -> Iterator[tuple[str, str]]:
     """A server of the store; its address and an admin key."""
@@ -160,6 +180,7 @@ def test_the_same_over_http_and_in_python(
         assert [e.state for e in client.endpoints() if e.name == "tickets"] == ["up"]
         answers = client.predict("tickets", ["refund my invoice", "the match was drawn"])
         assert all("label" in answer for answer in answers)
+        equal_to_plain_transformers(client, Store.open(done[1]))
         data = sdk.Dataset.get("tickets", api=client)
         assert sdk.Model.get("tickets", api=client).metrics["accuracy"]["value"] > 0.8
         assert data.rows("test", limit=2)
