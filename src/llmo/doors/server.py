@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,17 +18,19 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from llmo.errors import ConflictError, EnvironmentProblem, LLMOError, NotFoundError, from_json
+from llmo.errors import ConflictError, EnvironmentProblem, LLMOError, NotFoundError, StorageError, from_json
 from llmo.files import make_home, publish_json, storage_errors
 from llmo.settings import Settings
 
 if TYPE_CHECKING:
+    from llmo.serve.server import HttpServer
     from llmo.system import System
 
 RECORD = "server.json"
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 POLL_SECONDS = 0.05
+WATCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +68,56 @@ def serve(host: str, port: int, *, expose: bool = False, ready: Callable[[Runnin
     other = running_server(settings.home)
     if other is not None:
         raise ConflictError(f"a server runs on this store already, at {other.url}", hint="stop it with: llmo down")
-    with System(settings, embedded=False) as system:
-        http = HttpServer(create_app(system), host=host, port=port, allow_remote=expose)
-        key = None
-        if not any(k.role == "admin" and k.revoked_at is None for k in system.api_keys()):
-            _, key = system.make_key("admin", "admin")
-        found = Running(http.url, os.getpid(), psutil.Process().create_time(), key)
-        publish_json(settings.home / RECORD, {"url": found.url, "pid": found.pid, "started": found.started})
-        try:
-            system.url = http.url
-            system.start()
-            ready(found)
-            http.run()
-        finally:
-            (settings.home / RECORD).unlink(missing_ok=True)
+    closing, gone = threading.Event(), threading.Event()
+    try:
+        with System(settings, embedded=False) as system:
+            _run(
+                system, HttpServer(create_app(system), host=host, port=port, allow_remote=expose), ready, closing, gone
+            )
+    except (OSError, LLMOError) as error:
+        if not gone.is_set():
+            raise
+        logging.getLogger("llmo.server").info("while stopping: %s", error)
+    if gone.is_set():
+        raise StorageError(f"the store in {settings.home} was taken away while its server ran", hint="llmo up")
+
+
+def _run(
+    system: System, http: HttpServer, ready: Callable[[Running], None], closing: threading.Event, gone: threading.Event
+) -> None:
+    home = system.settings.home
+    key = None
+    if not any(k.role == "admin" and k.revoked_at is None for k in system.api_keys()):
+        _, key = system.make_key("admin", "admin")
+    found = Running(http.url, os.getpid(), psutil.Process().create_time(), key)
+    publish_json(home / RECORD, {"url": found.url, "pid": found.pid, "started": found.started})
+    try:
+        system.url = http.url
+        system.start()
+        ready(found)
+        threading.Thread(target=_watch, args=(home, closing, gone), name="llmo-home", daemon=True).start()
+        http.run()
+    finally:
+        closing.set()
+        (home / RECORD).unlink(missing_ok=True)
+
+
+def _watch(home: Path, closing: threading.Event, gone: threading.Event) -> None:
+    """Stop this process when its store is deleted or moved: whatever it did further would be lost."""
+    before = _identity(home)
+    while not closing.wait(WATCH_SECONDS):
+        if _identity(home) != before:
+            gone.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+
+def _identity(home: Path) -> list[tuple[int, int]]:
+    """Which folder and record these are, or nothing when one of them is not there."""
+    try:
+        return [(found.st_dev, found.st_ino) for found in (home.stat(), (home / RECORD).stat())]
+    except OSError:
+        return []
 
 
 def start_detached(host: str, port: int, *, expose: bool = False) -> Running:

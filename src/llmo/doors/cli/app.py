@@ -86,10 +86,16 @@ def _close_output() -> None:
 
 
 def _tell(error: LLMOError, as_json: bool) -> int:
-    if as_json:
-        sys.stdout.write(json.dumps({"error": error.to_json()}, ensure_ascii=False) + "\n")
-    else:
-        sys.stderr.write(f"{error}\n" + (f"  {error.hint}\n" if error.hint else ""))
+    said = f"{error}\n" + (f"  {error.hint}\n" if error.hint else "")
+    try:
+        if as_json:
+            sys.stdout.write(json.dumps({"error": error.to_json()}, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+        else:
+            sys.stderr.write(said)
+    except BrokenPipeError:  # nobody reads our output any more; a log may
+        _close_output()
+        sys.stderr.write(said)
     return error.exit_code
 
 
