@@ -106,7 +106,7 @@ def accuracy(url: str, key: str, rows: Sequence[dict[str, Any]]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="newsdesk-compressed")
-    parser.add_argument("--reference", default="newsdesk")
+    parser.add_argument("--reference", default="model:newsdesk")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--pipeline")
