@@ -16,6 +16,7 @@ from llmo import sources
 from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.data.profile import profile
+from llmo.errors import SpecError
 from llmo.files import publish_json
 from llmo.specfile import validate
 from llmo.specs import DataSpec, ProjectSpec, TaskSpec
@@ -33,7 +34,8 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     data = inputs.get("data")
     found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
     folder = inputs.get("model") or _resolved(spec["sources"]["model"])
-    inspect(folder)
+    known = inspect(folder)
+    _check_length(project.task.max_length, known["max_positions"])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tokenizer = _tokenizer(folder, config)
     lengths = _lengths(tokenizer, found["texts"])
@@ -57,6 +59,15 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     }
     publish_json(out / "report.json", result)
     return result
+
+
+def _check_length(length: int, limit: int | None) -> None:
+    """What training would refuse after minutes of reading and downloading."""
+    if limit is not None and length > limit:
+        raise SpecError(
+            f"max_length is {length}, but this model reads at most {limit} tokens",
+            hint=f"set task.max_length to {limit} or less",
+        )
 
 
 def _profiled(data: DataSpec, task: TaskSpec, source: Mapping[str, Any], ctx: Context) -> dict[str, Any]:
@@ -100,6 +111,11 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 
 def _resolved(source: Mapping[str, Any]) -> Path:
+    scheme, _, name = str(source["source"]).partition(":")
+    if scheme == "hf":
+        from llmo.training import hub  # its client takes a second to import, and few models come from there
+
+        return hub.fetch(name)
     return sources.resolve(source["source"], Path(source["uploads"]) if source.get("uploads") else None)
 
 
