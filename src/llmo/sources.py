@@ -20,6 +20,8 @@ def resolve(source: str, uploads: Path | None = None) -> Path:
     folder that holds the package's `model.safetensors`, else its top folder. Raises InputError when there is
     nothing there.
     """
+    if not source.strip():
+        raise DataError("no source is named", hint="give a file, a folder, or package:NAME/FOLDER")
     scheme, separator, rest = source.partition(":")
     if separator and scheme == "package":
         return _package(rest)

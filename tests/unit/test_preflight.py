@@ -8,7 +8,7 @@ import pytest
 
 from llmo import specfile
 from llmo.context import NullContext
-from llmo.errors import ModelError
+from llmo.errors import ModelError, SpecError
 from llmo.preflight import run
 from llmo.specs import ProjectSpec
 from support.project import project
@@ -66,4 +66,11 @@ def test_a_model_that_would_be_refused_is_refused_now(tmp_path: Path) -> None:
     project(tmp_path, rows=120)
     (tmp_path / "base" / "model.safetensors").unlink()
     with pytest.raises(ModelError):
+        checked(tmp_path)
+
+
+def test_a_length_the_model_cannot_read_is_refused_now(tmp_path: Path) -> None:
+    file = project(tmp_path, rows=120)
+    file.write_text(file.read_text().replace("max_length: 32", "max_length: 8000"))
+    with pytest.raises(SpecError, match="reads at most"):
         checked(tmp_path)

@@ -7,6 +7,7 @@ import sqlite3
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from llmo.doors.server import running_server
 from llmo.errors import LLMOError
@@ -79,11 +80,18 @@ def _home(settings: Settings) -> Check:
 
 
 def _room(settings: Settings) -> Check:
-    folder = next(p for p in (settings.home, *settings.home.parents) if p.exists())
+    folder = next(p for p in (settings.home, *settings.home.parents) if _there(p))
     free = shutil.disk_usage(folder).free
     return Check(
         "disk", free > ROOM, f"{free / (1 << 30):.1f} GiB free", "" if free > ROOM else "free 5 GiB or move LLMO_HOME"
     )
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long, a folder that may not be looked into
+        return False
 
 
 def _sqlite() -> Check:

@@ -102,7 +102,7 @@ def data_of(api: Api, model: Artifact) -> str:
 
 def absolute(source: str, base: Path) -> str:
     """A local path as the user meant it, relative to `base`; what names no path, or none that exists, as it is."""
-    if not sources.is_local_path(source):
+    if not source.strip() or not sources.is_local_path(source):
         return source
     try:
         inside = base / Path(source).expanduser()
@@ -116,7 +116,7 @@ def absolute(source: str, base: Path) -> str:
 def located(source: str, base: Path) -> str:
     """A source written in a file of the folder `base`: a path means one beside that file, whether it exists or not."""
     found = absolute(source, base)
-    if found != source or not sources.is_local_path(source) or sources.is_stored(source):
+    if found != source or not source.strip() or not sources.is_local_path(source) or sources.is_stored(source):
         return found
     try:
         return os.path.normpath(base.absolute() / Path(source).expanduser())
