@@ -41,7 +41,7 @@ CORES = "2"
 KINDS = ("worker", "group", "server")
 TASK = {"name": "text-classification", "max_length": 32}
 DATA = {"text": "body", "label": "queue", "split": {"test": 0.2, "dev": 0.2}}
-EPOCHS = 100 if LONG else 30
+EPOCHS = 100 if LONG else 20
 # Every train of this test; the pipeline's is the plain one.
 TRAIN = {"epochs": EPOCHS, "batch_size": 8, "learning_rate": 2e-3, "precision": "fp32", "evaluate_every": 40}
 TRAIN |= {"checkpoint_seconds": 0.2}
@@ -170,7 +170,8 @@ class Chaos:
             if self.pick.random() < 0.5:
                 timer = threading.Timer(self.pick.uniform(0, 0.03), self.server.process.kill)
                 timer.start()
-                self.train()
+                # Asked for twice, the same work is one job, or is found done.
+                (self.train if LONG else self.pipeline)()
                 timer.join()
             else:
                 self.server.process.kill()
@@ -221,7 +222,7 @@ class Chaos:
             self.observe()
             return done()
 
-        until(now, what, seconds)
+        until(now, what, seconds, pause=0.1)  # each look costs the cores that the work needs
 
     def look_on(self, seconds: float) -> None:
         over = time.monotonic() + seconds
@@ -318,17 +319,13 @@ def check_history(chaos: Chaos, jobs: Sequence[Job], events: dict[int, list[Even
         resumed += sum(note.startswith("resumed from the checkpoint") for note in notes)
     worked = Counter(job.cache_key for job in jobs if job.op != "pipeline" and job.reason == "finished")
     assert [key for key, times in worked.items() if times > 1] == [], "the same work was done twice"
-    assert Counter(job.op for job in jobs)["train"] == chaos.trained + 1
+    assert Counter(job.op for job in jobs if job.reason == "finished")["train"] == chaos.trained + 1
     assert resumed > 0
     return resumed
 
 
 def check_store(chaos: Chaos, unbroken: Unbroken, weights: dict[str, str | None]) -> None:
     """Everything in the store is whole, and the weights are those of runs that nobody disturbed."""
-    wanted: dict[str, tuple[dict[str, Any], int]] = {f"train-{n}": (trained(n), 1) for n in range(chaos.trained)} | {
-        f"tickets-{cores}": (TRAIN, cores) for cores in (1, 2)
-    }
-    right = unbroken.weights(wanted)
     with_store = Store.open(chaos.server.home)
     try:
         for artifact in with_store.catalog.list():
@@ -337,8 +334,11 @@ def check_store(chaos: Chaos, unbroken: Unbroken, weights: dict[str, str | None]
         found = {name: digest(with_store.catalog.path(str(output))) for name, output in weights.items()}
     finally:
         with_store.close()
-    # The pipeline's training takes the cores that are free when it begins, and keeps to their number.
-    assert found.pop("tickets") in (right.pop("tickets-1"), right.pop("tickets-2"))
+    right = unbroken.weights({f"train-{n}": (trained(n), 1) for n in range(chaos.trained)} | {"tickets-1": (TRAIN, 1)})
+    if found["tickets"] != right["tickets-1"]:
+        # It takes the cores that are free when it begins, and keeps to their number.
+        right |= unbroken.weights({"tickets-2": (TRAIN, 2)})
+    assert found.pop("tickets") in (right.pop("tickets-1"), right.pop("tickets-2", None))
     assert found == right
 
 

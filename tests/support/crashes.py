@@ -16,12 +16,12 @@ T = TypeVar("T")
 SECONDS = 240.0
 
 
-def until(get: Callable[[], T], what: str, seconds: float = SECONDS) -> T:
-    """The first true value of `get`; fails with `what` when none comes in time."""
+def until(get: Callable[[], T], what: str, seconds: float = SECONDS, pause: float = 0.05) -> T:
+    """The first true value of `get`, asked every `pause` seconds; fails with `what` when none comes in time."""
     deadline = time.monotonic() + seconds
     while not (value := get()):
         assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.05)
+        time.sleep(pause)
     return value
 
 
