@@ -28,6 +28,7 @@ from llmo.store import Store
 from llmo.types import Artifact, Device, Endpoint, Event, Job, JobState, Key, Kind, Needs, to_json
 
 INPUT_KINDS = {"data": Kind.DATASET, "model": Kind.MODEL, "reference": Kind.MODEL}
+ACTIVE = [state for state in JobState if not state.ended]
 LOCK_SECONDS = 0.2  # between looks at whether the process that runs this store's jobs has gone
 
 
@@ -165,10 +166,12 @@ class System:
         return found
 
     def remove_endpoint(self, name: str) -> None:
-        endpoint = self.store.endpoints.get(name)
-        if endpoint.job is not None:
-            self.store.jobs.request_stop(endpoint.job)
-        self.store.endpoints.remove(name)
+        jobs = self.store.jobs.list(op="serve", states=ACTIVE, limit=None)
+        serving = [job.id for job in jobs if job.spec.get("endpoint") == name]
+        for id in serving:
+            self.store.jobs.request_stop(id)
+        if not serving or any(endpoint.name == name for endpoint in self.store.endpoints.list()):
+            self.store.endpoints.remove(name)  # one that only waits to start has no row yet
 
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         found = self.store.endpoints.get(endpoint)
