@@ -33,18 +33,14 @@ def serve_pipeline(folder: str, port: int) -> None:
     """The usual choice, as its own tutorials write it."""
     import uvicorn
     from fastapi import FastAPI
-    from pydantic import BaseModel
     from transformers import pipeline
-
-    class Body(BaseModel):
-        text: str
 
     app = FastAPI()
     classify = pipeline("text-classification", model=folder, tokenizer=folder)
 
     @app.post("/predict")
-    def predict(body: Body) -> Any:
-        return classify(body.text, truncation=True, max_length=128)
+    def predict(body: dict[str, str]) -> Any:
+        return classify(body["text"], truncation=True, max_length=128)
 
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
 
