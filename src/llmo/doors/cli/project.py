@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +76,8 @@ def run(
             if not as_json:
                 console.print(f"\n{_future(door, keep)}")
             if keep:
-                door.wait()
+                with suppress(KeyboardInterrupt):  # how serving is meant to end
+                    door.wait()
 
 
 def _future(door: Door, keep: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from typing import Annotated
 
@@ -114,7 +114,8 @@ def top(
         if once or not console.is_terminal:
             console.print(_picture(api))
             return
-        with Live(_picture(api), console=console, screen=True, auto_refresh=False) as live:
+        picture = Live(_picture(api), console=console, screen=True, auto_refresh=False)
+        with suppress(KeyboardInterrupt), picture as live:  # how watching is meant to end
             while True:
                 time.sleep(1)
                 live.update(_picture(api), refresh=True)
