@@ -120,6 +120,15 @@ def _portable(project: dict[str, Any]) -> dict[str, Any]:
     return project
 
 
+def _refuse_address(spec: dict[str, Any]) -> None:
+    """Refuse to call an address a caller names, and to write a caller's key into a job that others may read."""
+    if "endpoint_url" in spec or "endpoint_key" in spec:
+        raise SpecError(
+            "an endpoint cannot be verified over HTTP",
+            hint="on the server's machine, without LLMO_URL: llmo verify MODEL --endpoint NAME",
+        )
+
+
 def _refuse_path(source: Any) -> None:
     if not isinstance(source, str) or not sources.is_local_path(source):
         return
@@ -156,6 +165,7 @@ def _jobs(app: FastAPI, system: System) -> None:
     def submit(body: JobBody) -> Any:
         """Submit one step: import, base-model, train, evaluate, compress, verify or serve."""
         _refuse_path(body.spec.get("source"))
+        _refuse_address(body.spec)
         needs = Needs(**body.needs.model_dump()) if body.needs else None
         job = system.submit(body.op, body.spec, body.inputs, name=body.name, needs=needs, fresh=body.fresh)
         return to_json(job)
