@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from llmo.doors.cli.app import _run
+from llmo.doors.cli.commands import run as run_command
 from llmo.doors.server import running_server
 from support.project import llmo, project
 from support.serving import eventually
@@ -42,7 +42,7 @@ def tell(capsys: pytest.CaptureFixture[str]) -> Callable[..., Told]:
     """Run the command line in this process."""
 
     def run(*arguments: object) -> Told:
-        code = _run([str(a) for a in arguments])
+        code = run_command([str(a) for a in arguments])
         said = capsys.readouterr()
         assert "Traceback" not in said.out + said.err
         assert "does not know how to explain" not in said.out + said.err, said
@@ -368,3 +368,30 @@ def test_a_server_whose_store_is_taken_away_stops(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").rename(home)
     assert running_server(home) is None
     assert llmo("ps").code == 0
+
+
+INTERRUPTS_AT = """
+import linecache, os, signal, sys
+from llmo.doors.cli.app import main
+
+def trace(frame, event, argument):
+    name = frame.f_code.co_filename
+    if "llmo" not in name:
+        return None
+    if event == "line" and WORD in linecache.getline(name, frame.f_lineno):
+        sys.settrace(None)
+        os.kill(os.getpid(), signal.SIGINT)
+    return trace
+
+WORD, sys.argv = sys.argv[1], ["llmo", "ps"]
+sys.settrace(trace)
+main()
+"""
+
+
+@pytest.mark.parametrize("word", ["import typer", "from llmo.errors import", "run(sys.argv", "Store.open("])
+def test_ctrl_c_at_any_moment_ends_in_a_word(word: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTS_AT, word], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import typer
 
-from llmo.doors.cli.app import app
+from llmo.doors.cli.commands import app
 from llmo.settings import VARIABLES
 
 ROOT = Path(__file__).parents[2]

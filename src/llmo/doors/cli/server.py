@@ -46,9 +46,10 @@ def up(
         found = server.start_detached(host, port, expose=expose)
         emit(found, as_json, lambda: _show_up(found.url, found.key))
         return
-    server.serve(
-        host, port, expose=expose, ready=lambda found: emit(found, as_json, lambda: _show_up(found.url, found.key))
-    )
+    with suppress(KeyboardInterrupt):  # how a server in the foreground is meant to end
+        server.serve(
+            host, port, expose=expose, ready=lambda found: emit(found, as_json, lambda: _show_up(found.url, found.key))
+        )
 
 
 def _show_up(url: str, key: str | None) -> None:
