@@ -169,8 +169,9 @@ def _section(model: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] |
 
 
 def _known(model: type[BaseModel], path: tuple[str, ...]) -> list[str]:
+    """The keys a user writes there; those without a description are for LLMO's own use."""
     section = _section(model, path)
-    return sorted(section.model_fields) if section else []
+    return sorted(key for key, field in section.model_fields.items() if field.description) if section else []
 
 
 def _required(model: type[BaseModel]) -> list[str]:

@@ -174,7 +174,7 @@ class ProjectSpec(Spec):
 class ImportSpec(DataSpec):
     """The operation `import`: a data section, the task it is for, and the content it had when it was asked for."""
 
-    task: Annotated[TaskSpec, BeforeValidator(_task)]
+    task: Annotated[TaskSpec, BeforeValidator(_task)] = Field(description="what is learnt")
     source_digest: str | None = None
     uploads: str | None = None
 
@@ -190,20 +190,27 @@ class BaseModelSpec(Spec):
 class TrainJobSpec(TrainSpec):
     """The operation `train`."""
 
-    task: Annotated[TaskSpec, BeforeValidator(_task)]
+    task: Annotated[TaskSpec, BeforeValidator(_task)] = Field(description="what is learnt")
 
 
 class EvaluateSpec(Spec):
     """The operation `evaluate`."""
 
-    split: Literal["train", "dev", "test"] = "test"
+    split: Literal["train", "dev", "test"] = Field("test", description="which rows")
+
+
+class HeardSpec(Spec):
+    """What an endpoint answered to one golden text: logits `[labels]` or `[tokens, labels]`."""
+
+    input_ids: list[int]
+    logits: list[Number] | list[list[Number]]
 
 
 class VerifySpec(Spec):
-    """The operation `verify`; with an endpoint, its HTTP answers are compared too."""
+    """The operation `verify`. `heard`, an endpoint's answers to the model's golden texts in their order, is compared
+    too; whoever asks for it asks the endpoint, so that no job holds an address or a key."""
 
-    endpoint_url: str | None = None
-    endpoint_key: str | None = None
+    heard: list[HeardSpec] | None = None
 
 
 # What each operation works on: its inputs by name, and those it can do without.

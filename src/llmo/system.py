@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from llmo import pipeline, sources
-from llmo.errors import ModelError, SpecError, StorageError, UnreachableError
+from llmo.errors import InputError, ModelError, SpecError, StorageError, UnreachableError
 from llmo.kernel import service
 from llmo.kernel.devices import detect
 from llmo.kernel.local import LocalExecutor
@@ -106,6 +106,8 @@ class System:
 
     def jobs(self, *, all: bool = False, parent: int | None = None, limit: int = 50) -> list[Job]:
         found = self.store.jobs.list(parent=parent, limit=limit)
+        if SchedulerLock(self.settings.home).holder() is None:
+            found = [_left(job) for job in found]
         if all or parent is not None:
             return found
         return [job for job in found if job.parent is None or not job.state.ended]
@@ -145,9 +147,18 @@ class System:
     def rows(self, ref: str, split: str = "train", *, offset: int = 0, limit: int = 20) -> list[dict[str, Any]]:
         from llmo.data.dataset import Dataset  # pyarrow takes a third of a second, and only this verb needs it
 
+        if offset < 0 or limit < 0:
+            raise InputError(f"rows {offset} to {offset + limit} cannot be shown", hint="count them from 0")
         data = Dataset.open(self.store.catalog.path(self.artifact(ref, Kind.DATASET).digest))
         rows = data.dropped() if split == "dropped" else data.split(split)
         return [dict(row) for row in rows[offset : offset + limit]]
+
+    def golden(self, ref: str) -> list[str]:
+        from llmo.tasks.card import read_golden  # as `rows`: NumPy is for those who ask
+
+        return [
+            str(item["text"]) for item in read_golden(self.store.catalog.path(self.artifact(ref, Kind.MODEL).digest))
+        ]
 
     def save(self, folder: Path, name: str, card: Mapping[str, Any], kind: Kind = Kind.MODEL) -> Artifact:
         """Store a folder made outside a job (a user's own training loop); its files are moved, not copied."""
@@ -160,8 +171,7 @@ class System:
 
     def endpoints(self) -> list[Endpoint]:
         found = self.store.endpoints.list()
-        if SchedulerLock(self.settings.home).holder() is None:
-            # Who ran them was killed and could not write it down.
+        if SchedulerLock(self.settings.home).holder() is None:  # as with jobs that were left
             return [replace(endpoint, state="down", address=None) for endpoint in found]
         return found
 
@@ -174,6 +184,8 @@ class System:
             self.store.endpoints.remove(name)  # one that only waits to start has no row yet
 
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
+        if not texts:
+            raise InputError("there is no text to answer", hint="give one text at least")
         found = self.store.endpoints.get(endpoint)
         if found.job is None:
             raise UnreachableError(
@@ -311,6 +323,13 @@ def _check_inputs(op: str, inputs: Mapping[str, str]) -> None:
         if name not in (*needed, *more):
             known = ", ".join((*needed, *more)) or "none"
             raise SpecError(f"'{op}' has no input '{name}'", hint=f"its inputs: {known}")
+
+
+def _left(job: Job) -> Job:
+    """As it is after who ran it was killed, and could not write that down: it waits for the next to run it."""
+    if job.state.ended or job.state is JobState.QUEUED:
+        return job
+    return job.evolve(state=JobState.QUEUED, waiting="who ran it has ended; the next run or `llmo up` goes on with it")
 
 
 def wait_ready(system: System, id: int, seconds: float = 120.0) -> Job:

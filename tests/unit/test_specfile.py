@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmo.errors import LLMOError, SpecError
 from llmo.specfile import parse, read, validate
-from llmo.specs import DataSpec, ProjectSpec, TrainSpec
+from llmo.specs import DataSpec, ImportSpec, ProjectSpec, TrainSpec
 
 GOOD = """\
 name: newsdesk
@@ -156,3 +156,10 @@ def test_nested_without_end() -> None:
         deep = {"a": deep}
     with pytest.raises(SpecError, match="deeply"):
         validate({"source": "x.csv", "clean": deep}, DataSpec)
+
+
+def test_keys_for_llmo_s_own_use_are_not_offered() -> None:
+    with pytest.raises(SpecError) as caught:
+        validate({"source": "x", "task": "text-classification", "sourc": "y"}, ImportSpec)
+    assert "source" in caught.value.hint
+    assert "uploads" not in caught.value.hint

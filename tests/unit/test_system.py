@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from llmo.doors import sdk
 from llmo.errors import InputError, ModelError, SpecError
 from llmo.settings import Settings
 from llmo.system import System
-from llmo.types import JobState, Kind
+from llmo.types import JobState, Kind, Needs, Placement
 
 ROWS = "text,label\n" + "".join(f"word number {i},{'ab'[i % 2]}\n" for i in range(30))
 
@@ -76,3 +77,24 @@ def test_what_gives_no_answers_is_not_deployed(tmp_path: Path) -> None:
         system.save(tmp_path / "more", "news", {}, Kind.DATASET)
         with pytest.raises(InputError, match="no model 'news'"):
             system.submit("serve", {"endpoint": "x"}, {"model": "news"})
+
+
+def test_a_job_left_by_a_killed_process_is_shown_as_waiting(tmp_path: Path) -> None:
+    with System(Settings(home=tmp_path / "home")) as system:
+        job = system.store.jobs.insert(op="import", spec={}, inputs={}, needs=Needs())
+        assert system.store.jobs.claim(job.id, 1, "a lease of who was killed", Placement(1, 1))
+        (shown,) = system.jobs()
+        assert shown.state is JobState.QUEUED
+        assert "llmo up" in shown.waiting
+
+
+def test_what_is_asked_for_must_be_there(tmp_path: Path) -> None:
+    with System(Settings(home=tmp_path / "home")) as system:
+        with pytest.raises(InputError, match="no text"):
+            system.predict("x", [])
+        (tmp_path / "x.csv").write_text(ROWS)
+        data = sdk.Dataset.load(tmp_path / "x.csv", name="x", api=system)
+        with pytest.raises(InputError, match="cannot be shown"):
+            data.rows(offset=-5)
+        with pytest.raises(SpecError, match="named by text"):
+            sdk.train(data, model=5)  # type: ignore[arg-type]

@@ -59,6 +59,12 @@ def choose(names: Sequence[str], spec: DataSpec, task: str, where: str) -> Colum
         )
     text = _told(names, spec.text, "text", where) or _needed(names, "text", "text", where)
     label = _told(names, spec.label, "label", where) or _needed(names, "label", "label", where, text)
+    if text == label:
+        raise DataError(
+            f"the column '{text}' cannot be both text and label",
+            where=where,
+            hint=f"the columns are: {_listed(names)}; change data.text or data.label",
+        )
     return Columns(text=text, label=label, **_unless(told, text, label))
 
 

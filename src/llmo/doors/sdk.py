@@ -9,6 +9,7 @@ from typing import Any
 
 from llmo.api import Api
 from llmo.doors import flow
+from llmo.errors import SpecError
 from llmo.types import Artifact, Kind
 
 _connections: list[Api] = []
@@ -104,14 +105,17 @@ class Deployed:
         return self.api.predict(self.name, texts)
 
 
-def train(data: Dataset, *, model: str, name: str | None = None, **spec: Any) -> Model:
+def train(data: Dataset, *, model: str | Path | Model, name: str | None = None, **spec: Any) -> Model:
     """Train `model` (package:NAME, a folder, hf:NAME or a stored one) on `data`.
 
     Keywords are those of the `train:` section, and `max_length`. Raises JobFailed when the training fails.
     """
+    if not isinstance(model, str | Path | Model):
+        raise SpecError(f"a model is named by text, not by {model!r:.80}", hint="write it like package:NAME or NAME@1")
+    base = model.artifact.digest if isinstance(model, Model) else flow.absolute(str(model), Path())
     api = data.api
     task = {"name": data.card["task"]} | ({"max_length": spec.pop("max_length")} if "max_length" in spec else {})
-    inputs = {"data": data.artifact.digest, "model": flow.ensure_model(api, flow.absolute(model, Path()))}
+    inputs = {"data": data.artifact.digest, "model": flow.ensure_model(api, base)}
     job = api.submit("train", {"task": task, **spec}, inputs, name=name or data.artifact.name)
     return Model(flow.output(api, flow.wait(api, job)), api)
 

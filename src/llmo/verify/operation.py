@@ -15,12 +15,12 @@ from llmo import plugins
 from llmo.context import Context
 from llmo.engines.base import Engine, Request
 from llmo.engines.torch import open_model, quiet
-from llmo.errors import GateRefused, ModelError
+from llmo.errors import GateRefused, InputError, ModelError
 from llmo.files import digest_of, manifest_of, publish_json, sha256_file
 from llmo.tasks.base import Encoding, Logits, Task
 from llmo.tasks.card import TOKENIZER, load_task, load_tokenizer, read_card
 from llmo.types import Device
-from llmo.verify import adapter, checks, endpoint, golden
+from llmo.verify import adapter, checks, golden
 from llmo.verify.checks import Check
 
 RETRAIN = "the weights are not those of training: train the model again"
@@ -48,8 +48,8 @@ class Subject:
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """`inputs` are `model` and, for a compressed one, `reference` (the trained model it was made from); with
-    `endpoint_url` and `endpoint_key` in `spec` the endpoint is asked too. Writes `report.json`.
+    """`inputs` are `model` and, for a compressed one, `reference` (the trained model it was made from); `heard` in
+    `spec` is what an endpoint answered to the golden texts. Writes `report.json`.
 
     Returns `{"passed", "checks": [{"name", "passed", "value", "limit", "text"}]}`. Raises GateRefused, with the
     same in `extra`, when a check fails.
@@ -84,9 +84,9 @@ def _checks(spec: Mapping[str, Any], model: Path, reference: Path | None, ctx: C
         found += _saved_checks(saved, subject, ctx.device)
     ctx.report(2, 3, stage=f"engine {card['engine']}")
     found += _engine_checks(subject, ctx.device)
-    if spec.get("endpoint_url"):
+    if spec.get("heard") is not None:
         ctx.report(3, 3, stage="endpoint")
-        found += _endpoint_checks(str(spec["endpoint_url"]), str(spec.get("endpoint_key", "")), subject)
+        found += _endpoint_checks(spec["heard"], subject)
     return found
 
 
@@ -160,10 +160,14 @@ def _engine_checks(subject: Subject, device: Device) -> list[Check]:
     ]
 
 
-def _endpoint_checks(url: str, key: str, subject: Subject) -> list[Check]:
-    answers = endpoint.ask(url, key, subject.golden.texts)
-    heard = [np.asarray(answer.get("logits", []), dtype=np.float32) for answer in answers]
-    ids = [answer.get("input_ids", []) for answer in answers]
+def _endpoint_checks(answers: Sequence[Mapping[str, Any]], subject: Subject) -> list[Check]:
+    if len(answers) != len(subject.encodings):
+        raise InputError(
+            f"the endpoint gave {len(answers)} answers to {len(subject.encodings)} golden texts",
+            hint="ask it all of the model's golden texts, in their order",
+        )
+    heard = [np.asarray(answer["logits"], dtype=np.float32) for answer in answers]
+    ids = [answer["input_ids"] for answer in answers]
     expected, limit = subject.golden.logits, subject.limit(checks.LOSSY_SPREAD)
     found = [
         checks.same_tokens("endpoint token ids", "of the endpoint", ids, subject.golden.input_ids),

@@ -61,6 +61,11 @@ def test_one_class_only(tmp_path, import_):
     assert "one class only: 'a'" in error.what
 
 
+def test_one_column_for_text_and_label(tmp_path, import_):
+    error = refused(import_, write(tmp_path, "a.csv", GOOD), text="label", label="label")
+    assert "both text and label" in error.what
+
+
 def test_a_column_that_is_no_label(tmp_path, import_):
     rows = "".join(f"text number {i},reason {i}\n" for i in range(200))
     assert "not a label column" in refused(import_, write(tmp_path, "a.csv", "text,label\n" + rows)).what

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from llmo import plugins
 from llmo.context import NullContext
 from llmo.engines.base import Request
-from llmo.errors import ForbiddenError, GateRefused, ModelError, UnreachableError
-from llmo.tasks.card import load_task, load_tokenizer, read_card, write_card
+from llmo.errors import GateRefused, InputError, ModelError
+from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden, write_card
 from llmo.types import Device
 from llmo.verify.operation import run
 
@@ -27,13 +25,13 @@ Copy = Callable[[Path], Path]
 CPU = Device("cpu", "cpu", 0, 0, 1)
 
 
-def verify(out: Path, model: Path, reference: Path | None = None, **spec: str) -> dict[str, Any]:
+def verify(out: Path, model: Path, reference: Path | None = None, **spec: Any) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
     inputs = {"model": model} | ({"reference": reference} if reference else {})
     return run(spec, inputs, out, NullContext(1))
 
 
-def refused(out: Path, model: Path, reference: Path | None = None, **spec: str) -> tuple[set[str], GateRefused]:
+def refused(out: Path, model: Path, reference: Path | None = None, **spec: Any) -> tuple[set[str], GateRefused]:
     """The names of the checks that failed."""
     with pytest.raises(GateRefused) as caught:
         verify(out, model, reference, **spec)
@@ -236,64 +234,19 @@ def test_evidence_that_proves_nothing_is_an_error(content: str, full: Path, copy
     assert caught.value.hint
 
 
-class _Server(http.server.ThreadingHTTPServer):
-    """An endpoint that runs a model folder for real; `harm` may change an answer on its way out."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.task, self.tokenizer = load_task(folder), load_tokenizer(folder)
-        self.engine = plugins.load("llmo.engines", read_card(folder)["engine"])()
-        self.engine.load(folder, CPU)
-        self.harm: Callable[[dict[str, Any]], None] = lambda answer: None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1/endpoints/it/predict"
+def heard(folder: Path) -> list[dict[str, Any]]:
+    """What an endpoint that runs this very folder answers to its golden texts."""
+    task, tokenizer = load_task(folder), load_tokenizer(folder)
+    encodings = task.encode(tokenizer, [item["text"] for item in read_golden(folder)])
+    engine = plugins.load("llmo.engines", read_card(folder)["engine"])()
+    engine.load(folder, CPU)
+    found = {chunk.id: chunk.data for chunk in engine.run([Request(i, e.input_ids) for i, e in enumerate(encodings)])}
+    engine.close()
+    return [{"input_ids": e.input_ids, "logits": found[i].tolist()} for i, e in enumerate(encodings)]
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
-    server: _Server
-
-    def do_POST(self) -> None:
-        if self.headers["Authorization"] != "Bearer right":
-            self._send(403, {"error": ForbiddenError("the key may not do that").to_json()})
-            return
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert body["logits"] is True
-        encodings = self.server.task.encode(self.server.tokenizer, body["texts"])
-        requests = [Request(i, e.input_ids) for i, e in enumerate(encodings)]
-        answers: list[dict[str, Any]] = [{"input_ids": e.input_ids} for e in encodings]
-        for chunk in self.server.engine.run(requests):
-            answers[chunk.id]["logits"] = chunk.data.tolist()
-        for answer in answers:
-            self.server.harm(answer)
-        self._send(200, {"answers": answers})
-
-    def _send(self, status: int, body: Mapping[str, Any]) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        return
-
-
-@pytest.fixture
-def endpoint(compressed: Path) -> Iterator[_Server]:
-    server = _Server(compressed)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-    server.engine.close()
-
-
-def test_an_endpoint_that_runs_the_model_passes(endpoint: _Server, compressed: Path, tmp_path: Path) -> None:
-    report = verify(tmp_path / "out", compressed, endpoint_url=endpoint.url, endpoint_key="right")
+def test_an_endpoint_that_runs_the_model_passes(compressed: Path, tmp_path: Path) -> None:
+    report = verify(tmp_path / "out", compressed, heard=heard(compressed))
     assert names(report)[-3:] == ["endpoint token ids", "endpoint logits", "endpoint answers"]
 
 
@@ -302,32 +255,26 @@ def test_an_endpoint_that_runs_the_model_passes(endpoint: _Server, compressed: P
     [
         (lambda answer: answer["input_ids"].append(0), "endpoint token ids"),
         (lambda answer: answer["logits"].reverse(), "endpoint logits"),
-        (lambda answer: answer.pop("logits"), "endpoint logits"),
+        (lambda answer: answer["logits"].clear(), "endpoint logits"),
     ],
 )
 def test_an_endpoint_that_runs_something_else_is_refused(
-    harm: Callable[[dict[str, Any]], None], name: str, endpoint: _Server, compressed: Path, tmp_path: Path
+    harm: Callable[[dict[str, Any]], None], name: str, compressed: Path, tmp_path: Path
 ) -> None:
-    endpoint.harm = harm
-    failed, error = refused(tmp_path / "out", compressed, endpoint_url=endpoint.url, endpoint_key="right")
+    answers = heard(compressed)
+    for answer in answers:
+        harm(answer)
+    failed, error = refused(tmp_path / "out", compressed, heard=answers)
     assert failed >= {name}
     assert error.hint
 
 
-def test_an_endpoint_of_fp32_must_be_exact(full: Path, endpoint: _Server, tmp_path: Path) -> None:
+def test_an_endpoint_of_fp32_must_be_exact(full: Path, compressed: Path, tmp_path: Path) -> None:
     """The endpoint runs the int8 variant while the model that is verified is at fp32."""
-    failed, _ = refused(tmp_path / "out", full, endpoint_url=endpoint.url, endpoint_key="right")
+    failed, _ = refused(tmp_path / "out", full, heard=heard(compressed))
     assert "endpoint logits" in failed
 
 
-def test_the_endpoint_s_own_error_comes_through(endpoint: _Server, compressed: Path, tmp_path: Path) -> None:
-    with pytest.raises(ForbiddenError, match="may not"):
-        verify(tmp_path / "out", compressed, endpoint_url=endpoint.url, endpoint_key="wrong")
-
-
-def test_no_endpoint_there_is_said(compressed: Path, tmp_path: Path, endpoint: _Server) -> None:
-    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
-    url = f"http://127.0.0.1:{server.server_port}/v1/endpoints/it/predict"
-    server.server_close()
-    with pytest.raises(UnreachableError, match="does not answer"):
-        verify(tmp_path / "out", compressed, endpoint_url=url, endpoint_key="right")
+def test_answers_to_other_texts_prove_nothing(compressed: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="1 answers to"):
+        verify(tmp_path / "out", compressed, heard=heard(compressed)[:1])

@@ -220,12 +220,12 @@ def verify(
     with closing(flow.connect()) as api:
         artifact = api.artifact(model, Kind.MODEL)
         inputs = {"model": artifact.digest} | flow.reference(artifact)
-        if endpoint is None:
-            job = _do(api, api.submit("verify", {}, inputs, name=f"{artifact.name}-verify", fresh=fresh), as_json)
-        else:
+        spec: dict[str, Any] = {}
+        if endpoint is not None:
             with gateway(api) as door:
-                spec = {"endpoint_url": door.endpoint(endpoint), "endpoint_key": door.key}
-                job = _do(api, api.submit("verify", spec, inputs, name=f"{artifact.name}-verify", fresh=True), as_json)
+                answers = door.predict(endpoint, api.golden(artifact.digest), logits=True)
+            spec["heard"] = [{key: answer[key] for key in ("input_ids", "logits")} for answer in answers]
+        job = _do(api, api.submit("verify", spec, inputs, name=f"{artifact.name}-verify", fresh=fresh), as_json)
     emit(flow.result(job), as_json, lambda: summary.show_verify(flow.result(job)))
 
 
