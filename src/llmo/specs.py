@@ -126,6 +126,12 @@ class TrainSpec(Spec):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the device computes it natively"
     )
+    objective: Literal["auto", "answers", "text", "preference"] = Field(
+        "auto",
+        description="generation: learn the answers of conversations, all of a plain text, or preferences (DPO); "
+        "auto: as the data are",
+    )
+    beta: Annotated[Number, Field(gt=0)] = Field(0.1, description="preference: how far from the start (DPO's beta)")
     last_n: Positive = Field(2, description="layers trained by method last-n")
     lora: LoraSpec = Field(default_factory=LoraSpec)
     checkpoint_seconds: Annotated[Number, Field(gt=0)] = Field(30.0, description="time between checkpoints")
@@ -149,7 +155,11 @@ class DeploySpec(Spec):
     endpoint: Name = Field(description="the public name: POST /v1/endpoints/NAME/predict")
     cores: Positive | None = Field(None, description="CPU cores of the replica; default: half of the machine's")
     max_batch_tokens: Positive = Field(4096, description="padded tokens in one batch")
-    queue: Positive = Field(1024, description="texts that may wait; more are answered 429")
+    queue: Positive = Field(1024, description="texts or prompts that may wait; more are answered 429")
+    engine: str | None = Field(None, description="generation: the engine; default: the one the model was measured on")
+    streams: Positive = Field(16, description="generation: answers written at once")
+    context: Positive | None = Field(None, description="generation: tokens of prompt and answer; default: the model's")
+    cache_mib: Positive = Field(1024, description="generation: memory for keys and values, in MiB")
     deadline_seconds: Annotated[Number, Field(gt=0)] = Field(
         30.0, description="a request older than this is answered 504"
     )

@@ -17,13 +17,14 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, INNER, POSITIONS = 64, 2, 4, 2, 128, 512
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 END, PAD = 2, 0
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
 def tiny_chat_model(folder: Path, seed: int = 0, *, layers: int = LAYERS, **config: Any) -> Path:
-    """A Hugging Face Llama folder (hidden 64, 512 positions, 259 tokens, tied embeddings) that opens in transformers."""
+    """A Hugging Face Llama folder (hidden 64, 512 positions, 259 tokens, tied embeddings) as transformers opens it."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_chat_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
