@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import selectors
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,24 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from llmo.context import Context, Stopped
-from llmo.errors import JobFailed, from_json
+from llmo.compression.probe import Candidate, Probe
+from llmo.context import Context
 from llmo.tasks.base import Encoding, Logits
 
 BATCH = 16
 TIMED_TEXTS = 96
 SINGLES = 16
 ROUNDS = 3
-POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One way to run the model: the engine, and the folder that it opens."""
-
-    name: str
-    engine: str
-    folder: Path
+MEASURE = "llmo.compression.measure"
 
 
 @dataclass(slots=True)
@@ -73,7 +60,7 @@ def contest(
     with ExitStack() as stack:
         probes, results = [], []
         for candidate in candidates:
-            probe = stack.enter_context(_Probe(candidate, work, folder, ctx))
+            probe = stack.enter_context(Probe(MEASURE, candidate, work, folder, ctx))
             measured = Measured(load_seconds=probe.read()["load_seconds"])
             measured.logits = _answers(probe, folder / f"{candidate.name}.npz", len(encodings))
             probes.append(probe)
@@ -113,72 +100,9 @@ def _spread(items: list[Any], count: int) -> list[Any]:
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
 
 
-def _answers(probe: _Probe, file: Path, count: int) -> list[Logits]:
+def _answers(probe: Probe, file: Path, count: int) -> list[Logits]:
     probe.ask(f"answers {file}")
     with np.load(file, allow_pickle=False) as kept:
         logits = [kept[str(number)] for number in range(count)]
     file.unlink()
     return logits
-
-
-class _Probe:
-    """A running `llmo.compression.measure`: told on its standard input, heard on its standard output."""
-
-    def __init__(self, candidate: Candidate, work: Path, folder: Path, ctx: Context) -> None:
-        self._name, self._ctx = candidate.name, ctx
-        self._log = folder / f"{candidate.name}.log"
-        cores = str(ctx.device.cores)
-        command = [sys.executable, "-m", "llmo.compression.measure", candidate.engine, candidate.folder, work, cores]
-        with open(self._log, "wb") as log:
-            self._process = subprocess.Popen(
-                [str(part) for part in command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": cores, "OMP_WAIT_POLICY": "PASSIVE"},
-            )
-
-    def __enter__(self) -> _Probe:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End it whatever it is doing; it has nothing to save."""
-        self._process.kill()
-        self._process.communicate()
-
-    def ask(self, command: str) -> dict[str, Any]:
-        stdin = self._process.stdin
-        if stdin is None:
-            raise self._died()
-        try:
-            stdin.write(command.encode() + b"\n")
-            stdin.flush()
-        except BrokenPipeError:
-            raise self._died() from None
-        return self.read()
-
-    def read(self) -> dict[str, Any]:
-        """The next answer. Raises the error that the process reported, or Stopped when the job is to stop."""
-        stdout = self._process.stdout
-        if stdout is None:
-            raise self._died()
-        with selectors.DefaultSelector() as selector:
-            selector.register(stdout, selectors.EVENT_READ)
-            while not selector.select(POLL_SECONDS):
-                if self._ctx.should_stop():
-                    raise Stopped
-        line = stdout.readline()
-        if not line:
-            raise self._died()
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise from_json(answer["error"])
-        return answer
-
-    def _died(self) -> JobFailed:
-        code = self._process.wait()
-        log = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return JobFailed(
-            f"measuring {self._name} ended with code {code}{': ' + log[-1][:200] if log else ''}",
-            hint="the machine may be short of memory; see: llmo doctor" if code == -9 else "see: llmo logs JOB",
-        )

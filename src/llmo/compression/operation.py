@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from llmo.compression.contest import Candidate, Measured, contest
+from llmo.compression.contest import Measured, contest
 from llmo.compression.export import export
+from llmo.compression.probe import Candidate
 from llmo.compression.quantise import measured_bits, parameter_count, quantise, safe_bits
 from llmo.context import Context, Stopped
 from llmo.data.dataset import Dataset

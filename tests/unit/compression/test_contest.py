@@ -13,7 +13,8 @@ import numpy as np
 import psutil
 import pytest
 
-from llmo.compression.contest import BATCH, Candidate, contest, plan
+from llmo.compression.contest import BATCH, contest, plan
+from llmo.compression.probe import Candidate
 from llmo.compression.export import export
 from llmo.compression.measure import obey, peak_memory
 from llmo.context import NullContext, Stopped
