@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +77,7 @@ class NullContext:
     def checkpoint(self) -> Path:
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="llmo-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
 

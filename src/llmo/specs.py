@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from llmo import plugins
 from llmo.errors import nearest
@@ -83,6 +83,9 @@ class DataSpec(Spec):
     split: SplitSpec = Field(default_factory=SplitSpec)
 
 
+LONG_TASKS = ("generation",)
+
+
 class TaskSpec(Spec):
     """What is learnt. A plain name is enough: `task: text-classification`."""
 
@@ -90,7 +93,17 @@ class TaskSpec(Spec):
         description="a registered task, e.g. text-classification or token-classification"
     )
     multi_label: bool | None = Field(None, description="several labels for one text; default: seen from the data")
-    max_length: Annotated[int, Field(ge=8, le=8192)] = Field(128, description="tokens a text is cut to")
+    max_length: Annotated[int, Field(ge=8, le=8192)] = Field(
+        128, description="tokens a text is cut to; default for generation: 1024"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _length(cls, value: Any) -> Any:
+        """A conversation is longer than a text that is only told apart from others."""
+        if isinstance(value, dict) and value.get("name") in LONG_TASKS:
+            return {"max_length": 1024, **value}
+        return value
 
 
 class LoraSpec(Spec):
