@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from llmo.types import Artifact, Device, Endpoint, Event, Job, Key, Kind, Needs
+from llmo.types import Artifact, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs
 
 
 class Api(Protocol):
@@ -66,6 +66,12 @@ class Api(Protocol):
 
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         """Answers in the order of the texts."""
+
+    def give_feedback(self, feedback: Mapping[str, Any]) -> Feedback:
+        """Keep what somebody says of an answer; `llmo.store.feedback.parse` says what the mapping holds."""
+
+    def feedback(self, endpoint: str | None = None, *, after: int = 0, limit: int = 100) -> list[Feedback]:
+        """Feedback with a greater id, oldest first; of one endpoint, whichever side of a comparison it was."""
 
     def make_key(self, owner: str, role: str) -> tuple[Key, str]:
         """A new API key and its secret, which is kept nowhere."""

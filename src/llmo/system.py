@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from llmo import pipeline, sources
-from llmo.errors import InputError, ModelError, SpecError, StorageError, UnreachableError
+from llmo.errors import InputError, ModelError, NotFoundError, SpecError, StorageError, UnreachableError
 from llmo.kernel import service
 from llmo.kernel.devices import detect
 from llmo.kernel.local import LocalExecutor
@@ -25,7 +25,8 @@ from llmo.settings import Settings
 from llmo.specfile import validate
 from llmo.specs import INPUTS, OPERATIONS, DeploySpec, ProjectSpec
 from llmo.store import Store
-from llmo.types import Artifact, Device, Endpoint, Event, Job, JobState, Key, Kind, Needs, to_json
+from llmo.store.feedback import parse as parse_feedback
+from llmo.types import Artifact, Device, Endpoint, Event, Feedback, Job, JobState, Key, Kind, Needs, to_json
 
 INPUT_KINDS = {"data": Kind.DATASET, "model": Kind.MODEL, "reference": Kind.MODEL}
 ACTIVE = [state for state in JobState if not state.ended]
@@ -186,12 +187,28 @@ class System:
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         if not texts:
             raise InputError("there is no text to answer", hint="give one text at least")
-        found = self.store.endpoints.get(endpoint)
-        if found.job is None:
-            raise UnreachableError(
-                f"the endpoint '{endpoint}' is down", hint=f"llmo deploy MODEL --endpoint {endpoint}"
-            )
-        return predict_once(self._replica(found.job), list(texts), logits=logits)
+        return predict_once(self._replica(self._service(endpoint)), list(texts), logits=logits)
+
+    def awake(self, endpoint: str) -> Endpoint:
+        """The endpoint once it answers; its service starts here when no process runs it. Raises UnreachableError."""
+        self._replica(self._service(endpoint))
+        return self.store.endpoints.get(endpoint)
+
+    # -- feedback
+
+    def give_feedback(self, feedback: Mapping[str, Any], *, owner: str = "") -> Feedback:
+        entry = parse_feedback(feedback)
+        for answer in entry["answers"]:
+            found = self.store.endpoints.get(answer["endpoint"])
+            if answer["model"] in ("", found.name):  # the endpoint's name says no version
+                answer["model"] = found.model_ref
+            answer["digest"] = self._digest_of(answer["model"], found)
+        return self.store.feedback.append(entry, owner=owner)
+
+    def feedback(self, endpoint: str | None = None, *, after: int = 0, limit: int = 100) -> list[Feedback]:
+        if limit < 0:
+            raise InputError(f"{limit} entries cannot be shown", hint="ask for one at least")
+        return self.store.feedback.after(after, endpoint=endpoint, limit=limit)
 
     # -- keys
 
@@ -306,6 +323,24 @@ class System:
     def _ref(self, digest: str | None) -> str | None:
         found = self.store.catalog.find(digest) if digest else None
         return found.ref if found else None
+
+    def _service(self, endpoint: str) -> int:
+        """The job that answers for an endpoint."""
+        found = self.store.endpoints.get(endpoint)
+        if found.job is None:
+            raise UnreachableError(
+                f"the endpoint '{endpoint}' is down", hint=f"llmo deploy MODEL --endpoint {endpoint}"
+            )
+        return found.job
+
+    def _digest_of(self, ref: str, endpoint: Endpoint) -> str:
+        """The digest of the version that answered, which may not be the one of now; empty when it is none of ours."""
+        if ref == endpoint.model_ref:
+            return endpoint.model
+        try:
+            return self.store.catalog.get(ref, Kind.MODEL).digest
+        except NotFoundError:
+            return ""
 
     def _replica(self, job: int) -> str:
         """The address of a service, started here first when no process runs it."""

@@ -183,6 +183,30 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
+class Feedback:
+    """What somebody said of one answer, or of two beside each other, to `messages` (OpenAI's, up to the question).
+
+    `kind` is rating (good | bad), comparison (first | second | tie) or correction. Each answer is `{"endpoint",
+    "model" (ref), "digest", "content"}`; `endpoint`, `model` (digest) and `model_ref` are the first one's, `against`
+    is the second one's endpoint.
+    """
+
+    id: int
+    at: float
+    endpoint: str
+    kind: str
+    messages: list[dict[str, Any]]
+    answers: list[dict[str, Any]]
+    model: str = ""
+    model_ref: str = ""
+    against: str | None = None
+    rating: str | None = None
+    correction: str | None = None
+    comment: str = ""
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """What a parent hears of its child: its state, its output's digest and its result."""
 

@@ -13,7 +13,8 @@ from llmo.settings import Settings
 from llmo.system import System
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = {"/docs", "/docs/oauth2-redirect", "/docs/static", "/openapi.json", "/healthz", "/readyz"}
+PAGE = {"/", "/pages/{name}"}
+PUBLIC = {"/docs", "/docs/oauth2-redirect", "/docs/static", "/openapi.json", "/healthz", "/readyz", *PAGE}
 
 
 def test_routes_are_declared_and_only_these_are_public(tmp_path: Path) -> None:

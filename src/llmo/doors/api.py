@@ -17,13 +17,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from llmo import __version__, sources
+from llmo.doors.web import include_pages
 from llmo.errors import InputError, LLMOError, NotFoundError, SpecError, TooLargeError
 from llmo.guard.access import check_declared, declare, require
+from llmo.guard.limits import Quotas
 from llmo.serve.gateway import error_response, include_gateway
 from llmo.system import System
-from llmo.types import Kind, Needs, to_json
+from llmo.types import Key, Kind, Needs, to_json
 
 UPLOAD_LIMIT = 16 << 30
+FEEDBACK_PAGE = 100
 
 
 class Body(BaseModel):
@@ -55,6 +58,21 @@ class JobBody(Body):
     fresh: bool = False
 
 
+class FeedbackBody(Body):
+    """What is said of an answer, or of two beside each other; `messages` are the conversation up to the question.
+
+    A rating is good or bad, a comparison first, second or tie. An answer is `{"content", "model", "endpoint"}`.
+    """
+
+    endpoint: str
+    kind: str
+    messages: list[dict[str, Any]]
+    answers: list[dict[str, Any]]
+    rating: str | None = None
+    correction: str | None = None
+    comment: str = ""
+
+
 class KeyBody(Body):
     owner: Annotated[str, Field(min_length=1, max_length=200)]
     role: str = "predict"
@@ -74,7 +92,9 @@ def create_app(system: System) -> FastAPI:
     _uploads(app, system)
     _machine(app, system)
     _keys(app, system)
-    include_gateway(app, system.store)
+    gateway = include_gateway(app, system.store)
+    _feedback(app, system, gateway.quotas)
+    include_pages(app)
     for path in ("/docs", "/docs/oauth2-redirect", "/docs/static", "/openapi.json"):
         declare(app.routes, path, "public")
     _ask_for_a_key(app)
@@ -289,6 +309,23 @@ def _machine(app: FastAPI, system: System) -> None:
     def remove_endpoint(name: str) -> None:
         """Take an endpoint down and forget it."""
         system.remove_endpoint(name)
+
+
+def _feedback(app: FastAPI, system: System, quotas: Quotas) -> None:
+    @app.post("/v1/feedback", status_code=201)
+    def give_feedback(body: FeedbackBody, key: Annotated[Key, Depends(require("predict"))]) -> Any:
+        """Keep what somebody says of an answer: a rating, a comparison of two, or a better answer."""
+        quotas.take(key.id, 1)
+        return to_json(system.give_feedback(body.model_dump(), owner=key.owner))
+
+    @app.get("/v1/feedback", dependencies=[Depends(require("data.read"))])
+    def feedback(
+        endpoint: str | None = None,
+        after: int = 0,
+        limit: Annotated[int, Field(ge=1, le=FEEDBACK_PAGE)] = FEEDBACK_PAGE,
+    ) -> Any:
+        """Feedback with a greater id, oldest first, of one endpoint or of all."""
+        return to_json(system.feedback(endpoint, after=after, limit=limit))
 
 
 def _keys(app: FastAPI, system: System) -> None:

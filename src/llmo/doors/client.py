@@ -15,10 +15,11 @@ import httpx
 
 from llmo import sources
 from llmo.errors import SpecError, UnauthorizedError, UnreachableError, from_json
-from llmo.types import Artifact, Device, Endpoint, Event, Job, Key, Kind, Needs, to_json
+from llmo.types import Artifact, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs, to_json
 from llmo.types import from_json as record
 
 PAGE = 1000  # rows, or jobs, that the server sends at most at once
+FEEDBACK_PAGE = 100
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 
 
@@ -114,6 +115,19 @@ class Client:
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         body = {"texts": list(texts)} | ({"logits": True} if logits else {})
         return list(self._post(f"/v1/endpoints/{_part(endpoint)}/predict", body)["answers"])
+
+    def give_feedback(self, feedback: Mapping[str, Any]) -> Feedback:
+        return record(Feedback, self._post("/v1/feedback", feedback))
+
+    def feedback(self, endpoint: str | None = None, *, after: int = 0, limit: int = 100) -> list[Feedback]:
+        found: list[Feedback] = []
+        while True:
+            wanted = min(limit - len(found), FEEDBACK_PAGE)
+            query = {"after": found[-1].id if found else after, "limit": wanted}
+            page = self._get("/v1/feedback", query | ({"endpoint": endpoint} if endpoint is not None else {}))
+            found += [record(Feedback, entry) for entry in page]
+            if len(page) < wanted or len(found) >= limit:
+                return found
 
     def make_key(self, owner: str, role: str) -> tuple[Key, str]:
         found = self._post("/v1/keys", {"owner": owner, "role": role})

@@ -138,3 +138,25 @@ endpoints = Table(
     Column("address", Text),
     Column("created_at", Double, nullable=False),
 )
+
+feedback = Table(
+    "feedback",
+    metadata,
+    Column("id", _Id, primary_key=True, autoincrement=True),
+    Column("at", Double, nullable=False),
+    Column("endpoint", String(100), nullable=False),
+    Column("against", String(100)),
+    Column("model", String(100), nullable=False),
+    Column("model_ref", Text, nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("messages", _Json, nullable=False),
+    Column("answers", _Json, nullable=False),
+    Column("rating", String(16)),
+    Column("correction", Text),
+    Column("comment", Text, nullable=False),
+    Column("owner", Text, nullable=False),
+    Index(None, "endpoint", "id"),
+    Index(None, "against", "id"),
+    # As with events: whoever exports goes on after the last number it saw.
+    sqlite_autoincrement=True,
+)

@@ -14,6 +14,7 @@ from llmo.store.catalog import Catalog
 from llmo.store.db import Database, url_of
 from llmo.store.endpoints import Endpoints
 from llmo.store.events import Events
+from llmo.store.feedback import FeedbackLog
 from llmo.store.jobs import Jobs
 from llmo.store.keys import Keys
 from llmo.store.migrate import migrate
@@ -32,6 +33,7 @@ class Store:
         self.events = Events(database)
         self.keys = Keys(database)
         self.endpoints = Endpoints(database)
+        self.feedback = FeedbackLog(database)
 
     @classmethod
     def open(cls, home: Path, url: str | None = None) -> Store:
