@@ -44,7 +44,7 @@ class Converted:
     bits: float
 
 
-def convert(folder: Path, out: Path, precision: Precision) -> Converted:
+def write(folder: Path, out: Path, precision: Precision) -> Converted:
     """Write the model of a Hugging Face folder as `openvino_model.xml` and `.bin` into the folder `out`.
 
     Raises ModelError for an architecture this cannot express, or if the graph's logits are not the model's.
