@@ -2,6 +2,9 @@
 
 Training, evaluation, compression, verification and serving all go through it, so what is served is what was
 trained. Only `loss` and `mass` need torch; everything else is NumPy and `tokenizers`, so a replica stays light.
+
+Every task encodes rows, says which tokens or labels are learnt, and measures. A task that answers in one pass over a
+text (all but generation) also has a loss over its labels, an `answer`, and `agree`.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -44,10 +48,12 @@ class Encoding:
 
 
 class Task(ABC):
-    """A task over an encoder with a head. Construct with the labels in the order of the logits."""
+    """Construct with the labels in the order of the logits; a task that writes text has none."""
 
     name: ClassVar[str]
     auto_class: ClassVar[str]  # the transformers class that opens the model folder
+    generates: ClassVar[bool] = False  # whether it answers by writing, token after token
+    higher_is_better: ClassVar[bool] = True  # of `metric`
 
     def __init__(self, labels: Sequence[str], max_length: int = 128) -> None:
         self.labels = tuple(labels)
@@ -56,7 +62,11 @@ class Task(ABC):
     @property
     @abstractmethod
     def metric(self) -> str:
-        """The key of `measure` that gates and early stopping use; higher is better."""
+        """The key of `scores` that gates and early stopping use; `higher_is_better` says which way."""
+
+    def drop(self, before: float, after: float) -> float:
+        """How much worse `after` is, on the scale of `compress.max_drop`; negative when it is better."""
+        return before - after
 
     @property
     def problem_type(self) -> str | None:
@@ -64,9 +74,17 @@ class Task(ABC):
         return None
 
     @classmethod
+    def of_base(cls, folder: Path) -> dict[str, Any]:
+        """What the task reads off the base model's folder, as `options` of `from_rows`."""
+        return {}
+
+    @classmethod
     @abstractmethod
     def from_rows(cls, rows: Sequence[Row], *, max_length: int, options: Mapping[str, Any]) -> Self:
-        """The task that fits these training rows: finds the labels. Raises DataError if nothing can be learnt."""
+        """The task that fits these training rows: finds the labels. Raises DataError if nothing can be learnt.
+
+        `options` are what the specification says (`multi_label`) and what `of_base` found.
+        """
 
     def to_card(self) -> dict[str, Any]:
         """What `from_card` needs to build the same task again."""
@@ -92,14 +110,16 @@ class Task(ABC):
         """
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.max_length)
-        for i, text in enumerate(texts):
-            if not text.isascii():
-                _refuse_surrogates(text, i)
+        refuse_surrogates(texts)
         encodings = []
         for kept in tokenizer.encode_batch(list(texts)):
             cut = sum(len(rest.ids) - sum(rest.special_tokens_mask) for rest in kept.overflowing)
             encodings.append(Encoding(kept.ids, len(kept.ids) + cut, kept.offsets, kept.word_ids))
         return encodings
+
+    def encode_rows(self, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[Encoding]:
+        """Rows of a data set as they are learnt and measured, one encoding each."""
+        return self.encode(tokenizer, [row["text"] for row in rows])
 
     @abstractmethod
     def target(self, row: Row, encoding: Encoding) -> NDArray[Any]:
@@ -108,23 +128,24 @@ class Task(ABC):
         Raises DataError for a label that the task does not know.
         """
 
-    @abstractmethod
     def loss(
         self, logits: torch.Tensor, targets: torch.Tensor, class_weights: torch.Tensor | None, smoothing: float = 0.0
     ) -> torch.Tensor:
         """Scalar mean loss of a padded batch; padded targets are -100 (token) or absent (text)."""
+        raise self._writes()
 
-    @abstractmethod
     def mass(self, targets: torch.Tensor, class_weights: torch.Tensor | None) -> float:
         """What `loss` divided by: micro-batches weighted by their mass add up to the big batch exactly."""
+        raise self._writes()
 
-    @abstractmethod
     def class_counts(self, targets: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
         """How often each label is a target: what balanced class weights are made of."""
+        raise self._writes()
 
     @abstractmethod
     def tally(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> Tally:
-        """Counts per row that add up. `logits[i]` is `[labels]`, or `[tokens, labels]` without padding."""
+        """Counts per row that add up. `logits[i]` is `[labels]`, or `[tokens, labels]` without padding; for a task that
+        generates, what its docstring says."""
 
     @abstractmethod
     def scores(self, totals: Totals) -> dict[str, Floats]:
@@ -142,16 +163,22 @@ class Task(ABC):
         """What a report shows beyond the metrics, such as a confusion matrix; JSON values."""
         return {}
 
-    @abstractmethod
     def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
         """The JSON answer for one text; carries `truncated: true` when the model did not see all of it."""
+        raise self._writes()
 
-    @abstractmethod
     def agree(self, a: Logits, b: Logits, encoding: Encoding | None = None) -> bool:
         """Whether two logits give the same answer (used by compress and verify).
 
         With the encoding, only what carries an answer is compared (the first piece of each word).
         """
+        raise self._writes()
+
+    def _writes(self) -> InputError:
+        return InputError(
+            f"a model for {self.name} has no labels: it writes its answers",
+            hint="ask it through /v1/chat/completions or /v1/completions",
+        )
 
 
 def seen(encoding: Encoding) -> dict[str, Any]:
@@ -162,11 +189,14 @@ def seen(encoding: Encoding) -> dict[str, Any]:
     return found
 
 
-def _refuse_surrogates(text: str, number: int) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"text {number} is not valid Unicode: a lone surrogate at character {error.start}",
-            hint="send UTF-8; in JSON, escapes like \\ud83d come in pairs",
-        ) from None
+def refuse_surrogates(texts: Sequence[str]) -> None:
+    """Raises InputError for the first text that is no valid Unicode."""
+    for number, text in enumerate(texts):
+        try:
+            if not text.isascii():
+                text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text {number} is not valid Unicode: a lone surrogate at character {error.start}",
+                hint="send UTF-8; in JSON, escapes like \\ud83d come in pairs",
+            ) from None

@@ -13,30 +13,48 @@ Floats = NDArray[np.float64]
 
 RESAMPLES = 1000
 CHUNK = 1 << 24  # numbers drawn at once: 128 MiB
+MICRO = 1_000_000  # parts of one in which real numbers are summed: whole numbers add up alike in any order
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over a set of rows, or over many resampled sets at once: `[..., classes]`, `exact` and `rows` `[...]`.
+    """Sums over a set of rows, or over many resampled sets at once: `sums` is `[..., columns]`, `rows` `[...]`.
 
-    Per class: how often it was right (`hits`), given as an answer (`predicted`) and asked for (`gold`).
+    For tasks with labels the columns are, per class, how often it was right (`hits`), given as an answer
+    (`predicted`) and asked for (`gold`), and at the end how often a row was wholly right (`exact`).
     """
 
-    hits: Floats
-    predicted: Floats
-    gold: Floats
-    exact: Floats
+    sums: Floats
     rows: Floats
+
+    @property
+    def hits(self) -> Floats:
+        return self._third(0)
+
+    @property
+    def predicted(self) -> Floats:
+        return self._third(1)
+
+    @property
+    def gold(self) -> Floats:
+        return self._third(2)
+
+    @property
+    def exact(self) -> Floats:
+        return np.asarray(self.sums[..., -1])
 
     @property
     def present(self) -> NDArray[np.bool_]:
         """The classes that occur at all: the others have no F1."""
         return (self.predicted + self.gold) > 0
 
+    def _third(self, number: int) -> Floats:
+        return np.asarray(np.split(self.sums[..., :-1], 3, axis=-1)[number])
+
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """The counts of every row, kept once per distinct row: `counts` is `[distinct, 3 * classes + 1]`."""
+    """The counts of every row, kept once per distinct row: `counts` is `[distinct, columns]` (see `Totals`)."""
 
     counts: Counts
     times: Counts
@@ -57,8 +75,12 @@ class Tally:
     def of_counts(cls, hits: Counts, predicted: Counts, gold: Counts) -> Tally:
         """Any number of classes per row: three arrays `[rows, classes]`."""
         exact = (hits == predicted).all(1) & (hits == gold).all(1)
-        joined = np.concatenate([hits, predicted, gold, exact[:, None]], axis=1).astype(np.int64)
-        counts, times = np.unique(joined, axis=0, return_counts=True)
+        return cls.of_sums(np.concatenate([hits, predicted, gold, exact[:, None]], axis=1).astype(np.int64))
+
+    @classmethod
+    def of_sums(cls, columns: Counts) -> Tally:
+        """Any numbers that add up over rows, `[rows, columns]`; real ones are given in whole `MICRO` parts."""
+        counts, times = np.unique(columns, axis=0, return_counts=True)
         return cls(counts, times.astype(np.int64))
 
     @classmethod
@@ -79,13 +101,10 @@ class Tally:
         step = max(1, CHUNK // max(1, len(share)))
         drawn = [rng.multinomial(rows, share, min(step, resamples - done)) for done in range(0, resamples, step)]
         parts = [self._sum(part.astype(np.float64)) for part in drawn]
-        names = ("hits", "predicted", "gold", "exact", "rows")
-        return Totals(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+        return Totals(np.concatenate([part.sums for part in parts]), np.concatenate([part.rows for part in parts]))
 
     def _sum(self, times: Floats) -> Totals:
-        summed = times @ self.counts.astype(np.float64)
-        hits, predicted, gold = np.split(summed[..., :-1], 3, axis=-1)
-        return Totals(hits, predicted, gold, summed[..., -1], times.sum(-1))
+        return Totals(times @ self.counts.astype(np.float64), times.sum(-1))
 
 
 def with_intervals(
