@@ -12,9 +12,10 @@ import pytest
 from llmo.compression.export import export
 from llmo.engines.torch import TorchEngine
 from llmo.errors import EnvironmentProblem, GateRefused
+from llmo.serve.encoder import self_test
 from llmo.serve.pipeline import Pipeline
 from llmo.serve.protocol import predict_once
-from llmo.serve.replica import new_socket_path, self_test
+from llmo.serve.replica import new_socket_path
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden, write_card
 from support.serving import CPU, ProcessReplica, ThreadReplica, served_model
 

@@ -1,0 +1,98 @@
+"""What a replica of a model that generates is: its pipeline, and the test on its own evidence before it is ready."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmo import plugins
+from llmo.engines.generation import GenerationEngine, GenerationOptions, Sampling
+from llmo.errors import GateRefused, LLMOError, ModelError
+from llmo.serve.ask import Ask, Input
+from llmo.serve.calls import Call, Heard, Part, Usage
+from llmo.serve.generation import GenerationPipeline
+from llmo.serve.session import GenerationSession as Session
+from llmo.tasks.card import load_task, load_tokenizer, read_golden
+from llmo.types import Device
+
+__all__ = ["Session", "check", "make"]
+
+_LOSSY_AGREEMENT = 0.4  # of the golden tokens, counted up to the first that differs: after it all are others
+
+
+def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device: Device) -> GenerationPipeline:
+    """The pipeline of the model in `folder`, not started yet. Raises ModelError for a task without prompts."""
+    task: Any = load_task(folder)
+    if not hasattr(task, "prompt"):
+        raise ModelError("the card's task makes no prompts, so its model cannot be served as one that generates")
+    engine: GenerationEngine = plugins.load("llmo.generators", spec["engine"] or card["engine"])()
+    options = GenerationOptions(
+        streams=spec["streams"],
+        cache_bytes=spec["cache_mib"] << 20,
+        context=spec["context"],
+        precision=card["precision"],
+    )
+    return GenerationPipeline(
+        task,
+        load_tokenizer(folder),
+        engine,
+        lambda: engine.load(folder, device, options),
+        streams=spec["streams"],
+        queue=spec["queue"],
+    )
+
+
+def check(pipeline: GenerationPipeline, folder: Path, card: Mapping[str, Any]) -> str:
+    """The self-test on what the model folder carries; one line on how it went. Raises GateRefused."""
+    return self_test(pipeline, read_golden(folder), exact=card["precision"] == "fp32")
+
+
+def self_test(pipeline: GenerationPipeline, golden: Sequence[Mapping[str, Any]], *, exact: bool) -> str:
+    """Ask for the golden conversations as a client would; one line on how it went. Raises GateRefused.
+
+    Prompts must become the same tokens. The greedy answers must be the same tokens too: all of them for fp32; for
+    a lower precision, 40% of them on average before the first that differs.
+    """
+    agreed = total = 0
+    for item in golden:
+        prompt, written = _ask(pipeline, item)
+        if prompt != list(item["input_ids"]):
+            raise GateRefused(
+                f"the conversation {str(item['text'])[:60]!r} becomes other tokens than in training",
+                hint="the tokeniser or template in the model folder is not the one of training: train the model again",
+            )
+        expected = list(item["greedy"])
+        total += len(expected)
+        agreed += next((n for n, (a, b) in enumerate(zip(written, expected, strict=False)) if a != b), len(written))
+    if not golden or agreed < (total if exact else _LOSSY_AGREEMENT * total):
+        raise GateRefused(
+            f"the model repeats {agreed} of the {total} golden tokens of its {len(golden)} conversations",
+            hint="it is not what was trained: run `llmo verify` on it",
+        )
+    return f"self-test: {agreed} of {total} golden tokens repeated"
+
+
+def _ask(pipeline: GenerationPipeline, item: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """The prompt's tokens, and those of the greedy answer."""
+    over = threading.Event()
+    heard: list[Heard] = []
+
+    def hear(what: Heard) -> None:
+        heard.append(what)
+        if isinstance(what, Usage | LLMOError):
+            over.set()
+
+    messages = item.get("messages")
+    prompt = Input(ids=item["input_ids"]) if messages is None else Input(messages=messages, tools=item.get("tools"))
+    most = max(1, len(item["greedy"]))
+    ask = Ask([prompt], Sampling(temperature=0.0), max_tokens=most, token_ids=True)
+    pipeline.submit(Call(ask, hear))
+    over.wait()
+    usage = heard[-1]
+    if isinstance(usage, LLMOError):
+        raise usage
+    parts = [part for what in heard[:-1] if isinstance(what, Sequence) for part in what if isinstance(part, Part)]
+    prompts = usage.prompt_ids if isinstance(usage, Usage) else None
+    return list((prompts or [[]])[0]), list(parts[-1].token_ids or ())
