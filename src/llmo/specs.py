@@ -151,14 +151,19 @@ class TrainSpec(Spec):
     seed: int = Field(13, description="of initialisation, order and dropout")
 
 
+Variant = Literal[
+    "onnx-fp32", "onnx-int8", "torch-bf16", "torch-int8", "openvino-bf16", "openvino-int8", "llamacpp-q8"
+]
+
+
 class CompressSpec(Spec):
     """What may be lost for speed."""
 
     max_drop: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.005, description="largest loss of the task's metric on dev"
     )
-    variants: tuple[Literal["onnx-fp32", "onnx-int8"], ...] = Field(
-        ("onnx-fp32", "onnx-int8"), description="what is tried", min_length=1, strict=False
+    variants: tuple[Variant, ...] | None = Field(
+        None, description="what is tried; default: all that this machine can run", min_length=1, strict=False
     )
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmo.compression.operation import choose, run
+from llmo.compression.choice import choose
+from llmo.compression.operation import run
 from llmo.context import NullContext
 from llmo.engines.base import Request
 from llmo.engines.torch import TorchEngine
