@@ -228,10 +228,11 @@ class EvaluateSpec(Spec):
 
 
 class HeardSpec(Spec):
-    """What an endpoint answered to one golden text: logits `[labels]` or `[tokens, labels]`."""
+    """What an endpoint answered to one golden text: logits `[labels]` or `[tokens, labels]`, or the tokens it wrote."""
 
     input_ids: list[int]
-    logits: list[Number] | list[list[Number]]
+    logits: list[Number] | list[list[Number]] = []
+    tokens: list[int] | None = None
 
 
 class VerifySpec(Spec):

@@ -293,7 +293,7 @@ class System:
         artifact = self.artifact(model)
         if "engine" not in artifact.card:
             raise ModelError(f"{artifact.ref} is a base model, which gives no answers", hint="train it: llmo train")
-        reference = artifact.inputs.get("model") if artifact.card.get("engine") != "torch" else None
+        reference = artifact.inputs.get("model") if "reference" in artifact.card else None
         steps = [to_json(step) for step in pipeline.deployment(model, reference, spec.plain())]
         return self._start("pipeline", {"steps": steps}, {}, name=spec.endpoint)
 

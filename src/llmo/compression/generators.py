@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,7 @@ from llmo.context import Context, Stopped
 from llmo.errors import EnvironmentProblem, LLMOError
 from llmo.tasks.base import Encoding, Row
 from llmo.tasks.card import load_tokenizer
-
-if TYPE_CHECKING:
-    from llmo.tasks.generation import Generation
+from llmo.tasks.generation import Generation
 
 MEASURE = "llmo.compression.measure_generation"
 REFERENCE = "torch-fp32"
@@ -82,7 +80,7 @@ def compete(
         if candidate.name not in measured:
             continue
         found = measured[candidate.name]
-        tally = task.tally(found.scores, rows, encodings)
+        tally = task.tally_scores(found.scores, rows, encodings)
         metrics[candidate.name] = task.intervals(tally)
         value = metrics[candidate.name][task.metric]["value"]
         table.append(

@@ -136,5 +136,5 @@ def goes_on(api: Api) -> bool:
 def reference(model: Artifact) -> dict[str, str]:
     """The input `reference` of a verification: the model a compressed one was made from."""
     return (
-        {"reference": model.inputs["model"]} if model.card.get("engine") != "torch" and "model" in model.inputs else {}
+        {"reference": model.inputs["model"]} if "reference" in model.card and "model" in model.inputs else {}
     )

@@ -49,6 +49,13 @@ def same_tokens(name: str, where: str, found: Sequence[Sequence[int]], expected:
     return Check(name, equal == len(expected), equal, len(expected), text, hint)
 
 
+def same_texts(name: str, where: str, found: Sequence[str], expected: Sequence[str], hint: str) -> Check:
+    """Texts are equal, byte for byte."""
+    equal = sum(a == b for a, b in zip(found, expected, strict=True))
+    text = f"conversations {where} are those of training for {equal} of {len(expected)}"
+    return Check(name, equal == len(expected), equal, len(expected), text, hint)
+
+
 def same_logits(
     name: str, pair: str, found: Sequence[Logits], expected: Sequence[Logits], limit: float = EXACT, hint: str = ""
 ) -> Check:

@@ -20,7 +20,8 @@ from llmo.files import digest_of, manifest_of, publish_json, sha256_file
 from llmo.tasks.base import Encoding, Logits, Task
 from llmo.tasks.card import TOKENIZER, load_task, load_tokenizer, read_card
 from llmo.types import Device
-from llmo.verify import adapter, checks, golden
+from llmo.tasks.generation import Generation
+from llmo.verify import adapter, checks, generation, golden
 from llmo.verify.checks import Check
 
 RETRAIN = "the weights are not those of training: train the model again"
@@ -72,11 +73,13 @@ def _checks(spec: Mapping[str, Any], model: Path, reference: Path | None, ctx: C
     if not found[0].passed:
         return found
     task = load_task(model)
+    if isinstance(task, Generation):
+        return found + _generation_checks(spec, model, reference, card, task, ctx)
     subject = Subject(model, card, task, evidence, task.encode(load_tokenizer(model), evidence.texts))
     found += _token_checks(subject)
     if not all(check.passed for check in found):
         return found  # with another tokeniser every later figure would be about other texts
-    compressed = card["engine"] != "torch"
+    compressed = "reference" in card
     saved = reference if compressed else model
     if saved is not None:
         ctx.report(1, 3, stage="saved model")
@@ -87,6 +90,31 @@ def _checks(spec: Mapping[str, Any], model: Path, reference: Path | None, ctx: C
     if spec.get("heard") is not None:
         ctx.report(3, 3, stage="endpoint")
         found += _endpoint_checks(spec["heard"], subject)
+    return found
+
+
+def _generation_checks(
+    spec: Mapping[str, Any],
+    model: Path,
+    reference: Path | None,
+    card: Mapping[str, Any],
+    task: Generation,
+    ctx: Context,
+) -> list[Check]:
+    evidence = generation.golden_of(model)
+    found = generation.token_checks(model, task, evidence)
+    if not all(check.passed for check in found):
+        return found  # with another tokeniser or template every later figure would be about other prompts
+    compressed = "reference" in card
+    saved = reference if compressed else model
+    if saved is not None:
+        ctx.report(1, 3, stage="saved model")
+        found += [_reference_check(card, saved)] if compressed else []
+        found += generation.saved_checks(saved, evidence)
+    ctx.report(2, 3, stage=f"engine {card['engine']}")
+    found += generation.engine_checks(model, card, evidence, ctx.device)
+    if spec.get("heard") is not None:
+        found += generation.endpoint_checks(spec["heard"], card, evidence)
     return found
 
 
