@@ -19,8 +19,8 @@ from llmo.errors import GateRefused, InputError, ModelError
 from llmo.files import digest_of, manifest_of, publish_json, sha256_file
 from llmo.tasks.base import Encoding, Logits, Task
 from llmo.tasks.card import TOKENIZER, load_task, load_tokenizer, read_card
-from llmo.types import Device
 from llmo.tasks.generation import Generation
+from llmo.types import Device
 from llmo.verify import adapter, checks, generation, golden
 from llmo.verify.checks import Check
 
