@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmo.context import Context
 from llmo.data import checks
+from llmo.data.chat.reasons import REASONS
 from llmo.data.deduplicate import deduplicate
-from llmo.data.prepare import Prepared, prepare, tick
+from llmo.data.forms.base import Form
+from llmo.data.forms.known import form_of
+from llmo.data.prepare import prepare, tick
+from llmo.data.prepared import Prepared
 from llmo.data.row import SPLITS, Drop, Dropped, Row
 from llmo.data.split import FEW_DOCUMENTS, divide
+from llmo.data.stored import Column
 from llmo.errors import DataError, SpecError
 from llmo.specs import DataSpec, TaskSpec
 
@@ -29,26 +34,33 @@ class Built:
     info: dict[str, Any]
     notes: list[str]
     samples: list[dict[str, Any]]
+    stored: Sequence[Column]
 
 
 def build(source: Path, data: DataSpec, task: TaskSpec, ctx: Context) -> Built:
     """Raises DataError, with the place, for what cannot be read, understood or learnt from."""
-    prepared = prepare(source, data, task, ctx)
-    checks.learnable(prepared, source.name)
-    splits, dropped = _divided(prepared, data, ctx)
+    form = form_of(data, task)
+    prepared = prepare(source, data, form, ctx)
+    form.check(prepared, source.name)
+    splits, dropped = _divided(prepared, form, data, ctx)
     checks.splits_agree(splits, source.name)
-    info = {"task": task.name, **_card(prepared, splits, dropped)}
+    info = {"task": task.name, **_card(prepared, form, splits, dropped)}
     notes = [*prepared.notes, *_notes(prepared, dropped), *checks.alike(info["labels"])]
-    return Built(splits, dropped, info, notes, [_sample(row) for row in _samples(splits["train"])])
+    return Built(splits, dropped, info, notes, [_sample(row) for row in _samples(splits["train"])], form.stored())
 
 
-def _divided(prepared: Prepared, data: DataSpec, ctx: Context) -> tuple[dict[str, list[Row]], list[Dropped]]:
+def _divided(
+    prepared: Prepared, form: Form, data: DataSpec, ctx: Context
+) -> tuple[dict[str, list[Row]], list[Dropped]]:
     """Copies go first, so that no text can be on two sides."""
 
     def progress(done: int) -> None:
         tick(ctx, done, len(prepared.rows), "comparing")
 
     rows, copies = deduplicate(prepared.rows, data.clean.drop_duplicates, data.clean.near_threshold, progress)
+    if data.clean.drop_duplicates != "none":
+        rows, asked = form.held_out(rows)
+        copies += asked
     shares = {"dev": data.split.dev, "test": data.split.test}
     present = {row.split for row in rows}
     if prepared.fixed_splits and "train" not in present:
@@ -61,10 +73,10 @@ def _divided(prepared: Prepared, data: DataSpec, ctx: Context) -> tuple[dict[str
         raise SpecError("split.dev and split.test leave nothing to train on", hint="their sum must be below 1")
     free = [row for row in rows if row.split in (None, "train")]
     if missing:
-        for row, split in zip(free, divide(free, missing, data.split.seed), strict=True):
+        for row, split in zip(free, divide(free, missing, data.split.seed, form.whole_groups), strict=True):
             row.split = split
         documents = {row.group for row in free if row.group}
-        if 0 < len(documents) < FEW_DOCUMENTS:
+        if 0 < len(documents) < FEW_DOCUMENTS and not form.whole_groups:
             prepared.notes.append(f"only {len(documents)} documents: their sentences are divided, not they themselves")
         if prepared.fixed_splits:
             prepared.notes.append(f"the source has no {' and no '.join(missing)}: taken from its train rows")
@@ -75,7 +87,9 @@ def _divided(prepared: Prepared, data: DataSpec, ctx: Context) -> tuple[dict[str
     return splits, [*prepared.dropped, *copies]
 
 
-def _card(prepared: Prepared, splits: Mapping[str, list[Row]], dropped: list[Dropped]) -> dict[str, Any]:
+def _card(prepared: Prepared, form: Form, splits: Mapping[str, list[Row]], dropped: list[Dropped]) -> dict[str, Any]:
+    rows = [row for name in SPLITS for row in splits[name]]
+    labels = checks.labels_of(rows)
     return {
         "columns": prepared.columns,
         "rows": {
@@ -85,10 +99,11 @@ def _card(prepared: Prepared, splits: Mapping[str, list[Row]], dropped: list[Dro
         },
         "dropped": dict(Counter(d.reason.value for d in dropped)),
         "changed": {name: count for name, count in prepared.log.changed.items() if count},
-        "labels": checks.labels_of([row for name in SPLITS for row in splits[name]]),
+        "labels": labels,
         "encodings": dict(prepared.log.encodings),
-        "splits": "fixed" if prepared.fixed_splits else "stratified",
-        "multi_label": prepared.multi_label,
+        "splits": "fixed" if prepared.fixed_splits else "stratified" if labels else "seeded",
+        "multi_label": form.multi_label,
+        **form.card(rows),
     }
 
 
@@ -100,8 +115,12 @@ def _notes(prepared: Prepared, dropped: list[Dropped]) -> list[str]:
         Drop.CONFLICT: "rows were dropped because the same text has other labels elsewhere",
         Drop.LEAK: "rows were dropped from train or dev because a copy of them is held out",
         Drop.NO_LABEL: "rows were dropped because they have no label",
+        **{reason: f"rows were dropped because they {words}" for reason, (words, _) in REASONS.items()},
     }
     lost = {
+        "trailing_turns": "conversations were cut after their last answer",
+        "empty_system": "conversations lost a system message that says nothing",
+        "message_keys": "keys of messages were left out: they are not of OpenAI's format",
         "overlapping_spans": "entities were left out because they overlap a longer one",
         "spans_emptied": "entities were left out because nothing of them is left after cleaning",
     }

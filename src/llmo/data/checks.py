@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from llmo.data.prepare import Prepared
+from llmo.data.chat.reasons import REASONS
+from llmo.data.prepared import Prepared
 from llmo.data.row import SPLITS, Drop, Row
 from llmo.errors import DataError
 
@@ -30,8 +31,7 @@ def learnable(prepared: Prepared, where: str) -> None:
             hint=f"the label is read from '{label}'; fill it, or name another: data.label: NAME",
         )
     if not prepared.rows:
-        told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-        raise DataError(f"no rows are left after cleaning ({told})", where=where, hint="give rows with text and label")
+        raise _nothing_left(reasons, where, "give rows with text and label")
     counts = labels_of(prepared.rows)
     if not counts:
         raise DataError(
@@ -45,8 +45,24 @@ def learnable(prepared: Prepared, where: str) -> None:
         raise DataError(
             f"'{label}' has {len(counts)} different labels in {len(prepared.rows)} rows: it is not a label column",
             where=where,
-            hint="name another: data.label: NAME",
+            hint="name another: data.label: NAME; or, if these are answers, say task: generation",
         )
+
+
+def answerable(prepared: Prepared, where: str) -> None:
+    """Raises DataError when nothing is left, or most conversations have the same flaw: then the source has it."""
+    reasons = Counter(d.reason for d in prepared.dropped)
+    for reason, count in reasons.items():
+        if reason in REASONS and 2 * count > prepared.read:
+            words, hint = REASONS[reason]
+            first = next(d for d in prepared.dropped if d.reason == reason)
+            raise DataError(
+                f"{count} of {prepared.read} rows {words}; the first is {first.row.place}: {first.detail}",
+                where=where,
+                hint=hint,
+            )
+    if not prepared.rows:
+        raise _nothing_left(reasons, where, "give conversations with answers, or texts")
 
 
 def splits_agree(splits: Mapping[str, Sequence[Row]], where: str) -> None:
@@ -74,6 +90,11 @@ def alike(counts: Mapping[str, int]) -> list[str]:
         if other != label:
             notes.append(f"the labels '{other}' and '{label}' differ by case only; they are learnt as two classes")
     return notes
+
+
+def _nothing_left(reasons: Mapping[Drop, int], where: str, hint: str) -> DataError:
+    told = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    return DataError(f"no rows are left after cleaning ({told})", where=where, hint=hint)
 
 
 def _why(label: str, known: Mapping[str, int]) -> str:

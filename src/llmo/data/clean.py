@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ftfy
 
@@ -38,6 +38,9 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _SPACE = re.compile(r"\s+")
 _PLAIN = re.compile(r"[!-~]+(?: [!-~]+)*")
 _LINE_ENDS = frozenset("\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029")
+_ENDS = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+_ODD_SPACE = re.compile(r"[^\S\t\n ]")
+_BLANK_LINES = re.compile(r"\A(?:[ \t]*\n)+")
 _ROUNDS = 4
 
 
@@ -48,19 +51,16 @@ def clean(text: str, spec: CleanSpec, changed: Counter[str]) -> str:
     if spec.strip_html and html.is_html(text):
         text = html.strip(text)
         changed["html"] += 1
-    before = text
     steps: set[str] = set()
-    for _ in range(_ROUNDS):  # mending can only meet more to mend where texts were damaged twice
-        start = text
-        if spec.fix_encoding:
-            text = _noted(text, mend(text), "encoding", steps)
-        if spec.normalise:
-            text = _noted(text, normalise(text).strip(), "normalised", steps)
-        if text == start:
-            break
-    if text != before:
-        changed.update(steps)
+    text = _mended(text, spec, steps, lambda given: normalise(given).strip())
+    changed.update(steps)
     return text
+
+
+def clean_block(text: str, spec: CleanSpec, steps: set[str]) -> str:
+    """As `clean`, for what is written over several lines: line ends, indentation and code stay, and so does HTML,
+    which in an answer is an example and not damage. `steps` takes the names of those that altered something."""
+    return text if _PLAIN.fullmatch(text) else _mended(text, spec, steps, normalise_block)
 
 
 def clean_spans(text: str, spans: Sequence[Span], spec: CleanSpec, changed: Counter[str]) -> tuple[str, list[Span]]:
@@ -91,6 +91,22 @@ def clean_spans(text: str, spans: Sequence[Span], spec: CleanSpec, changed: Coun
     return (result.rstrip() if spec.normalise else result), moved
 
 
+def _mended(text: str, spec: CleanSpec, steps: set[str], tidy: Callable[[str], str]) -> str:
+    before = text
+    taken: set[str] = set()
+    for _ in range(_ROUNDS):  # mending can only meet more to mend where texts were damaged twice
+        start = text
+        if spec.fix_encoding:
+            text = _noted(text, mend(text), "encoding", taken)
+        if spec.normalise:
+            text = _noted(text, tidy(text), "normalised", taken)
+        if text == start:
+            break
+    if text != before:
+        steps |= taken
+    return text
+
+
 def mend(text: str) -> str:
     """Undo text that was decoded with the wrong encoding; correct text stays as it is."""
     if text.isascii():
@@ -102,6 +118,14 @@ def normalise(text: str) -> str:
     """NFC, no control characters, white space folded: a run with a line end is one `\\n`, any other one space."""
     text = _DROPPED.sub("", _ESCAPES.sub("", _SURROGATES.sub("\ufffd", text)))
     return _SPACE.sub(_fold, unicodedata.normalize("NFC", text))
+
+
+def normalise_block(text: str) -> str:
+    """NFC, no control characters, line ends as `\\n`; nothing blank around: lines, or the space around a single one."""
+    text = _DROPPED.sub("", _ESCAPES.sub("", _SURROGATES.sub("\ufffd", text)))
+    text = _ODD_SPACE.sub(" ", _ENDS.sub("\n", unicodedata.normalize("NFC", text)))
+    text = _BLANK_LINES.sub("", text).rstrip()
+    return text if "\n" in text else text.lstrip()
 
 
 def _fold(match: re.Match[str]) -> str:

@@ -12,13 +12,13 @@ from typing import Any, cast, overload
 import pyarrow as pa
 
 from llmo.data.row import SPLITS, Dropped, Row
+from llmo.data.stored import Column
 from llmo.errors import DataError, NotFoundError
 from llmo.files import publish_json, storage_errors
 
 CARD = "dataset.json"
 FORMAT = 1
 _BATCH_ROWS = 1024
-_SPAN = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("label", pa.string())])
 _DROPPED = pa.schema([(name, pa.string()) for name in ("id", "text", "reason", "detail", "source")])
 
 
@@ -113,14 +113,12 @@ def write(
     splits: Mapping[str, Sequence[Row]],
     dropped: Sequence[Dropped],
     info: Mapping[str, Any],
-    *,
-    with_spans: bool,
-    multi_label: bool,
+    columns: Sequence[Column],
 ) -> None:
     """Write a data set folder; the card comes last. Raises StorageError when the disk does not take it."""
-    schema = pa.schema([("id", pa.string()), ("text", pa.string()), _target_field(with_spans, multi_label)])
+    schema = pa.schema([(column.name, column.type) for column in columns])
     for name in SPLITS:
-        records = (_record(row, schema.names[-1]) for row in splits[name])
+        records = ({column.name: column.value(row) for column in columns} for row in splits[name])
         _write_table(folder / f"{name}.arrow", records, schema)
     lost = (
         {"id": d.row.id, "text": d.row.text, "reason": d.reason.value, "detail": d.detail, "source": d.row.place}
@@ -128,23 +126,6 @@ def write(
     )
     _write_table(folder / "dropped.arrow", lost, _DROPPED)
     publish_json(folder / CARD, {"format": FORMAT, **info})
-
-
-def _target_field(with_spans: bool, multi_label: bool) -> tuple[str, pa.DataType]:
-    if with_spans:
-        return ("spans", pa.list_(_SPAN))
-    return ("labels", pa.list_(pa.string())) if multi_label else ("label", pa.string())
-
-
-def _record(row: Row, target: str) -> dict[str, Any]:
-    labels = row.labels or ()
-    if target == "spans":
-        value: Any = [{"start": s.start, "end": s.end, "label": s.label} for s in row.spans]
-    elif target == "labels":
-        value = list(labels)
-    else:
-        value = labels[0]
-    return {"id": row.id, "text": row.text, target: value}
 
 
 def _write_table(path: Path, records: Iterable[dict[str, Any]], schema: pa.Schema) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmo.data.encoding import detect, opened
-from llmo.data.readers.folders import label_folders
+from llmo.data.readers.folders import files_below, label_folders
 from llmo.data.splitnames import split_name, split_of_file
 from llmo.data.tags import problem
 from llmo.errors import DataError
@@ -28,8 +29,12 @@ _ENDINGS = {
     ".bio": "conll",
     ".iob": "conll",
     ".iob2": "conll",
+    ".yml": "chatterbot",
+    ".yaml": "chatterbot",
     ".txt": "",
 }
+_DOCUMENTS = (".txt", ".text", ".md")
+_JSON = re.compile(rb"\s*(?:\[\s*[\[{]|\{\s*\")")
 _HEAD = 1 << 16
 
 
@@ -42,15 +47,20 @@ class Part:
     split: str | None = None
 
 
-def parts(source: Path, spec: DataSpec) -> list[Part]:
-    """What there is to read. Raises DataError when the layout is not understood, or names contradict each other."""
+def parts(source: Path, spec: DataSpec, *, documents: bool = False) -> list[Part]:
+    """What there is to read. Raises DataError when the layout is not understood, or names contradict each other.
+
+    With `documents`, text files are texts to learn from, and folders stand for no labels.
+    """
     try:
         if source.is_file():
-            return [Part(source, _format(source, source.name, spec))]
+            return [Part(source, _format(source, source.name, spec, documents))]
         files = sorted(p for p in source.iterdir() if p.is_file() and p.suffix.casefold() in _ENDINGS)
         folders = label_folders(source)
     except PermissionError:
         raise DataError("no permission to read this folder", where=source.name, hint="chmod u+rx it") from None
+    if documents:
+        return _of_documents(source, files, folders, spec)
     if spec.format == "folders" or (folders and not files):
         return _of_folders(source, folders, spec)
     if not files:
@@ -63,22 +73,39 @@ def parts(source: Path, spec: DataSpec) -> list[Part]:
 
 
 def _of_folders(source: Path, folders: list[Path], spec: DataSpec) -> list[Part]:
+    return _by_split(folders, spec, documents=False) or [Part(source, "folders")]
+
+
+def _of_documents(source: Path, files: list[Path], folders: list[Path], spec: DataSpec) -> list[Part]:
+    """Folders and files of splits, else the data files at any depth, else every text file as a document."""
+    found = [] if files else _by_split(folders, spec, documents=True)
+    if found:
+        return found
+    files = files or [file for file in files_below(source) if file.suffix.casefold() in _ENDINGS]
+    by_split = any(split_of_file(file.stem) == "train" for file in files)
+    if by_split or any(_ENDINGS[file.suffix.casefold()] for file in files):
+        return _of_files(files, spec, documents=True)
+    return [Part(source, "text")]
+
+
+def _by_split(folders: list[Path], spec: DataSpec, *, documents: bool) -> list[Part]:
+    """What is in folders that are named after splits; nothing when they are not."""
     names = [split_name(folder.name) for folder in folders]
     if "train" not in names or None in names:
-        return [Part(source, "folders")]
+        return []
     found = []
     for folder, split in zip(folders, names, strict=True):
-        found += [Part(part.path, part.format, split) for part in parts(folder, spec)]
+        found += [Part(part.path, part.format, split) for part in parts(folder, spec, documents=documents)]
     return found
 
 
-def _of_files(files: list[Path], spec: DataSpec) -> list[Part]:
+def _of_files(files: list[Path], spec: DataSpec, *, documents: bool = False) -> list[Part]:
     splits = {file: split_of_file(file.stem) for file in files}
     if any(split == "train" for split in splits.values()):
         files = [file for file in files if splits[file]]  # a README.txt or labels.json beside them is no data
     else:
         splits = dict.fromkeys(files)
-    found = [Part(file, _format(file, file.name, spec), splits[file]) for file in files]
+    found = [Part(file, _format(file, file.name, spec, documents), splits[file]) for file in files]
     formats = sorted({part.format for part in found})
     if len(formats) > 1:
         raise DataError(
@@ -89,7 +116,7 @@ def _of_files(files: list[Path], spec: DataSpec) -> list[Part]:
     return found
 
 
-def _format(path: Path, where: str, spec: DataSpec) -> str:
+def _format(path: Path, where: str, spec: DataSpec, documents: bool) -> str:
     if spec.format not in ("auto", "folders"):
         return spec.format
     if spec.format == "folders":
@@ -101,7 +128,7 @@ def _format(path: Path, where: str, spec: DataSpec) -> str:
     named = _ENDINGS.get(path.suffix.casefold(), "")
     if named == "json" and _is_json_lines(head):
         return "jsonl"
-    return named or _by_content(path, head, where, spec)
+    return named or _by_content(path, head, where, spec, documents)
 
 
 def _is_json_lines(head: bytes) -> bool:
@@ -115,14 +142,17 @@ def _is_json_lines(head: bytes) -> bool:
     return True
 
 
-def _by_content(path: Path, head: bytes, where: str, spec: DataSpec) -> str:
+def _by_content(path: Path, head: bytes, where: str, spec: DataSpec, documents: bool) -> str:
     if not head:
         raise DataError("the file is empty", where=where, hint="give a file with at least a few rows")
     if _is_json_lines(head):
         return "jsonl"
-    if head.lstrip()[:1] in (b"[", b"{"):
+    prose = documents and path.suffix.casefold() in _DOCUMENTS
+    if _JSON.match(head) if prose else head.lstrip()[:1] in (b"[", b"{"):
         return "json"
     encoding = detect(path, spec.encoding, where)  # also refuses what is not text
+    if prose:
+        return "text"
     if _looks_like_conll(head.decode(encoding.codec, "replace")):
         return "conll"
     first = head.split(b"\n", 1)[0]

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from llmo.data import tags
-from llmo.data.columns import Columns
+from llmo.data.named import Columns
 from llmo.data.row import Span
 from llmo.errors import DataError
 

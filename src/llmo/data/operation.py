@@ -10,7 +10,6 @@ from llmo import sources, specfile
 from llmo.context import Context
 from llmo.data import dataset
 from llmo.data.build import build
-from llmo.data.prepare import TAGGING
 from llmo.errors import DataError
 from llmo.specs import DataSpec, TaskSpec
 
@@ -27,9 +26,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         ctx.note(note)
     info = {"source": data.source, "source_digest": digest, **built.info}
     card = {**info, "samples": built.samples}
-    dataset.write(
-        out, built.splits, built.dropped, card, with_spans=task.name == TAGGING, multi_label=info["multi_label"]
-    )
+    dataset.write(out, built.splits, built.dropped, card, built.stored)
     ctx.report(info["rows"]["read"], info["rows"]["read"], phase="written")
     return info
 

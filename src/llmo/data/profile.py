@@ -18,8 +18,9 @@ from llmo.specs import DataSpec, TaskSpec
 class Profile:
     """`rows` counts read, train, dev, test and dropped; `dropped` counts by reason. Lengths are in characters.
 
-    `splits` is "fixed" when the source has its own, else "stratified". `texts` are the cleaned texts of all splits,
-    for whoever wants to count tokens.
+    `splits` is "fixed" when the source has its own, else "stratified" by label, or "seeded" where there are none.
+    `texts` are the cleaned texts of all splits (of conversations: transcripts), for whoever wants to count tokens.
+    `shape` is "messages", "preference" or "text", and empty for the other tasks.
     """
 
     rows: dict[str, int]
@@ -32,6 +33,7 @@ class Profile:
     multi_label: bool
     longest: int
     median: int
+    shape: str
     samples: list[dict[str, Any]]
     notes: list[str]
     texts: list[str] = field(repr=False)
@@ -56,6 +58,7 @@ def profile(spec: DataSpec, task: TaskSpec, uploads: Path | None = None, ctx: Co
         **{name: built.info[name] for name in known},
         longest=max(lengths),
         median=int(median(lengths)),
+        shape=built.info.get("shape", ""),
         samples=built.samples,
         notes=built.notes,
         texts=texts,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from llmo.data.conversation import Conversation
+
 SPLITS = ("train", "dev", "test")
 
 
@@ -17,6 +19,23 @@ class Drop(enum.StrEnum):
     NEAR_DUPLICATE = "near_duplicate"
     LEAK = "leak"
     CONFLICT = "conflict"
+    NO_ANSWER = "no_answer"
+    EMPTY_CONTENT = "empty_content"
+    UNKNOWN_ROLE = "unknown_role"
+    BROKEN_TURNS = "broken_turns"
+    BROKEN_TOOLS = "broken_tools"
+    NOT_TEXT = "not_text"
+    SAME_ANSWERS = "same_answers"
+    PROMPT_LEAK = "prompt_leak"
+
+
+class Flawed(Exception):
+    """Raised while a row is read or cleaned: it cannot be learnt from, and the others can."""
+
+    def __init__(self, reason: Drop, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
 
 
 @dataclass(slots=True)
@@ -33,7 +52,8 @@ class Row:
     """A text with what is known of it.
 
     `labels` are the classes of the text, or the entity types of its spans; None when the source gives none.
-    `place` is where the row came from (`file:line`); `group` names the document that must not be divided.
+    `place` is where the row came from (`file:line`); `group` names the document, or the question, that must not be
+    divided. The text of a `conversation` is its transcript. `flaw` says why the row must be dropped.
     """
 
     text: str
@@ -43,6 +63,8 @@ class Row:
     split: str | None = None
     spans: list[Span] = field(default_factory=list)
     group: str | None = None
+    conversation: Conversation | None = None
+    flaw: Flawed | None = None
 
 
 @dataclass(slots=True)

@@ -23,18 +23,22 @@ class _Unit:
     key: str
 
 
-def divide(rows: Sequence[Row], shares: Mapping[str, float], seed: int) -> list[str]:
+def divide(rows: Sequence[Row], shares: Mapping[str, float], seed: int, whole_groups: bool = False) -> list[str]:
     """The split of each row. `shares` are the fractions of dev and test; the rest is train.
 
     Rows of one `group`, and rows with the same text, stay together. With one label a row, each label's share is
     exact to one row, and a label of three rows or more is in train. With several, rows are given in the order of
     their rarest label to the split that lacks it most (iterative stratification, Sechidis et al. 2011), and no
-    label of dev or test is missing from train.
+    label of dev or test is missing from train. Rows without any labels are divided by number alone. With
+    `whole_groups`, groups stay together however few there are.
     """
-    units = _units(rows, seed)
+    units = _units(rows, seed, whole_groups)
     held = {name: share for name, share in shares.items() if share > 0}
     single = all(len(unit.labels) == 1 and len(unit.rows) == 1 for unit in units)
-    chosen = _stratified(units, held) if single else _iterative(units, held)
+    if all(unit.labels == (_NONE,) for unit in units):
+        chosen = _by_number(units, held)
+    else:
+        chosen = _stratified(units, held) if single else _iterative(units, held)
     result = [""] * len(rows)
     for unit, split in zip(units, chosen, strict=True):
         for row in unit.rows:
@@ -42,9 +46,9 @@ def divide(rows: Sequence[Row], shares: Mapping[str, float], seed: int) -> list[
     return result
 
 
-def _units(rows: Sequence[Row], seed: int) -> list[_Unit]:
+def _units(rows: Sequence[Row], seed: int, whole_groups: bool) -> list[_Unit]:
     """In an order that only the content and the seed decide."""
-    grouped = len({row.group for row in rows if row.group}) >= FEW_DOCUMENTS
+    grouped = whole_groups or len({row.group for row in rows if row.group}) >= FEW_DOCUMENTS
     together: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         together[f"document {row.group}" if row.group and grouped else text_key(row.text)].append(i)
@@ -54,6 +58,21 @@ def _units(rows: Sequence[Row], seed: int) -> list[_Unit]:
         key = hashlib.sha256(f"{seed}\n{name}".encode("utf-8", "replace")).hexdigest()
         units.append(_Unit(members, tuple(labels) or (_NONE,), key))
     return sorted(units, key=lambda unit: unit.key)
+
+
+def _by_number(units: Sequence[_Unit], shares: Mapping[str, float]) -> list[str]:
+    """As many rows as each share asks for, taken unit by unit where one fits; train keeps a unit at least."""
+    chosen = ["train"] * len(units)
+    total = sum(len(unit.rows) for unit in units)
+    left = len(units) - 1
+    for split, share in sorted(shares.items(), reverse=True):  # test before dev
+        wanted = max(1, round(total * share))
+        for i, unit in enumerate(units):
+            if left and chosen[i] == "train" and len(unit.rows) <= wanted:
+                chosen[i] = split
+                wanted -= len(unit.rows)
+                left -= 1
+    return chosen
 
 
 def _stratified(units: Sequence[_Unit], shares: Mapping[str, float]) -> list[str]:

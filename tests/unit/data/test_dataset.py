@@ -9,6 +9,7 @@ import pytest
 
 from llmo.data.dataset import Dataset, write
 from llmo.data.row import Drop, Dropped, Row, Span
+from llmo.data.stored import LABELS, ONE_LABEL, SPANS
 from llmo.errors import DataError, NotFoundError
 
 
@@ -21,7 +22,7 @@ def rows():
 def folder(tmp_path, rows):
     lost = [Dropped(Row("x", None, "a.csv:9", id="9"), Drop.EMPTY, "why")]
     splits = {"train": rows, "dev": rows[:3], "test": []}
-    write(tmp_path, splits, lost, {"task": "text-classification"}, with_spans=False, multi_label=False)
+    write(tmp_path, splits, lost, {"task": "text-classification"}, ONE_LABEL)
     return tmp_path
 
 
@@ -61,10 +62,10 @@ def test_spans_and_several_labels(tmp_path):
     row = Row("Ada ran", ("P",), "1", id="1", spans=[Span(0, 3, "P")])
     splits = {"train": [row], "dev": [], "test": []}
     (tmp_path / "s").mkdir()
-    write(tmp_path / "s", splits, [], {}, with_spans=True, multi_label=False)
+    write(tmp_path / "s", splits, [], {}, SPANS)
     assert Dataset.open(tmp_path / "s").split("train")[0]["spans"] == [{"start": 0, "end": 3, "label": "P"}]
     (tmp_path / "m").mkdir()
-    write(tmp_path / "m", splits, [], {}, with_spans=False, multi_label=True)
+    write(tmp_path / "m", splits, [], {}, LABELS)
     assert Dataset.open(tmp_path / "m").split("train")[0]["labels"] == ["P"]
 
 

@@ -22,7 +22,8 @@ def quoted(cells, sign):
 
 
 def test_every_format_has_a_reader():
-    assert plugins.names("llmo.readers") == ["conll", "csv", "folders", "json", "jsonl", "parquet", "tsv"]
+    known = ["chatterbot", "conll", "csv", "folders", "json", "jsonl", "parquet", "text", "tsv"]
+    assert plugins.names("llmo.readers") == known
 
 
 @pytest.mark.parametrize("sign", [",", ";", "\t", "|"])

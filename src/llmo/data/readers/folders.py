@@ -19,7 +19,7 @@ def read(path: Path, spec: DataSpec, log: ReadLog) -> Iterator[RawRow]:
     skipped = 0
     found = False
     for folder in label_folders(path):
-        for file in _files(folder):
+        for file in files_below(folder):
             if file.is_symlink() or not is_text(file):
                 skipped += 1
                 continue
@@ -44,12 +44,15 @@ def is_text(path: Path) -> bool:
     return suffix in TEXT_ENDINGS or suffix[1:].isdigit()
 
 
-def _files(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
+    """All files in a folder and those below it, but hidden ones. Raises DataError for a folder that may not be read."""
+
     def refused(error: OSError) -> None:
         name = Path(str(error.filename)).name
         raise DataError("no permission to read this folder", where=name, hint=f"chmod u+rx {name}") from None
 
     found = []
-    for top, _, names in os.walk(folder, onerror=refused):
+    for top, folders, names in os.walk(folder, onerror=refused):
+        folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(top) / name for name in names if not name.startswith(".")]
     return sorted(found)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmo.data.encoding import lines, open_text
+from llmo.data.jsonvalue import TooDeep, mended
 from llmo.data.readers.base import RawRow, ReadLog
 from llmo.data.splitnames import split_name
 from llmo.errors import DataError
 from llmo.specs import DataSpec
 
 _MAX_FILE = 256 << 20
-_MAX_DEPTH = 32
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _LISTS = ("data", "rows", "examples", "items", "records")
 
 
@@ -68,28 +66,14 @@ def _object(value: Any, place: str, log: ReadLog) -> Mapping[str, Any]:
         raise DataError(
             f"a row must be an object of columns, this is {_kind(value)}",
             where=place,
-            hint='write each row as {"text": "...", "label": "..."}',
+            hint='write each row as {"text": "...", "label": "..."}, or {"messages": [...]}',
         )
-    mended, count = _without_surrogates(value, place, _MAX_DEPTH)
+    try:
+        found, count = mended(value)
+    except TooDeep:
+        raise _too_deep(place) from None
     log.changed["encoding"] += bool(count)
-    return dict(mended)
-
-
-def _without_surrogates(value: Any, place: str, depth: int) -> tuple[Any, int]:
-    """Half of a surrogate pair is no character: it becomes U+FFFD, which keeps every offset."""
-    if isinstance(value, str):
-        return (value, 0) if value.isascii() else _SURROGATE.subn("\ufffd", value)
-    if not isinstance(value, (dict, list)):
-        return value, 0
-    if depth == 0:
-        raise _too_deep(place)
-    if isinstance(value, list):
-        items = [_without_surrogates(item, place, depth - 1) for item in value]
-        return [item[0] for item in items], sum(item[1] for item in items)
-    keys = [_without_surrogates(key, place, depth - 1) for key in value]
-    items = [_without_surrogates(item, place, depth - 1) for item in value.values()]
-    mended = {key[0]: item[0] for key, item in zip(keys, items, strict=True)}
-    return mended, sum(part[1] for part in keys + items)
+    return dict(found)
 
 
 def _parts(document: Any, where: str) -> list[tuple[str | None, list[Any]]]:
@@ -114,7 +98,9 @@ def _parts(document: Any, where: str) -> list[tuple[str | None, list[Any]]]:
 
 
 def _too_deep(where: str) -> DataError:
-    return DataError("JSON nested too deeply", where=where, hint="a row is a flat object of columns")
+    return DataError(
+        "JSON nested too deeply", where=where, hint="a row is an object of columns, with little in them nested"
+    )
 
 
 def _kind(value: Any) -> str:
