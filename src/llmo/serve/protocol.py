@@ -1,9 +1,11 @@
 """What a gateway and a replica say to each other over a unix socket: frames of a 4-byte length and JSON.
 
 On connection the replica says hello: `{"hello": 1, "deadline_seconds": s}`. Then, multiplexed by `id`:
-`{"id", "op": "predict", "texts", "deadline" (unix seconds or null), "logits"}` is answered `{"id", "answers": [...]}`
-or `{"id", "error": LLMOError.to_json()}`; `{"op": "cancel", "id"}` has no answer; `{"id", "op": "stats"}` is
-answered `{"id", "stats": {...}}`.
+`{"id", "op": "predict", "texts", "deadline" (unix seconds or null), "logits", "tenant"}` is answered
+`{"id", "answers": [...]}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant"}` is answered
+`{"id", "delta": [Part.to_json(), ...]}` any number of times and then `{"id", "done": Usage.to_json()}`; either may be
+answered `{"id", "error": LLMOError.to_json()}`, which ends it. `{"op": "cancel", "id"}` has no answer;
+`{"id", "op": "stats"}` is answered `{"id", "stats": {...}}`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from itertools import count
 from typing import Any, cast
 
 from llmo.errors import DeadlineError, LLMOError, TooLargeError, UnreachableError, from_json
+from llmo.serve.stream import Stream
 
 VERSION = 1
 MAX_FRAME = 64 << 20
@@ -97,6 +100,7 @@ class Link(Frames):
     def __init__(self) -> None:
         super().__init__()
         self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._streams: dict[int, Stream] = {}
         self._ids = count(1)
         self.hello: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self.deadline_seconds = 0.0
@@ -121,7 +125,7 @@ class Link(Frames):
 
     @property
     def outstanding(self) -> int:
-        return len(self._calls)
+        return len(self._calls) + len(self._streams)
 
     async def call(self, body: Mapping[str, Any]) -> Any:
         """Send a call and wait for its answer: a predict's is the raw JSON list of answers, others' an object.
@@ -144,6 +148,27 @@ class Link(Frames):
         finally:
             self._calls.pop(number, None)
 
+    def open(self, body: Mapping[str, Any], over: Callable[[], None]) -> Stream:
+        """Send a generation; its frames come through the stream, which calls `over` when there are no more.
+
+        Raises ReplicaGone when the connection has ended; if it ends later, the stream does.
+        """
+        if self.closed:
+            raise ReplicaGone("the connection is closed")
+        number = next(self._ids)
+
+        def take_back() -> None:
+            if not self.closed:
+                self.transport.write(frame({"op": "cancel", "id": number}))
+
+        def ended() -> None:
+            self._streams.pop(number, None)
+            over()
+
+        stream = self._streams[number] = Stream(take_back, ended)
+        self.transport.write(frame({"id": number, **body}))
+        return stream
+
     def close(self) -> None:
         self.closed = True
         self.transport.close()
@@ -154,6 +179,8 @@ class Link(Frames):
         for waiting in [*self._calls.values(), self.hello]:
             if not waiting.done():
                 waiting.set_exception(gone)
+        for stream in list(self._streams.values()):
+            stream.fail(gone)
         if not self.hello.cancelled():
             self.hello.exception()  # heard here, so that a connection nobody waits for does not warn
 
@@ -169,6 +196,10 @@ class Link(Frames):
                 self.hello.set_result(body)
         elif "error" in body:
             self._fail(body["id"], body["error"])
+        elif "delta" in body or "done" in body:
+            stream = self._streams.get(body["id"])
+            if stream is not None:
+                stream.put(body, len(data))
         else:
             self._finish(body["id"], body)
 
@@ -178,14 +209,13 @@ class Link(Frames):
             waiting.set_result(result)
 
     def _fail(self, number: int, body: dict[str, Any]) -> None:
-        waiting = self._calls.get(number)
-        if waiting is None or waiting.done():
-            return
-        error = from_json(body)
-        if isinstance(error, UnreachableError):
-            waiting.set_exception(ReplicaGone(error.what))
-        else:
+        known = from_json(body)
+        error = ReplicaGone(known.what) if isinstance(known, UnreachableError) else known
+        waiting, stream = self._calls.get(number), self._streams.get(number)
+        if waiting is not None and not waiting.done():
             waiting.set_exception(error)
+        if stream is not None:
+            stream.fail(error)
 
 
 def predict_once(

@@ -6,14 +6,18 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
+from llmo.serve.ask import Ask
 from llmo.serve.protocol import Link, ReplicaGone
+from llmo.serve.stream import Stream
 from llmo.types import Endpoint
+
+T = TypeVar("T")
 
 _TRIES = 3  # replicas asked for one request before it fails
 _STATS_SECONDS = 1.0
@@ -26,6 +30,14 @@ class Reply:
 
     model: str
     answers: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Generating:
+    """An answer that has begun: its frames come through `stream`, which whoever has it must close."""
+
+    model: str
+    stream: Stream
 
 
 class Replica:
@@ -41,13 +53,34 @@ class Replica:
         """As `Link.call`, over a connection made anew when the last one ended. Raises ReplicaGone."""
         self.outstanding += 1  # before the connection is there, so that a burst is divided as well
         try:
-            if self._link is None or self._link.closed:
-                async with self._connecting:
-                    if self._link is None or self._link.closed:
-                        self._link = await Link.connect(self.address)
-            return await self._link.call(body)
+            return await (await self._connected()).call(body)
         finally:
             self.outstanding -= 1
+
+    async def open(self, body: Mapping[str, Any]) -> Stream:
+        """As `Link.open`, once the first frame is there; raises what came instead of it."""
+        self.outstanding += 1
+        try:
+            stream = (await self._connected()).open(body, self._ended)
+        except BaseException:
+            self._ended()
+            raise
+        try:
+            await stream.begun()
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def _connected(self) -> Link:
+        if self._link is None or self._link.closed:
+            async with self._connecting:
+                if self._link is None or self._link.closed:
+                    self._link = await Link.connect(self.address)
+        return self._link
+
+    def _ended(self) -> None:
+        self.outstanding -= 1
 
     def close(self) -> None:
         if self._link is not None:
@@ -112,15 +145,41 @@ class Router:
             self._began = began
             self.ready = True
 
+    def endpoints(self) -> list[Endpoint]:
+        """What the table holds, by name."""
+        return [self._table[name].endpoint for name in sorted(self._table)]
+
+    async def endpoint(self, name: str) -> Endpoint:
+        """Raises NotFoundError."""
+        return (await self._find(name)).endpoint
+
     async def predict(
-        self, name: str, texts: Sequence[str], *, deadline: float | None = None, logits: bool = False
+        self,
+        name: str,
+        texts: Sequence[str],
+        *,
+        deadline: float | None = None,
+        logits: bool = False,
+        tenant: str = "",
     ) -> Reply:
         """Answers of the endpoint's model; `deadline` in unix seconds, None for the endpoint's own.
 
         Raises NotFoundError, UnreachableError, and what the replica raises (BusyError, DeadlineError, InputError).
         A call whose replica goes before it answers is sent once more to another one: predicting twice is harmless.
         """
-        body = {"op": "predict", "texts": texts, "deadline": deadline, "logits": logits}
+        body = {"op": "predict", "texts": texts, "deadline": deadline, "logits": logits, "tenant": tenant}
+        model, answers = await self._ask(name, lambda replica: replica.call(body))
+        return Reply(model, answers)
+
+    async def generate(self, name: str, ask: Ask, *, tenant: str = "", deadline: float | None = None) -> Generating:
+        """The beginning of an answer of the endpoint's model. Raises as `predict`; once it has begun, a replica that
+        goes ends the stream with ReplicaGone, for nobody else can go on with it."""
+        body = {"op": "generate", "ask": ask.to_json(), "deadline": deadline, "tenant": tenant}
+        model, stream = await self._ask(name, lambda replica: replica.open(body))
+        return Generating(model, stream)
+
+    async def _ask(self, name: str, ask: Callable[[Replica], Awaitable[T]]) -> tuple[str, T]:
+        """What the least busy replica says to `ask`, or another one when it is gone or full; and its model."""
         tried: list[Replica] = []
         looked_again = False
         failure: Exception = ReplicaGone("it has no replica")
@@ -135,7 +194,7 @@ class Router:
             if replica is None:
                 break
             try:
-                return Reply(target.model, await replica.call(body))
+                return target.model, await ask(replica)
             except ReplicaGone as gone:
                 failure = gone
                 tried.append(replica)
