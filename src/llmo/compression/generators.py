@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -223,7 +223,7 @@ def _numbers(model: Path) -> int:
     return sum(math.prod(entry["shape"]) for name, entry in head.items() if name != "__metadata__")
 
 
-def _openvino(precision: str) -> Callable[[Path, Path], None]:
+def _openvino(precision: Literal["bf16", "int8"]) -> Callable[[Path, Path], None]:
     def build(model: Path, target: Path) -> None:
         try:
             from llmo.compression.openvino_graph import write

@@ -88,7 +88,8 @@ def token_checks(folder: Path, task: Generation, golden: Sequence[Golden]) -> li
                 f"plain transformers cannot open the tokeniser: {error}", where=str(folder), hint=RETRAIN
             ) from error
         theirs = [
-            plain.apply_chat_template(list(g.messages), add_generation_prompt=True, tokenize=False) for g in spoken
+            str(plain.apply_chat_template([dict(m) for m in g.messages], add_generation_prompt=True, tokenize=False))
+            for g in spoken
         ]
         their_ids = [list(plain(text, add_special_tokens=False)["input_ids"]) for text in theirs]
     expected, wanted = [g.rendered for g in spoken], [g.input_ids for g in spoken]
