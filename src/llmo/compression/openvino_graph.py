@@ -49,8 +49,8 @@ def write(folder: Path, out: Path, precision: Precision) -> Converted:
 
     Raises ModelError for an architecture this cannot express, or if the graph's logits are not the model's.
     """
+    _check_family(folder)
     model = _open(folder)
-    _check_family(model.config, folder)
     graph = _Builder(model, precision).build()
     found = _graph_logits(graph, model.config.vocab_size)
     difference = _distance(found, _torch_logits(model))
@@ -69,7 +69,6 @@ def write(folder: Path, out: Path, precision: Precision) -> Converted:
 
 
 def _open(folder: Path) -> Any:
-    read_config(folder)
     auto_class: Any = transformers.AutoModelForCausalLM
     try:
         with quiet():
@@ -82,29 +81,36 @@ def _open(folder: Path) -> Any:
             hint="make the folder again, or check it with `llmo verify`",
             where=str(folder),
         ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(f"the weights lack {len(missing)} tensors, such as {missing[0]}", where=str(folder))
+    for name, what in (("missing_keys", "lack"), ("unexpected_keys", "hold unknown")):
+        if names := sorted(info[name]):
+            raise ModelError(
+                f"the weights {what} tensors, such as {names[0]} ({len(names)} in all)",
+                hint="make the folder again, or check it with `llmo verify`",
+                where=str(folder),
+            )
     return model.eval()
 
 
-def _check_family(config: Any, folder: Path) -> None:
+def _check_family(folder: Path) -> None:
     """Raises ModelError, naming what is unusual, for a model the builder would build wrongly."""
-    layers = getattr(config, "layer_types", None) or ["full_attention"]
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    for unusual in (
-        f"of the family '{config.model_type}'" if config.model_type not in FAMILIES else "",
-        f"activated by '{config.hidden_act}'" if config.hidden_act != "silu" else "",
-        "with a sliding window"
-        if set(layers) != {"full_attention"} or (config.model_type == "mistral" and config.sliding_window)
-        else "",
-        f"with '{rope}' rotary embeddings" if rope not in ROPES else "",
-    ):
-        if unusual:
-            raise ModelError(
-                f"the OpenVINO graph cannot be built for a model {unusual}",
-                hint=f"it is for {', '.join(FAMILIES)} with full attention; deploy this one on the torch engine",
-                where=str(folder),
-            )
+    config = read_config(folder)
+    kind = config.get("model_type")
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    turns = rope.get("rope_type", rope.get("type", "default"))
+    sliding = config.get("sliding_window", kind == "mistral" or None)
+    unusual = [
+        f"of the family '{kind}'" if kind not in FAMILIES else "",
+        f"activated by '{config['hidden_act']}'" if config.get("hidden_act", "silu") != "silu" else "",
+        "with a sliding window" if sliding and (kind == "mistral" or config.get("use_sliding_window")) else "",
+        f"with '{turns}' rotary embeddings" if turns not in ROPES else "",
+        "that is quantised already" if config.get("quantization_config") else "",
+    ]
+    for what in filter(None, unusual):
+        raise ModelError(
+            f"the OpenVINO graph cannot be built for a model {what}",
+            hint=f"it is for {', '.join(FAMILIES)} with full attention; deploy this one on the torch engine",
+            where=str(folder),
+        )
 
 
 def _constant(value: Any, kind: Type = Type.i64) -> Any:
@@ -112,7 +118,7 @@ def _constant(value: Any, kind: Type = Type.i64) -> Any:
 
 
 class _Builder:
-    """One use: `build` takes every tensor of the model's state once, and none may be left over."""
+    """One use: `build` takes the tensors of the model's state as it comes to them."""
 
     def __init__(self, model: Any, precision: Precision) -> None:
         config = model.config
@@ -149,8 +155,6 @@ class _Builder:
         head = embeddings if self._tied else self._compressed(head)
         logits = opset13.matmul(hidden, head, transpose_a=False, transpose_b=True)
         logits.output(0).set_names({"logits"})
-        if self._left:
-            raise ModelError(f"the graph has no place for {len(self._left)} tensors, such as {min(self._left)}")
         return ov.Model([opset13.result(logits, name="logits")], self._sinks, [*inputs, self._beam], "llmo")
 
     def _rotation(self, positions: Any) -> tuple[Any, Any]:
@@ -257,8 +261,6 @@ class _Builder:
                 return opset13.multiply(opset13.convert(opset13.constant(levels), Type.f32), opset13.constant(scales))
 
     def _take(self, name: str) -> NDArray[np.float32]:
-        if name not in self._left:
-            raise ModelError(f"the model has no tensor {name}", hint="deploy it on the torch engine")
         tensor: NDArray[np.float32] = self._left.pop(name).float().numpy()
         return tensor
 
