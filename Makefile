@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit chaos bench clean
+.PHONY: help setup demo demo-chat test lint types unit chaos bench clean
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt tools/setup.sh
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH="$(TORCH)" sh tools/setup.sh
@@ -18,6 +18,10 @@ setup: $(READY) ## Make .venv with everything (once; minutes)
 
 demo: $(READY) ## News topics, end to end on real data; KEEP=1 keeps serving until Ctrl-C
 	@$(BIN)/llmo run examples/newsdesk/llmo.yaml $(if $(KEEP),--keep)
+
+demo-chat: $(READY) ## Your own assistant: conversations to a streaming chat endpoint; KEEP=1 keeps serving until Ctrl-C
+	@$(BIN)/llmo run examples/assistant/llmo.yaml $(if $(KEEP),--keep)
+	@$(BIN)/python examples/assistant/ask.py
 
 lint: $(READY) ## Lint and formatting
 	$(BIN)/ruff check .

@@ -135,6 +135,4 @@ def goes_on(api: Api) -> bool:
 
 def reference(model: Artifact) -> dict[str, str]:
     """The input `reference` of a verification: the model a compressed one was made from."""
-    return (
-        {"reference": model.inputs["model"]} if "reference" in model.card and "model" in model.inputs else {}
-    )
+    return {"reference": model.inputs["model"]} if "reference" in model.card and "model" in model.inputs else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +27,23 @@ class Door:
     def endpoint(self, name: str) -> str:
         return f"{self.url}/v1/endpoints/{name}/predict"
 
+    @property
+    def chat(self) -> str:
+        """Where models that generate answer in OpenAI's protocol."""
+        return f"{self.url}/v1/chat/completions"
+
     def curl(self, name: str) -> str:
-        body = json.dumps({"text": "Shares rose after the bank's profits beat forecasts."})
+        """A command that asks an endpoint that labels texts."""
+        return self._curl(self.endpoint(name), {"text": "Shares rose after the bank's profits beat forecasts."})
+
+    def curl_chat(self, name: str) -> str:
+        """A command that talks to an endpoint that generates."""
+        return self._curl(self.chat, {"model": name, "messages": [{"role": "user", "content": "What is a computer?"}]})
+
+    def _curl(self, url: str, body: Mapping[str, Any]) -> str:
         return (
-            f"curl -s {self.endpoint(name)} -H 'Authorization: Bearer {self.key}' "
-            f"-H 'Content-Type: application/json' -d {_quoted(body)}"
+            f"curl -s {url} -H 'Authorization: Bearer {self.key}' "
+            f"-H 'Content-Type: application/json' -d {_quoted(json.dumps(body))}"
         )
 
     def predict(self, name: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.errors import SpecError
 from llmo.types import Artifact, Kind
+
+if TYPE_CHECKING:
+    from llmo.doors.gateway import Door
 
 _connections: list[Api] = []
 
@@ -20,6 +24,18 @@ def connection() -> Api:
     if not _connections:
         _connections.append(flow.connect())
     return _connections[0]
+
+
+@contextmanager
+def gateway(api: Api | None = None) -> Iterator[Door]:
+    """Endpoints over HTTP for as long as the block lasts: the running server's, or one of this process's own.
+
+    `door.url` and `door.key` are what any client needs, OpenAI's with `base_url=f"{door.url}/v1"`.
+    """
+    from llmo.doors.gateway import gateway as opened  # the HTTP stack is only needed here
+
+    with opened(api or connection()) as door:
+        yield door
 
 
 @dataclass(frozen=True, slots=True)

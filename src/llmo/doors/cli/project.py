@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from llmo.api import Api
 from llmo.doors import flow
 from llmo.doors.cli import summary
 from llmo.doors.cli.live import Live
-from llmo.doors.cli.show import Json, console, emit
+from llmo.doors.cli.show import Json, console, emit, shorten
 from llmo.doors.gateway import Door, gateway
 from llmo.specs import ProjectSpec
 
@@ -93,14 +94,25 @@ def ask(api: Api, endpoint: str, steps: Mapping[str, Any], door: Door) -> list[d
     model = api.artifact(steps["train"]["output"])
     rows = api.rows(model.inputs["data"], "test", limit=1000)
     different = list({str(row.get("label", index)): row for index, row in enumerate(rows)}.values())[:3]
-    answers = door.predict(endpoint, [row["text"] for row in different])
+    texts = [_asked(row) for row in different]
     return [
-        {"text": row["text"], "true": _truth(row), "answer": answer}
-        for row, answer in zip(different, answers, strict=True)
+        {"text": text, "true": _truth(row), "answer": answer}
+        for row, text, answer in zip(different, texts, door.predict(endpoint, texts), strict=True)
     ]
 
 
+def _asked(row: Mapping[str, Any]) -> str:
+    """A row's text, or of a conversation the question that its last answer answers."""
+    if not row.get("messages"):
+        return str(row["text"])
+    asked = [message["content"] for message in json.loads(row["messages"]) if message["role"] == "user"]
+    return str(asked[-1])
+
+
 def _truth(row: Mapping[str, Any]) -> str:
+    if "messages" in row:
+        spoken = [*json.loads(row["messages"] or "[]"), *json.loads(row.get("chosen") or "[]")]
+        return shorten(str(spoken[-1]["content"])) if spoken else "-"
     if "spans" in row:
         return (
             ", ".join(f"{span['label']} '{row['text'][span['start'] : span['end']]}'" for span in row["spans"])

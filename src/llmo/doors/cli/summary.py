@@ -15,6 +15,11 @@ from llmo.specs import ProjectSpec
 from llmo.types import Device
 
 Steps = Mapping[str, Mapping[str, Any]]
+# The metrics a summary shows, of those the task has.
+SHOWN = (
+    *("accuracy", "micro_f1", "f1", "precision", "recall", "macro_f1"),
+    *("perplexity", "loss", "token_accuracy", "preference_accuracy", "margin"),
+)
 
 
 def resolved(found: Resolved[ProjectSpec]) -> list[dict[str, Any]]:
@@ -126,9 +131,7 @@ def _show_data(step: Mapping[str, Any]) -> None:
 
 def _show_quality(steps: Steps) -> None:
     test = steps["train"]["result"]["test"]
-    shown = [
-        name for name in ("accuracy", "micro_f1", "f1", "precision", "recall", "macro_f1") if name in test["after"]
-    ]
+    shown = [name for name in SHOWN if name in test["after"]]
     served = steps.get("evaluate", {}).get("result", {}).get("metrics")
     columns = ["on held-out documents", "before training>", "after training>"] + (["served>"] if served else [])
     rows = [
@@ -141,6 +144,29 @@ def _show_quality(steps: Steps) -> None:
 
 
 def show_variants(result: Mapping[str, Any]) -> None:
+    if any("tokens_per_second" in row for row in result["variants"]):
+        _show_generators(result)
+    else:
+        _show_encoders(result)
+    console.print(f"[bold]chosen[/] {escape(result['why'])}\n", soft_wrap=True)
+
+
+def _show_generators(result: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            v["name"], f"{v['bits']:.1f}", size(v["size_bytes"]), f"{v['tokens_per_second']:.0f}",
+            f"{v['tokens_per_second_together']:.0f}", f"{v['first_token_ms']:.0f}", f"{v['speedup']:.2f}x",
+            f"{v['value']:.3f}", f"{v['drop']:+.2%}", v["verdict"],
+        )
+        if "value" in v
+        else (v["name"], *["-"] * 8, v["verdict"])
+        for v in result["variants"]
+    ]  # fmt: skip
+    columns = ["variant", "bits>", "size>", "tokens/s alone>", "together>", "first token ms>", "speed>"]
+    table("compression, measured on dev", [*columns, f"{result['metric']}>", "drop>", "verdict"], rows)
+
+
+def _show_encoders(result: Mapping[str, Any]) -> None:
     rows = [
         (
             v["name"], f"{v['bits']:.1f}", size(v["size_bytes"]), f"{v['texts_per_second']:.0f}",
@@ -151,7 +177,6 @@ def show_variants(result: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     columns = ["variant", "bits>", "size>", "texts/s>", "speed>", "one text ms>", f"{result['metric']}>"]
     table("compression, measured on dev", [*columns, "drop>", "agree>", "verdict"], rows)
-    console.print(f"[bold]chosen[/] {escape(result['why'])}\n", soft_wrap=True)
 
 
 def show_verify(result: Mapping[str, Any]) -> None:
@@ -162,8 +187,9 @@ def show_verify(result: Mapping[str, Any]) -> None:
 
 
 def _show_endpoint(door: Door, name: str, answers: Sequence[Mapping[str, Any]]) -> None:
-    console.print(f"[bold]endpoint[/] {door.endpoint(name)}")
-    console.print(door.curl(name), markup=False, soft_wrap=True)
+    writes = any("text" in found["answer"] for found in answers)
+    console.print(f"[bold]endpoint[/] {door.chat if writes else door.endpoint(name)}")
+    console.print(door.curl_chat(name) if writes else door.curl(name), markup=False, soft_wrap=True)
     console.print()
     for found in answers:
         console.print(f"  {shorten(found['text'], 88)}", markup=False)
@@ -177,4 +203,6 @@ def brief(answer: Mapping[str, Any]) -> str:
         )
     if "labels" in answer:
         return ", ".join(answer["labels"]) or "no label"
+    if "text" in answer:
+        return shorten(answer["text"], 200)
     return f"{answer['label']} ({answer['score']:.3f})"
