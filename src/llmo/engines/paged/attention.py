@@ -1,0 +1,132 @@
+"""The cache of keys and values in blocks, and attention over it: answers in one padded call, prompts one by one.
+
+A block holds its tokens side by side, keys and values together, so that gathering a stream is one copy of whole
+blocks and writing a token one row. A head's group of queries stands as the rows of one product, which spares
+repeating the keys; at fp32 the rows are filled up to four, for fewer take another path through the library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmo.engines.paged.blocks import BLOCK, SCRATCH
+from llmo.engines.paged.config import Config
+from llmo.engines.paged.stream import Piece
+
+ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of attention: rows `start` to `start + streams * count` of the step, `count` for each stream.
+
+    `table` is `[streams * blocks]`; `mask` `[streams, 1, 1 or count * group, tokens]` is added to the scores.
+    """
+
+    start: int
+    streams: int
+    count: int
+    table: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Everything of a step but the tokens: where each row is written, its rotation, and the calls of attention."""
+
+    slots: Tensor  # [rows]
+    positions: Tensor  # [rows]
+    prompt: int  # rows that are prompt tokens; they stand first
+    calls: Sequence[Call]
+
+
+class Cache:
+    """Keys and values of all layers: `[layers, blocks, 16, 2, kv_heads, head_dim]`."""
+
+    def __init__(self, config: Config, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.layers, blocks, BLOCK, 2, config.kv_heads, config.head_dim)
+        self._device = device
+        self.dtype = dtype
+        self._group = config.heads // config.kv_heads
+        self._shape = (BLOCK, 2, config.kv_heads, config.head_dim)
+        pool = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a mask hides numbers, but not a NaN
+        self._tokens = list(pool.flatten(3).flatten(1, 2).unbind())  # each [slots, features], to write
+        self._blocks = list(pool.flatten(2).unbind())  # each [blocks, features], to gather
+
+    @staticmethod
+    def block_bytes(config: Config, dtype: torch.dtype) -> int:
+        return config.layers * BLOCK * 2 * config.kv_heads * config.head_dim * dtype.itemsize
+
+    def batch(self, pieces: Sequence[Piece], pad: int) -> Batch:
+        """The plan of a step over `pieces` (prompts first, single answer tokens last) and `pad` rows of filling."""
+        positions = [p.start + i for p in pieces for i in range(p.count)]
+        slots = [
+            p.stream.blocks[position // BLOCK] * BLOCK + position % BLOCK
+            for p in pieces
+            for position in range(p.start, p.start + p.count)
+        ]
+        calls, start = [], 0
+        long = [p for p in pieces if p.of_prompt or p.count > 1]
+        for piece in long:
+            calls.append(self._chunk(piece, start))
+            start += piece.count
+        if len(long) < len(pieces):
+            calls.append(self._singles(pieces[len(long) :], start))
+        return Batch(
+            slots=self._tensor(slots + [SCRATCH] * pad),
+            positions=self._tensor(positions + [0] * pad),
+            prompt=sum(p.count for p in pieces if p.of_prompt),
+            calls=calls,
+        )
+
+    def attend(self, layer: int, queries: Tensor, pairs: Tensor, batch: Batch) -> Tensor:
+        """Write `pairs` (`[rows, 2 * kv_heads * head_dim]`), then let `queries` (`[rows, heads * head_dim]`) read."""
+        self._tokens[layer].index_copy_(0, batch.slots, pairs)
+        parts = [self._call(layer, queries, call) for call in batch.calls]
+        filled = sum(call.streams * call.count for call in batch.calls)
+        if filled < queries.shape[0]:
+            parts.append(queries.new_zeros(queries.shape[0] - filled, queries.shape[1]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _call(self, layer: int, queries: Tensor, call: Call) -> Tensor:
+        rows, group = call.streams * call.count, self._group
+        _, _, kv_heads, dim = self._shape
+        stored = self._blocks[layer].index_select(0, call.table).view(call.streams, -1, 2, kv_heads, dim)
+        q = queries[call.start : call.start + rows].view(call.streams, call.count, kv_heads, group, dim)
+        q = q.permute(0, 2, 1, 3, 4).reshape(call.streams, kv_heads, call.count * group, dim)
+        fill = -q.shape[2] % ROWS if self.dtype == torch.float32 else 0
+        if fill:
+            q = functional.pad(q, (0, 0, 0, fill))
+        out = functional.scaled_dot_product_attention(
+            q, stored[:, :, 0].transpose(1, 2), stored[:, :, 1].transpose(1, 2), attn_mask=call.mask
+        )
+        out = out[:, :, : call.count * group].view(call.streams, kv_heads, call.count, group, dim)
+        return out.transpose(1, 2).reshape(rows, kv_heads * group * dim)
+
+    def _chunk(self, piece: Piece, start: int) -> Call:
+        """Each row of a piece sees the tokens up to its own."""
+        end = piece.start + piece.count
+        table = piece.stream.blocks[: -(-end // BLOCK)]
+        seen = torch.arange(piece.start, end, device=self._device).repeat_interleave(self._group)
+        seen = functional.pad(seen, (0, -len(seen) % ROWS if self.dtype == torch.float32 else 0))
+        hidden = torch.arange(len(table) * BLOCK, device=self._device)[None] > seen[:, None]
+        return Call(start, 1, piece.count, self._tensor(table), self._mask(hidden[None, None]))
+
+    def _singles(self, pieces: Sequence[Piece], start: int) -> Call:
+        """One token of each of many answers; shorter ones are filled up with the scratch block."""
+        width = max(len(p.stream.blocks) for p in pieces)
+        table = [block for p in pieces for block in p.stream.blocks + [SCRATCH] * (width - len(p.stream.blocks))]
+        seen = self._tensor([p.start for p in pieces])
+        hidden = torch.arange(width * BLOCK, device=self._device)[None] > seen[:, None]
+        return Call(start, len(pieces), 1, self._tensor(table), self._mask(hidden[:, None, None]))
+
+    def _mask(self, hidden: Tensor) -> Tensor:
+        return torch.zeros(hidden.shape, dtype=self.dtype, device=self._device).masked_fill_(hidden, float("-inf"))
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -1,0 +1,147 @@
+"""The decoder of the Llama family in plain torch, over weights fused where one product does for several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmo.engines.paged.attention import Batch, Cache
+from llmo.engines.paged.config import Config
+from llmo.engines.paged.linear import DTYPES, Int8, Linear, Packed, Plain
+from llmo.engines.paged.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer. `qkv` gives rotated features in neighbouring pairs, `gate_up` both halves of the MLP."""
+
+    before_attention: Tensor
+    qkv: Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    out: Linear
+    before_mlp: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Decoder:
+    """Load from a folder; `hidden` runs tokens through the layers, `logits` reads the vocabulary off chosen rows."""
+
+    def __init__(self, folder: Path, config: Config, precision: str, device: torch.device, context: int) -> None:
+        self._config = config
+        self._precision = precision
+        self._device = device
+        self.dtype = DTYPES[precision]
+        self.least_rows = 1 if precision == "int8" or device.type != "cpu" else 2  # see linear.py
+        with Weights(folder) as weights:
+            self._load(weights)
+        angles = torch.outer(torch.arange(context, dtype=torch.float64), torch.tensor(config.frequencies).double())
+        self._turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64).unsqueeze(1).to(device)
+
+    def hidden(self, ids: Tensor, cache: Cache, batch: Batch) -> Tensor:
+        """`[rows]` token ids to `[rows, hidden]` after the last norm; keys and values go to `cache`."""
+        config, prompt = self._config, batch.prompt
+        turns = self._turns[batch.positions]
+        rotated, wide = config.heads + config.kv_heads, config.heads * config.head_dim
+        x = functional.embedding(ids, self._embedding).to(self.dtype)
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(
+                functional.rms_norm(x, (config.hidden,), layer.before_attention, config.eps), prompt
+            ).float()
+            heads = qkv[:, : rotated * config.head_dim].view(-1, rotated, config.head_dim)
+            if layer.query_norm is not None:
+                self._normalise(heads, layer)
+            torch.view_as_complex(heads.view(-1, rotated, config.head_dim // 2, 2)).mul_(turns)
+            qkv = qkv.to(cache.dtype)
+            seen = cache.attend(index, qkv[:, :wide], qkv[:, wide:], batch).to(self.dtype)
+            x = layer.out(seen, prompt).add_(x)
+            both = layer.gate_up(self._rms(x, layer.before_mlp), prompt)
+            gate, up = both[:, : config.inner], both[:, config.inner :]
+            x = layer.down(functional.silu(gate).mul_(up), prompt).add_(x)
+        return self._rms(x, self._norm)
+
+    def logits(self, hidden: Tensor, prompt: int = 0) -> Tensor:
+        """`[rows, hidden]` to `[rows, vocabulary]` at fp32."""
+        return self._head(hidden, prompt).float()
+
+    def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, (self._config.hidden,), weight, self._config.eps)
+
+    def _normalise(self, heads: Tensor, layer: Layer) -> None:
+        """Qwen 3: queries and keys are normalised a head at a time."""
+        config = self._config
+        for part, weight in ((heads[:, : config.heads], layer.query_norm), (heads[:, config.heads :], layer.key_norm)):
+            part.copy_(functional.rms_norm(part, (config.head_dim,), weight, config.eps))
+
+    def _load(self, weights: Weights) -> None:
+        config = self._config
+        embedding = weights.take("model.embed_tokens.weight", config.vocabulary, config.hidden)
+        head = embedding if config.tied else weights.take("lm_head.weight", config.vocabulary, config.hidden)
+        self._layers = [self._layer(weights, f"model.layers.{i}.") for i in range(config.layers)]
+        self._norm = self._vector(weights.take("model.norm.weight", config.hidden))
+        weights.check_all_read(*(("lm_head.weight",) if config.tied else ()))
+        self._head = self._linear(head, None)
+        lookup = torch.float32 if self._precision == "fp32" else torch.bfloat16
+        self._embedding = embedding.to(self._device, lookup)
+
+    def _layer(self, weights: Weights, prefix: str) -> Layer:
+        c = self._config
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        sizes = {"q": c.heads * c.head_dim, "k": c.kv_heads * c.head_dim, "v": c.kv_heads * c.head_dim}
+        parts, biases = [], []
+        for name, size in sizes.items():
+            pairs = name != "v"
+            parts.append(self._paired(weights.take(f"{attention}{name}_proj.weight", size, c.hidden), pairs))
+            if c.qkv_bias:
+                biases.append(self._paired(weights.take(f"{attention}{name}_proj.bias", size), pairs))
+
+        def bias(name: str, size: int, there: bool) -> Tensor | None:
+            return weights.take(f"{name}.bias", size) if there else None
+
+        def norm(name: str) -> Tensor | None:
+            if not c.qk_norm:
+                return None
+            return self._paired(weights.take(f"{attention}{name}.weight", c.head_dim), True).to(self._device)
+
+        gate_up = torch.cat([weights.take(f"{mlp}{name}_proj.weight", c.inner, c.hidden) for name in ("gate", "up")])
+        gate_up_bias = [bias(f"{mlp}{name}_proj", c.inner, c.mlp_bias) for name in ("gate", "up")]
+        return Layer(
+            before_attention=self._vector(weights.take(f"{prefix}input_layernorm.weight", c.hidden)),
+            qkv=self._linear(torch.cat(parts), torch.cat(biases) if biases else None),
+            query_norm=norm("q_norm"),
+            key_norm=norm("k_norm"),
+            out=self._linear(
+                weights.take(f"{attention}o_proj.weight", c.hidden, sizes["q"]),
+                bias(f"{attention}o_proj", c.hidden, c.out_bias),
+            ),
+            before_mlp=self._vector(weights.take(f"{prefix}post_attention_layernorm.weight", c.hidden)),
+            gate_up=self._linear(
+                gate_up, torch.cat([b for b in gate_up_bias if b is not None]) if c.mlp_bias else None
+            ),
+            down=self._linear(
+                weights.take(f"{mlp}down_proj.weight", c.hidden, c.inner), bias(f"{mlp}down_proj", c.hidden, c.mlp_bias)
+            ),
+        )
+
+    def _paired(self, rows: Tensor, pairs: bool) -> Tensor:
+        """Feature i of a head and feature i + half turn together: put them side by side, so that they are one complex
+        number. Queries and keys are reordered alike, which no score can tell."""
+        if not pairs:
+            return rows
+        dim = self._config.head_dim
+        return rows.view(-1, 2, dim // 2, rows.numel() // rows.shape[0]).transpose(1, 2).reshape(rows.shape)
+
+    def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        bias = None if bias is None else bias.to(self._device, self.dtype)
+        if self._precision == "int8":
+            return Int8(weight.to(self._device), bias)
+        weight = weight.to(self._device, self.dtype)
+        return Packed(weight, bias) if self._device.type == "cpu" else Plain(weight, bias)
+
+    def _vector(self, weight: Tensor) -> Tensor:
+        return weight.to(self._device, self.dtype)

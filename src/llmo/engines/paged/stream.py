@@ -1,0 +1,59 @@
+"""One prompt and its answer on their way: tokens, the blocks that hold their keys and values, and its sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmo.engines.generation import Prompt
+from llmo.engines.grammar import Constraint
+from llmo.engines.paged.blocks import BLOCK, chain
+from llmo.engines.sampling import Sampler
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """`ids` is the prompt and the answer so far; the first `done` of them have keys and values in `blocks`."""
+
+    prompt: Prompt
+    sampler: Sampler
+    ids: list[int]
+    asked: int  # tokens of the prompt
+    key: bytes  # where the chain of its blocks' keys begins
+    constraint: Constraint | None = None
+    blocks: list[int] = field(default_factory=list)
+    done: int = 0
+    cached: int = 0
+    keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def pending(self) -> int:
+        return len(self.ids) - self.done
+
+    @property
+    def decoding(self) -> bool:
+        return self.pending == 1 and self.done >= self.asked
+
+    def key_of(self, index: int) -> bytes:
+        """The key of its full block `index`."""
+        while len(self.keys) <= index:
+            start = len(self.keys) * BLOCK
+            self.keys.append(chain(self.keys[-1] if self.keys else self.key, self.ids[start : start + BLOCK]))
+        return self.keys[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The tokens of one stream that one step computes: `ids[start : start + count]`, prompt or answer, never both."""
+
+    stream: Stream
+    start: int
+    count: int
+
+    @property
+    def of_prompt(self) -> bool:
+        return self.start < self.stream.asked
+
+    @property
+    def last(self) -> bool:
+        """Whether the next token follows from it."""
+        return self.start + self.count == len(self.stream.ids)
