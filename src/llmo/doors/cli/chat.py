@@ -15,6 +15,7 @@ import typer
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.doors.cli import lines
+from llmo.doors.cli.outfile import place
 from llmo.doors.cli.show import Json, console, emit
 from llmo.doors.cli.steps import Set, assignments
 from llmo.errors import InputError, LLMOError, nearest
@@ -236,7 +237,7 @@ class Chat:
     def _save(self, text: str) -> None:
         if not text or not self._said:
             raise InputError("there is nothing to save yet" if text else "say where to", hint="like /save talk.jsonl")
-        path = Path(text).expanduser().absolute()
+        path = place(text)
         if path.exists() and path not in self._saved:
             raise InputError(f"{path} is there already", hint="save under another name")
         publish(path, json.dumps({"messages": self._messages()}, ensure_ascii=False) + "\n")

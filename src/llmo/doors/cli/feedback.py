@@ -6,13 +6,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from llmo.api import Api
 from llmo.doors import flow, preferences
+from llmo.doors.cli.outfile import place
 from llmo.doors.cli.show import Json, ago, console, emit, shorten, table
 from llmo.errors import InputError
 from llmo.files import publish
@@ -84,7 +84,7 @@ def feedback_export(
     if jsonl == "-":
         sys.stdout.write(text)
         return
-    publish(Path(jsonl).expanduser().absolute(), text)
+    publish(place(jsonl), text)
     shown = {"file": jsonl, "what": what, "rows": len(made)}
     emit(shown, as_json, lambda: console.print(f"{len(made)} {what} in {jsonl}", markup=False, soft_wrap=True))
 
