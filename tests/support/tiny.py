@@ -196,3 +196,59 @@ def _weights(vocabulary: int, layers: int, seed: int) -> dict[str, np.ndarray]:
         else:
             weights[name] = rng.normal(0.0, 0.18, shape).astype(np.float32)
     return weights
+
+
+def chat_rows(count: int, seed: int = 0, shape: str = "messages") -> list[dict[str, Any]]:
+    """Conversations whose answers can be learnt: the topic of a question, said politely; sometimes two turns.
+
+    `shape` is "messages", "text" (the same as plain text) or "preference" (polite is chosen, rude is rejected).
+    """
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        messages: list[dict[str, str]] = []
+        for _ in range(1 if shape == "preference" else rng.choice([1, 1, 2])):
+            topic = rng.choice(sorted(TOPICS))
+            messages.append({"role": "user", "content": " ".join(rng.sample(TOPICS[topic].split(), 2)) + "?"})
+            messages.append({"role": "assistant", "content": f"It is {topic}."})
+        text = "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+        row: dict[str, Any] = {"id": f"r{i}", "text": text, "messages": json.dumps(messages), "tools": None}
+        if shape == "text":
+            row["messages"] = None
+        if shape == "preference":
+            answer = messages.pop()["content"]
+            row["messages"] = json.dumps(messages)
+            row["chosen"] = json.dumps([{"role": "assistant", "content": f"Please: {answer}"}])
+            row["rejected"] = json.dumps([{"role": "assistant", "content": f"{answer} Go away."}])
+        rows.append(row)
+    return rows
+
+
+def tiny_chat_dataset(
+    folder: Path,
+    shape: str = "messages",
+    *,
+    sizes: Mapping[str, int] = {"train": 48, "dev": 16, "test": 24},
+    seed: int = 0,
+) -> Path:
+    """A data set folder for generation as the operation `import` writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (split, size) in enumerate(sizes.items()):
+        write_chat_split(folder / f"{split}.arrow", chat_rows(size, seed * 100 + number, shape))
+    info = {
+        "format": 1,
+        "task": "generation",
+        "shape": shape,
+        "rows": {"read": sum(sizes.values()), **sizes, "dropped": 0},
+        "labels": {},
+        "source": "tests",
+        "source_digest": "",
+    }
+    (folder / "dataset.json").write_text(json.dumps(info), encoding="utf-8")
+    return folder
+
+
+def write_chat_split(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One split of conversations, plain texts or preferences."""
+    names = ["id", "text", "messages", "tools", *(["chosen", "rejected"] if rows and "chosen" in rows[0] else [])]
+    _write(path, pa.Table.from_pylist([dict(row) for row in rows], pa.schema([(name, pa.string()) for name in names])))

@@ -142,8 +142,9 @@ class Generation(Task):
             if not ids or ids[-1] not in self.end_ids:
                 ids = [*ids, self._end_of_text(tokenizer)]
             return self._cut(ids, np.ones(len(ids), np.bool_))
+        since = len(json.loads(row["messages"])) if row.get(answer) and row.get("messages") else 0
         try:
-            spoken = turns.speak(self.template, tokenizer, messages, tools, self.end_ids)
+            spoken = turns.speak(self.template, tokenizer, messages, tools, self.end_ids, since)
         except InputError as error:
             raise DataError(error.what, where=f"row {row.get('id', '')}".strip(), hint=error.hint) from error
         if self.learns == "text":

@@ -26,15 +26,15 @@ class Spoken:
 
 
 def speak(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: Messages, tools: Tools, ends: Sequence[int]
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Messages, tools: Tools, ends: Sequence[int], since: int = 0
 ) -> Spoken:
     """Render and tokenise; `ends` are the tokens that end an answer, the first of them for templates that write none.
 
-    Of a template that writes no end token, only the last answer is learnt, with an end token put after it: a middle
-    one would be learnt without an end. An answer nobody asked for (the first message) is not learnt.
-    Raises DataError for a template that writes a turn otherwise once others follow it.
+    Answers before message `since` are given, not learnt, nor is one that nobody asked for (the first message). Of a
+    template that writes no end token, only the last answer is learnt, with an end token put after it: a middle one
+    would be learnt without an end. Raises DataError for a template that writes a turn otherwise once others follow.
     """
-    text, spans = _spans(template, messages, tools)
+    text, spans = _spans(template, messages, tools, since)
     ids, stops = tokens(tokenizer, text)
     learnt = np.zeros(len(ids), np.bool_)
     is_end = np.isin(ids, list(ends))
@@ -63,7 +63,7 @@ def closing_token(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
     """The special token that the template writes after an answer, or None."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     try:
-        text, spans = _spans(template, messages, None)
+        text, spans = _spans(template, messages, None, 0)
     except InputError:
         return None  # it wants more than two plain turns: what the model's config says must do
     ids, stops = tokens(tokenizer, text)
@@ -87,12 +87,12 @@ def window(learnt: NDArray[np.bool_], limit: int) -> slice:
     return slice(begin, begin + limit)
 
 
-def _spans(template: ChatTemplate, messages: Messages, tools: Tools) -> tuple[str, list[tuple[int, int]]]:
+def _spans(template: ChatTemplate, messages: Messages, tools: Tools, since: int) -> tuple[str, list[tuple[int, int]]]:
     """The text, and of each answer where it begins and where the text of its turn ends."""
     whole = template.render(messages, tools)
     spans = []
     for i, message in enumerate(messages):
-        if message.get("role") != "assistant" or i == 0:
+        if message.get("role") != "assistant" or i < max(1, since):
             continue
         before = template.render(messages[:i], tools, add_generation_prompt=True)
         after = whole if i + 1 == len(messages) else template.render(messages[: i + 1], tools)

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from llmo.tasks.base import Row, Task
+from llmo.errors import DataError
+from llmo.tasks.base import Encoding, Row, Task
 
 BUCKET = 50  # batches that are sorted by length together: long enough to pad little, short enough to stay random
 CHUNK = 1000  # texts tokenised between two reports
@@ -21,38 +22,62 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A split, tokenised: row `i` is `ids[starts[i]:starts[i + 1]]`."""
+    """A split, tokenised: sequence `i` is `ids[starts[i]:starts[i + 1]]`, and each row is `group` of them in turn.
+
+    `empty` rows hold nothing that could be learnt, and are left out.
+    """
 
     ids: NDArray[np.int32]
     starts: NDArray[np.int64]
     targets: list[NDArray[Any]]
     truncated: int
     max_length: int
+    empty: int = 0
+    group: int = 1
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.targets) // self.group
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        return np.diff(self.starts)
+        """Of each row's longest sequence, in tokens."""
+        return np.asarray(np.diff(self.starts).reshape(-1, self.group).max(1))
+
+    def sequences(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers of the rows' sequences."""
+        return (rows[:, None] * self.group + np.arange(self.group)).ravel()
 
 
 def encode(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], progress: Callable[[int], None]) -> Encoded:
-    """Tokenise a split once; `progress` hears how many rows are done."""
-    parts: list[NDArray[np.int32]] = []
-    lengths: list[int] = []
+    """Tokenise a split once; `progress` hears how many rows are done. Raises DataError when nothing can be learnt."""
+    parts: list[Encoding] = []
     targets: list[NDArray[Any]] = []
-    truncated = 0
+    empty = 0
     for first in range(0, len(rows), CHUNK):
         chunk = list(rows[first : first + CHUNK])
-        for row, encoding in zip(chunk, task.encode(tokenizer, [r["text"] for r in chunk]), strict=True):
-            parts.append(np.asarray(encoding.input_ids, np.int32))
-            lengths.append(len(encoding.input_ids))
-            targets.append(task.target(row, encoding))
-            truncated += encoding.truncated
-        progress(len(targets))
-    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    return Encoded(np.concatenate(parts), starts, targets, truncated, task.max_length)
+        for row, encoding in zip(chunk, task.encode_rows(tokenizer, chunk), strict=True):
+            target = task.target(row, encoding)
+            if task.generates and not (target != IGNORED).any():
+                empty += 1
+                continue
+            parts.append(encoding)
+            targets.append(target)
+        progress(first + len(chunk))
+    return joined(parts, targets, task.max_length, empty)
+
+
+def joined(
+    parts: Sequence[Encoding], targets: list[NDArray[Any]], max_length: int, empty: int = 0, group: int = 1
+) -> Encoded:
+    """Sequences in flat arrays. Raises DataError when there is none."""
+    if not parts:
+        raise DataError(
+            "no training row holds anything to learn: no conversation has an answer of the assistant",
+            hint="look at a few rows: llmo data show NAME",
+        )
+    ids = np.concatenate([np.asarray(part.input_ids, np.int32) for part in parts])
+    starts = np.concatenate([[0], np.cumsum([len(part.input_ids) for part in parts], dtype=np.int64)])
+    return Encoded(ids, starts, targets, sum(p.truncated for p in parts), max_length, empty, group)
 
 
 def order(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
@@ -80,7 +105,7 @@ def padded(sequences: Sequence[Sequence[int] | NDArray[np.int32]], pad_id: int, 
 
 
 def collate(data: Encoded, batch: NDArray[np.int64], pad_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A batch's inputs and its targets (padded with -100 where they are per token)."""
+    """The inputs and targets (padded with -100 where they are per token) of a batch of sequences."""
     inputs = padded([data.ids[data.starts[i] : data.starts[i + 1]] for i in batch], pad_id, data.max_length)
     return inputs, stacked([data.targets[i] for i in batch], inputs["input_ids"].shape[1])
 

@@ -58,9 +58,11 @@ def newest(folder: Path, fingerprint: str) -> tuple[dict[str, torch.Tensor], dic
 
 
 def clear(folder: Path) -> None:
-    """Remove all checkpoints: the run is finished."""
+    """Remove all checkpoints, and what else was kept for them: the run is finished."""
     for path in (*folder.glob(f"{PREFIX}*"), *folder.glob(f".{PREFIX}*.tmp")):
         shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
 
 
 def pack(named: Mapping[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,14 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
+from transformers import GenerationConfig
 
 from llmo.engines.torch import quiet
+from llmo.files import publish_json
 from llmo.tasks.base import Row, Task
 from llmo.tasks.card import TOKENIZER
+from llmo.tasks.generation import Generation
+from llmo.tasks.template import FILE as TEMPLATE
 from llmo.training.failures import disk_errors
 from llmo.training.model import Built, merged
 from llmo.training.scoring import Predict
@@ -20,19 +25,36 @@ from llmo.training.scoring import Predict
 ADAPTER = "adapter"
 GOLDEN_TEXTS = 16
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+GENERATION = "generation_config.json"
 
 
-def write(out: Path, built: Built, base: Path) -> None:
-    """Weights, config and tokeniser; LoRA merged, with the adapter beside it. `built` is spent afterwards."""
+def write(out: Path, built: Built, base: Path, task: Task) -> None:
+    """Weights, config and tokeniser; LoRA merged, with the adapter beside it. `built` is spent afterwards.
+
+    A model that writes keeps its chat template, and its generation settings with every token that ends an answer.
+    """
     with disk_errors(out), quiet():
         if built.adapted:
             built.model.save_pretrained(out / ADAPTER)  # type: ignore[operator]
             (out / ADAPTER / "README.md").unlink(missing_ok=True)
         model: Any = merged(built)
+        if task.generates:
+            # Its own would be checked, and refused for what transformers thinks odd; the base's file is kept as it is.
+            model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         model.save_pretrained(out)
+        if isinstance(task, Generation):
+            _write_settings(out, base, task)
         for name in TOKENIZER_FILES:
             if (base / name).is_file():
                 shutil.copyfile(base / name, out / name)
+
+
+def _write_settings(out: Path, base: Path, task: Generation) -> None:
+    path = base / GENERATION
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    ends = list(task.end_ids)
+    publish_json(out / GENERATION, {**kept, "eos_token_id": ends[0] if len(ends) == 1 else ends})
+    (out / TEMPLATE).write_text(task.template.source, encoding="utf-8")
 
 
 def evidence(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], predict: Predict) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from llmo.tasks.base import Task
 from llmo.training import batches, checkpoint, optimiser
 from llmo.training.batches import Encoded
 from llmo.training.model import Built, set_training
+from llmo.training.objectives import Objective
 from llmo.training.precision import Precision
 
 SMOOTHING = 0.9  # of the loss that is shown
@@ -41,7 +42,7 @@ class State:
 
 
 class Loop:
-    """One run. `evaluate` gives the task's metrics on dev, or is None where there is no dev split.
+    """One run. `evaluate` gives the objective's metrics on dev, or is None where there is no dev split.
 
     `state.extra` is the caller's, kept in checkpoints (what was measured before training, for one).
     """
@@ -50,6 +51,7 @@ class Loop:
         self,
         built: Built,
         task: Task,
+        objective: Objective,
         spec: TrainSpec,
         data: Encoded,
         evaluate: Callable[[], dict[str, float]] | None,
@@ -57,26 +59,29 @@ class Loop:
         precision: Precision,
     ) -> None:
         self.built, self.task, self.spec, self.data, self.ctx = built, task, spec, data, ctx
-        self._evaluate_on_dev, self._precision = evaluate, precision
+        self._objective, self._evaluate_on_dev, self._precision = objective, evaluate, precision
         self._named: dict[str, nn.Parameter] = dict(built.trainable())
         self._optimiser = optimiser.build(list(self._named.items()), spec)
-        self._class_weights = self._weigh_classes()
-        self._loss_weights = None if self._class_weights is None else self._class_weights.to(precision.device)
-        self._pad_id = int(built.network.config.pad_token_id)
         self._per_epoch = -(-len(data) // spec.batch_size)
         self.total = max(1, round(self._per_epoch * spec.epochs))
         self._every = spec.evaluate_every or self._per_epoch
+        self._sizes = np.diff(data.starts).reshape(-1, data.group).sum(1)
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
         self._best: dict[str, torch.Tensor] = {}
         self._saved_at = time.monotonic()
         self._shown_loss: float | None = None
-        self._seconds, self._samples = 0.0, 0
+        self._seconds, self._samples, self._tokens = 0.0, 0, 0
         self.state = State()
 
     @property
     def samples_per_second(self) -> float:
         """Training speed of this attempt, evaluations and checkpoints not counted."""
         return self._samples / self._seconds if self._seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """The same in tokens, padding not counted."""
+        return self._tokens / self._seconds if self._seconds else 0.0
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint of this same run, if there is one, with its number of threads."""
@@ -125,20 +130,20 @@ class Loop:
         self.state.losses.append(loss)
         self._seconds += time.monotonic() - started
         self._samples += len(batch)
+        self._tokens += int(self._sizes[batch].sum())
         return loss
 
     def _backward(self, batch: NDArray[np.int64]) -> float:
         """Gradients of the mean loss of the whole batch, however many parts it is computed in."""
         pieces = [p for p in np.array_split(batch, self.spec.gradient_accumulation_steps) if len(p)]
-        parts = [batches.collate(self.data, piece, self._pad_id) for piece in pieces]
-        masses = [self.task.mass(targets, self._class_weights) for _, targets in parts]
+        parts = [self._objective.batch(piece) for piece in pieces]
+        masses = [self._objective.mass(targets) for _, targets in parts]
         whole = sum(masses) or 1.0
         loss = 0.0
-        for (inputs, targets), mass in zip(parts, masses, strict=True):
+        for piece, (inputs, targets), mass in zip(pieces, parts, masses, strict=True):
+            there = {k: v.to(self._precision.device) for k, v in inputs.items()}
             with self._precision.autocast():
-                logits = self.built.model(**{k: v.to(self._precision.device) for k, v in inputs.items()}).logits
-            on_device = targets.to(self._precision.device)
-            part = self.task.loss(logits, on_device, self._loss_weights, self.spec.label_smoothing) * (mass / whole)
+                part = self._objective.loss(there, targets.to(self._precision.device), piece) * (mass / whole)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
         return loss
@@ -170,18 +175,21 @@ class Loop:
     def _evaluate(self) -> None:
         assert self._evaluate_on_dev is not None  # noqa: S101 (as `_evaluation_is_due` found)
         metrics = self._evaluate_on_dev()
-        value, state = metrics[self.task.metric], self.state
+        value, state = metrics[self._objective.metric], self.state
         mean = sum(state.losses) / max(1, len(state.losses))
         state.losses = []
-        state.history.append({"step": state.step, "loss": mean, f"dev_{self.task.metric}": value})
+        state.history.append({"step": state.step, "loss": mean, f"dev_{self._objective.metric}": value})
         shown = {f"dev_{k}": v for k, v in metrics.items() if "/" not in k}
         self.ctx.report(state.step, self.total, train_loss=mean, **shown)
-        if state.best is not None and value <= state.best:
+        if state.best is not None and not self._better(value, state.best):
             state.stale += 1
             return
         state.best, state.best_step, state.stale = value, state.step, 0
         if self.spec.early_stopping is not None:
             self._best = {name: p.detach().cpu().clone() for name, p in self._named.items()}
+
+    def _better(self, value: float, best: float) -> bool:
+        return value > best if self._objective.higher_is_better else value < best
 
     def _gave_up(self) -> bool:
         return self.spec.early_stopping is not None and self.state.stale >= self.spec.early_stopping
@@ -218,13 +226,6 @@ class Loop:
         spec.pop("checkpoint_seconds")
         weights = {name: list(p.shape) for name, p in self._named.items()}
         return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self._precision.name])
-
-    def _weigh_classes(self) -> torch.Tensor | None:
-        if self.spec.class_weights == "none":
-            return None
-        counts = np.maximum(self.task.class_counts(self.data.targets), 1)
-        weights = counts.sum() / (len(counts) * counts)
-        return torch.tensor(weights, dtype=torch.float32)
 
     def _lost(self, what: str) -> JobFailed:
         return JobFailed(

@@ -42,6 +42,12 @@ class Built:
         """The transformers model itself."""
         return self.model.get_base_model() if self.adapted else self.model  # type: ignore[operator]
 
+    @property
+    def pad_id(self) -> int:
+        """What fills a batch; it is masked out, so any id serves where the config names none."""
+        found = self.network.config.pad_token_id
+        return found if isinstance(found, int) and found >= 0 else 0
+
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
@@ -49,18 +55,25 @@ class Built:
 def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built:
     """Open `base` with the task's head (kept when it has the same labels, else new) and freeze what is not trained.
 
-    Uses torch's generator for new weights: seed it before. Raises ModelError for a base that cannot be opened and
-    SpecError for a request that does not fit it.
+    A causal model's projection to the vocabulary is no head: it has to be there, LoRA leaves it out, and last-n frees
+    the norm before it instead. Uses torch's generator for new weights: seed it before. Raises ModelError for a base
+    that cannot be opened and SpecError for a request that does not fit it.
     """
+    if task.generates and spec.method == "head":
+        raise SpecError(
+            "method head trains a new head on a frozen trunk, and a model that writes has no head of its own",
+            hint="set train.method to lora, last-n or full",
+        )
     model = _open(base, task, spec, on_cpu)
     if on_cpu:
         dropout.replace_dropout(model)
     adapted: tuple[str, ...] = ()
     trained: nn.Module = model
     if spec.method == "lora":
-        trained, adapted = _with_lora(model, spec.lora)
+        trained, adapted = _with_lora(model, spec.lora, task)
     elif spec.method != "full":
-        free = [_head(model)] if spec.method == "head" else [_head(model), _last_layers(model, spec.last_n)]
+        top = _final_norms(model) if task.generates else _head(model)
+        free = [top] if spec.method == "head" else [top, _last_layers(model, spec.last_n)]
         kept = {id(p) for group in free for module in group for p in module.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in kept)
@@ -93,24 +106,30 @@ def _open(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:
             f"max_length is {task.max_length}, but this model reads at most {limit} tokens",
             hint=f"set task.max_length to {limit} or less",
         )
-    labels = dict(enumerate(task.labels))
-    known = {int(k): v for k, v in (written.get("id2label") or {}).items()}
     with quiet():
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    config.id2label, config.label2id = labels, {label: i for i, label in labels.items()}
-    config.problem_type = task.problem_type
-    if config.pad_token_id is None:
-        config.pad_token_id = 0
+    renew = not task.generates and _label(config, written, task)
     if spec.dropout is not None:
         for name in DROPOUTS:
             if isinstance(getattr(config, name, None), float):
                 setattr(config, name, spec.dropout)
     model, info = _load(base, task, config, _attention(written, task, on_cpu))
-    _check_loaded(model, info, base)
+    _check_loaded(model, info, base, set() if task.generates else _names(model, _head(model)))
     model.name_or_path = config._name_or_path = ""  # a path of this machine, which would be saved with the model
-    if known != labels:
-        _renew_answers(model, len(labels))
+    if renew:
+        _renew_answers(model, len(task.labels))
     return model
+
+
+def _label(config: Any, written: dict[str, Any], task: Task) -> bool:
+    """Put the task's labels into the config; whether they are others than it had."""
+    labels = dict(enumerate(task.labels))
+    known = {int(k): v for k, v in (written.get("id2label") or {}).items()}
+    config.id2label, config.label2id = labels, {label: i for i, label in labels.items()}
+    config.problem_type = task.problem_type
+    if config.pad_token_id is None:
+        config.pad_token_id = 0
+    return known != labels
 
 
 def _renew_answers(model: Any, labels: int) -> None:
@@ -133,7 +152,9 @@ def _load(base: Path, task: Task, config: Any, attention: str) -> tuple[Any, dic
     if type(config) not in auto_class._model_mapping:
         raise ModelError(
             f"transformers has no {task.auto_class} for the architecture '{config.model_type}'",
-            hint="take an encoder such as BERT or RoBERTa for this task",
+            hint="take a causal model such as SmolLM2, Llama or Qwen for this task"
+            if task.generates
+            else "take an encoder such as BERT or RoBERTa for this task",
             where=str(base),
         )
     try:
@@ -158,10 +179,13 @@ def _load(base: Path, task: Task, config: Any, attention: str) -> tuple[Any, dic
     return model, dict(info)
 
 
-def _check_loaded(model: Any, info: dict[str, Any], base: Path) -> None:
+def _names(model: Any, modules: list[nn.Module]) -> set[str]:
+    mine = {id(p) for module in modules for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in mine}
+
+
+def _check_loaded(model: Any, info: dict[str, Any], base: Path, new: set[str]) -> None:
     """Only a head (and the pooler that leads to it) may be new: anything else means the wrong weights."""
-    mine = {id(p) for module in _head(model) for p in module.parameters()}
-    new = {name for name, p in model.named_parameters() if id(p) in mine}
     missing = sorted(set(info["missing_keys"]) - new)
     wrong = sorted({str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]} - new)
     if missing or wrong:
@@ -186,6 +210,15 @@ def _head(model: Any) -> list[nn.Module]:
     return [*_outside_trunk(model), *([pooler] if isinstance(pooler, nn.Module) else [])]
 
 
+def _final_norms(model: Any) -> list[nn.Module]:
+    """What stands between a causal model's last layer and its projection."""
+    return [
+        module
+        for module in model.base_model.children()
+        if not isinstance(module, nn.ModuleList | nn.Embedding) and any(True for _ in module.parameters())
+    ]
+
+
 def _last_layers(model: Any, count: int) -> list[nn.Module]:
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
     layers = max(lists, key=len, default=None)
@@ -197,7 +230,7 @@ def _last_layers(model: Any, count: int) -> list[nn.Module]:
     return list(layers[-count:])
 
 
-def _with_lora(model: Any, spec: LoraSpec) -> tuple[nn.Module, tuple[str, ...]]:
+def _with_lora(model: Any, spec: LoraSpec, task: Task) -> tuple[nn.Module, tuple[str, ...]]:
     from peft import LoraConfig, get_peft_model  # seconds, and only this method needs it
 
     head = {id(m) for top in _head(model) for m in top.modules()}
@@ -218,7 +251,8 @@ def _with_lora(model: Any, spec: LoraSpec) -> tuple[nn.Module, tuple[str, ...]]:
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=wanted,
-        modules_to_save=[names[id(m)].split(".")[-1] for m in _head(model)],
+        modules_to_save=None if task.generates else [names[id(m)].split(".")[-1] for m in _head(model)],
+        task_type="CAUSAL_LM" if task.generates else None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that is going out of use

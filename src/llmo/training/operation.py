@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from llmo import plugins
 from llmo.context import Context
@@ -16,15 +15,14 @@ from llmo.data.dataset import Dataset
 from llmo.errors import DataError, SpecError
 from llmo.specfile import validate
 from llmo.specs import TrainJobSpec
-from llmo.tasks.base import Row, Task
+from llmo.tasks.base import Task
 from llmo.tasks.card import load_tokenizer, write_card, write_golden
-from llmo.training import batches, checkpoint, folder, lineage, optimiser, precision, scoring
-from llmo.training.batches import Encoded
+from llmo.tasks.generation import Generation
+from llmo.training import checkpoint, folder, lineage, optimiser, precision
+from llmo.training.course import Course, plan, resolve
 from llmo.training.failures import memory_errors
 from llmo.training.loop import Loop
 from llmo.training.model import Built, build
-
-Metrics = dict[str, dict[str, float]]
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
@@ -44,111 +42,95 @@ def _run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Co
     torch.set_num_threads(max(1, ctx.device.cores))
     chosen = precision.choose(request.precision, ctx.device)
     data = Dataset.open(inputs["data"])
-    task = _task(request, data)
+    task, request = _task(request, data, inputs["model"])
     tokenizer = load_tokenizer(inputs["model"])
     checkpoint.seed_everything(request.seed)
     built = build(inputs["model"], task, request, on_cpu=chosen.device.type == "cpu")
     built.model.to(chosen.device)
-    encoded = _encoded(task, tokenizer, data, ctx)
-    _say(ctx, built, encoded, chosen)
+    exact = precision.exact(chosen)
+    course = plan(task, tokenizer, data, built, request, chosen, exact, ctx)
+    _say(ctx, built, course, chosen)
 
-    splits = {name: data.split(name) for name in ("dev", "test")}
-    figures = _Figures(task, tokenizer, built, ctx)
-    on_dev = (lambda: figures.plain(splits["dev"], "dev", chosen)) if len(splits["dev"]) else None
+    has_dev = len(data.split("dev")) > 0
+    on_dev = (lambda: course.figures.plain("dev", "dev", chosen)) if has_dev else None
     if on_dev is None and request.early_stopping is not None:
         raise SpecError("early_stopping needs a dev split, and it is empty", hint="set data.split.dev above 0")
-    loop = Loop(built, task, request, encoded, on_dev, ctx, chosen)
+    loop = Loop(built, task, course.objective, request, course.encoded, on_dev, ctx, chosen)
     if loop.resume():
         ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
     else:
-        loop.state.extra["before"] = figures.full(splits["test"], "test before training", chosen)
+        loop.state.extra["before"] = course.figures.full("test", "test before training", chosen)
     loop.run()
 
-    exact = precision.exact(chosen)
     metrics = {
-        "dev": figures.full(splits["dev"], "dev", exact),
-        "test": {"before": loop.state.extra["before"], "after": figures.full(splits["test"], "test", exact)},
+        "dev": course.figures.full("dev", "dev", course.measured),
+        "test": {
+            "before": loop.state.extra["before"],
+            "after": course.figures.full("test", "test", course.measured),
+        },
     }
-    shown = splits["dev"] if len(splits["dev"]) else data.split("train")
-    write_golden(out, folder.evidence(task, tokenizer, shown, figures.predictor(exact)))
-    folder.write(out, built, inputs["model"])
-    write_card(out, _card(request, task, built, metrics, data, inputs["model"], loop))
+    write_golden(out, course.evidence(data.split("dev" if has_dev else "train"), exact))
+    folder.write(out, built, inputs["model"], task)
+    write_card(out, _card(request, course, metrics, data, inputs["model"], loop))
     checkpoint.clear(ctx.checkpoint())
     return {
-        "metric": task.metric,
+        "metric": course.objective.metric,
         **metrics,
         "steps": loop.state.step,
         "history": loop.state.history,
         "seconds": time.monotonic() - started,
         "samples_per_second": loop.samples_per_second,
-        "truncated_share": encoded.truncated / len(encoded),
+        "tokens_per_second": loop.tokens_per_second,
+        "truncated_share": course.encoded.truncated / len(course.encoded.targets),
         "parameters": built.parameters,
         "trained_parameters": built.trained,
         "precision": chosen.name,
     }
 
 
-class _Figures:
-    """Measures splits with the model that is being trained."""
-
-    def __init__(self, task: Task, tokenizer: Tokenizer, built: Built, ctx: Context) -> None:
-        self._task, self._tokenizer, self._built, self._ctx = task, tokenizer, built, ctx
-
-    def predictor(self, how: precision.Precision) -> scoring.Predict:
-        pad_id = int(self._built.network.config.pad_token_id)
-        return scoring.model_predictor(self._built.model, self._task, pad_id, how)
-
-    def full(self, rows: Sequence[Row], phase: str, how: precision.Precision) -> Metrics:
-        """Metrics with intervals; none for a split without rows."""
-        return self._task.intervals(self._score(rows, phase, how).tally) if len(rows) else {}
-
-    def plain(self, rows: Sequence[Row], phase: str, how: precision.Precision) -> dict[str, float]:
-        totals = self._score(rows, phase, how).tally.totals()
-        return {name: float(value) for name, value in self._task.scores(totals).items()}
-
-    def _score(self, rows: Sequence[Row], phase: str, how: precision.Precision) -> scoring.Scored:
-        return scoring.score(self._task, self._tokenizer, rows, self.predictor(how), self._ctx, phase)
-
-
-def _task(request: TrainJobSpec, data: Dataset) -> Task:
+def _task(request: TrainJobSpec, data: Dataset, base: Path) -> tuple[Task, TrainJobSpec]:
+    """The task that the rows and the base make, and the request with its objective made out."""
     name = request.task.name
     if data.info.get("task") != name:
         raise DataError(
             f"the data set was imported for {data.info.get('task')}, not for {name}",
             hint=f"import it again with `task: {name}`",
         )
-    cls = plugins.load("llmo.tasks", name)
+    cls: type[Task] = plugins.load("llmo.tasks", name)
+    objective = resolve(request, cls, data.info.get("shape"))
     multi_label = request.task.multi_label
     options = {"multi_label": bool(data.info.get("multi_label")) if multi_label is None else multi_label}
-    found = cls.from_rows(data.split("train"), max_length=request.task.max_length, options=options)
-    assert isinstance(found, Task)  # noqa: S101 (the registry holds tasks)
-    return found
+    options |= cls.of_base(base) | ({"learns": objective} if objective in ("answers", "text") else {})
+    task = cls.from_rows(data.split("train"), max_length=request.task.max_length, options=options)
+    return task, request.model_copy(update={"objective": objective})
 
 
-def _encoded(task: Task, tokenizer: Tokenizer, data: Dataset, ctx: Context) -> Encoded:
-    rows = data.split("train")
-    return batches.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"))
-
-
-def _say(ctx: Context, built: Built, data: Encoded, chosen: precision.Precision) -> None:
+def _say(ctx: Context, built: Built, course: Course, chosen: precision.Precision) -> None:
     part = f"{built.trained / 1e6:.2f}M of {built.parameters / 1e6:.2f}M parameters"
     ctx.note(f"training {part} in {chosen.name}: {chosen.why}")
+    data = course.encoded
     if data.truncated:
-        share = data.truncated / len(data)
+        share = data.truncated / len(data.targets)
         ctx.note(f"{share:.1%} of the training texts are longer than {data.max_length} tokens and are cut")
+    if data.empty:
+        ctx.note(f"{data.empty} training rows hold nothing to learn, and are left out")
+    if isinstance(course.task, Generation) and course.task.template.is_default:
+        ctx.note("the base model has no chat template: turns are written as `User:` and `Assistant:`")
 
 
 def _card(
-    request: TrainJobSpec, task: Task, built: Built, metrics: dict[str, Any], data: Dataset, base: Path, loop: Loop
+    request: TrainJobSpec, course: Course, metrics: dict[str, Any], data: Dataset, base: Path, loop: Loop
 ) -> dict[str, Any]:
+    task, built = course.task, course.built
     return {
         "task": task.to_card(),
         "engine": "torch",
         "precision": "fp32",
         "base": lineage.base_of(base),
         "method": request.method,
-        "metric": task.metric,
+        "metric": course.objective.metric,
         "metrics": metrics,
+        "measured_in": course.measured.name,
         "parameters": built.parameters,
         "trained_parameters": built.trained,
         "adapted_modules": list(built.adapted),
@@ -159,4 +141,5 @@ def _card(
         "seed": request.seed,
         "versions": lineage.versions(),
         "code": lineage.code_digest(),
+        **({"template_sha256": task.template.sha256} if isinstance(task, Generation) else {}),
     }

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import nn
 
 from llmo.context import Context, Stopped
 from llmo.tasks.base import Encoding, Logits, Row, Task
 from llmo.tasks.metrics import Tally
-from llmo.training.batches import padded
+from llmo.training.batches import IGNORED, padded, stacked
+from llmo.training.causal import Speaker
 from llmo.training.precision import Precision
 
 CHUNK = 2048  # rows encoded, sorted by length and measured at once
@@ -36,7 +40,7 @@ def score(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], predict: Predic
     truncated = done = 0
     for first in range(0, len(rows), CHUNK):
         chunk = list(rows[first : first + CHUNK])
-        encodings = task.encode(tokenizer, [row["text"] for row in chunk])
+        encodings = task.encode_rows(tokenizer, chunk)
         logits: dict[int, Logits] = {}
         for batch in by_length(encodings):
             if ctx.should_stop():
@@ -51,12 +55,17 @@ def score(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], predict: Predic
 
 def by_length(encodings: Sequence[Encoding], tokens: int = BATCH_TOKENS) -> list[list[int]]:
     """Numbers of encodings in batches of like length, each of about `tokens` tokens when padded."""
+    return of_like_length([len(encoding.input_ids) for encoding in encodings], tokens)
+
+
+def of_like_length(lengths: Sequence[int] | NDArray[np.int64], tokens: int = BATCH_TOKENS) -> list[list[int]]:
+    """As `by_length`, of lengths alone."""
     batches: list[list[int]] = []
     width = 0
-    for i in sorted(range(len(encodings)), key=lambda i: -len(encodings[i].input_ids)):
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * width > tokens:
             batches.append([])
-            width = len(encodings[i].input_ids)
+            width = int(lengths[i])
         batches[-1].append(i)
     return batches
 
@@ -65,14 +74,37 @@ def model_predictor(model: nn.Module, task: Task, pad_id: int, precision: Precis
     """The model that is being trained, in eval mode and the given precision; its mode is put back after each batch."""
 
     def predict(encodings: Sequence[Encoding]) -> list[Logits]:
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
         inputs = padded([e.input_ids for e in encodings], pad_id, task.max_length)
-        with torch.inference_mode(), precision.autocast():
+        with measuring(model, precision):
             logits = model(**{k: v.to(precision.device) for k, v in inputs.items()}).logits
-        for module, mode in modes:
-            module.training = mode
         found = logits.float().cpu().numpy()
         return [found[i] if found.ndim == 2 else found[i, : len(e.input_ids)] for i, e in enumerate(encodings)]
 
     return predict
+
+
+def speaker_predictor(model: nn.Module, speaker: Speaker, task: Task, pad_id: int, precision: Precision) -> Predict:
+    """As `model_predictor`, for a causal model: per learnt token its log-probability and whether it is likeliest."""
+
+    def predict(encodings: Sequence[Encoding]) -> list[Logits]:
+        inputs = padded([e.input_ids for e in encodings], pad_id, task.max_length)
+        wanted = [task.target({}, e) for e in encodings]
+        targets = stacked(wanted, inputs["input_ids"].shape[1])
+        with measuring(model, precision):
+            on_device = {k: v.to(precision.device) for k, v in inputs.items()}
+            found = speaker.judge(on_device, targets.to(precision.device)).cpu().numpy()
+        counts = np.cumsum([int((t[1:] != IGNORED).sum()) for t in wanted])
+        return np.split(found, counts[:-1])
+
+    return predict
+
+
+@contextmanager
+def measuring(model: nn.Module, precision: Precision) -> Iterator[None]:
+    """The model in eval mode and the given precision; every module's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.inference_mode(), precision.autocast():
+        yield
+    for module, mode in modes:
+        module.training = mode
