@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from llmo.data.clean import clean, clean_spans
+from llmo.data.clean import clean, clean_block, clean_spans
 from llmo.data.html import is_html
 from llmo.data.row import Span
 from llmo.specs import CleanSpec
@@ -180,3 +180,36 @@ def test_a_span_of_nothing_is_dropped_and_counted():
     result, moved = clean_spans("a \u200b b", [Span(2, 3, "X")], SPEC, changed)
     assert (result, moved) == ("a b", [])
     assert changed["spans_emptied"] == 1
+
+
+def cleaned_block(text: str, **spec) -> str:
+    return clean_block(text, CleanSpec(**spec), set())
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("a\r\n\r\n\tb\r  c \u2028d\x0be", "a\n\n\tb\n  c \nd\ne"),
+        ("\n \n    indented\n    code\n\n", "    indented\n    code"),
+        ("  one line \n", "one line"),
+        ("two  spaces\xa0and <b>bold</b>", "two  spaces and <b>bold</b>"),
+        ("bell\x07 \x1b[31mred\x1b[0m \ud83d\n", "bell red \ufffd"),
+        ("schÃ¶n\n  Ã©tÃ©", "schön\n  été"),
+    ],
+)
+def test_a_block_keeps_its_lines(text, right):
+    assert cleaned_block(text) == right
+
+
+def test_a_block_is_left_as_told():
+    assert cleaned_block(" Ã©\x07\r\n", normalise=False, fix_encoding=False) == " Ã©\x07\r\n"
+
+
+@given(WORDY)
+def test_cleaning_a_block_twice_changes_nothing_more(text):
+    once = cleaned_block(text)
+    steps: set[str] = set()
+    assert clean_block(once, SPEC, steps) == once
+    assert not steps
+    assert once.isascii() or once == unicodedata.normalize("NFC", once)
+    assert not any(ord(sign) < 32 and sign not in "\t\n" for sign in once)

@@ -42,9 +42,9 @@ def choose(names: Sequence[str], head: Sequence[RawRow], spec: DataSpec, where: 
         )
     by_name = [text] if text else [name for word in _MESSAGES.split() if (name := named(names, word))]
     found = (
-        _messages(names, head, by_name, answer)
+        _messages(names, head, by_name, answer, turns=True)
         or _answered(names, text, answer)
-        or _messages(names, head, [] if text else names, answer)
+        or _messages(names, head, [] if text else names, answer, turns=False)
         or _plain(names, head, text, where)
     )
     rest = {**row_columns(names, spec, where), **{role: named(names, words) for role, words in _REST.items()}}
@@ -54,9 +54,11 @@ def choose(names: Sequence[str], head: Sequence[RawRow], spec: DataSpec, where: 
     return Columns(**found, **unless(rest, *taken))
 
 
-def _messages(names: Sequence[str], head: Sequence[RawRow], among: Sequence[str], answer: str) -> dict[str, str]:
-    """A column of lists of messages, alone or with the answers to them."""
-    column = next((name for name in among if name != answer and _sample(head, name) is not None), "")
+def _messages(
+    names: Sequence[str], head: Sequence[RawRow], among: Sequence[str], answer: str, *, turns: bool
+) -> dict[str, str]:
+    """A column of lists of messages (with `turns`, of strings too), alone or with the answers to them."""
+    column = next((name for name in among if name != answer and _sample(head, name, turns) is not None), "")
     if not column:
         return {}
     pair = _pair(names)
@@ -64,7 +66,7 @@ def _messages(names: Sequence[str], head: Sequence[RawRow], among: Sequence[str]
         return {"layout": "preference", "messages": column, **pair}
     if answer:
         return {"layout": "prompt-completion", "messages": column, "answer": answer}
-    return {"layout": kind(_sample(head, column)), "messages": column}
+    return {"layout": kind(_sample(head, column, turns)), "messages": column}
 
 
 def _answered(names: Sequence[str], text: str, answer: str) -> dict[str, str]:
@@ -115,6 +117,6 @@ def _pair(names: Sequence[str]) -> dict[str, str]:
     return {"chosen": chosen, "rejected": rejected} if chosen and rejected else {}
 
 
-def _sample(head: Sequence[RawRow], name: str) -> object:
+def _sample(head: Sequence[RawRow], name: str, turns: bool) -> object:
     """The first value of the column that is a list of messages; None when there is none."""
-    return next((row.values[name] for row in head if is_messages(row.values.get(name), turns=True)), None)
+    return next((row.values[name] for row in head if is_messages(row.values.get(name), turns=turns)), None)
