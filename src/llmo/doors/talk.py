@@ -82,7 +82,7 @@ def _pieces(reply: httpx.Response, answer: Answer) -> Iterator[str]:
             return
         chunk = _decoded(data)
         if "error" in chunk:
-            raise _refusal(int(chunk["error"].get("status") or 500), chunk["error"])
+            raise _refusal(500, chunk["error"])
         answer.model = chunk.get("model") or answer.model
         answer.usage = chunk.get("usage") or answer.usage
         for choice in chunk.get("choices", []):
@@ -117,5 +117,6 @@ def _refusal(status: int, error: Mapping[str, Any]) -> LLMOError:
     """The server's own errors come as they are, those in OpenAI's shape by their status."""
     if "what" in error:
         return from_json(dict(error))
-    kind = _BY_STATUS.get(status, InputError if 400 <= status < 500 else LLMOError)
-    return kind(str(error.get("message", "the server gave no reason")), where=str(error.get("param") or ""))
+    what, where = str(error.get("message", "the server gave no reason")), str(error.get("param") or "")
+    kind = _BY_STATUS.get(status, InputError if 400 <= status < 500 else None)
+    return kind(what, where=where) if kind else from_json({"code": error.get("code"), "what": what, "where": where})

@@ -1,0 +1,168 @@
+"""The chat page: public and empty of data, closed to every other source, and safe with whatever a model writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+from starlette.testclient import TestClient
+
+from llmo.doors import web
+from llmo.doors.api import create_app
+from llmo.doors.server import serve_in_thread
+from llmo.settings import Settings
+from llmo.system import System
+from support.browser import CHROMIUM, Browser
+
+FILES = sorted(web.pages())
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    with System(Settings(home=tmp_path_factory.mktemp("store"))) as system, TestClient(create_app(system)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("path", ["/", *(f"/pages/{name}" for name in FILES)])
+def test_every_file_is_public_typed_and_closed_to_the_rest_of_the_web(http: TestClient, path: str) -> None:
+    reply = http.get(path)
+    assert reply.status_code == 200
+    policy = dict(part.strip().split(" ", 1) for part in reply.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'none'"
+    assert {policy[f"{kind}-src"] for kind in ("script", "style", "img", "connect")} == {"'self'"}
+    assert {policy[name] for name in ("base-uri", "form-action", "frame-ancestors", "trusted-types")} == {"'none'"}
+    assert policy["require-trusted-types-for"] == "'script'"
+    assert "unsafe" not in reply.headers["content-security-policy"]
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    assert reply.headers["referrer-policy"] == "no-referrer"
+    assert reply.headers["x-frame-options"] == "DENY"
+    assert "charset=utf-8" in reply.headers["content-type"] or path.endswith(".svg")
+    again = http.get(path, headers={"if-none-match": reply.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
+@pytest.mark.parametrize("name", ["nope.js", "..%2fweb.py", "%2e%2e/api.py", "index.html%00", ".", "%ED%A0%80"])
+def test_nothing_but_the_pages_own_files_is_sent(http: TestClient, name: str) -> None:
+    reply = http.get(f"/pages/{name}")
+    assert reply.status_code == 404
+    assert reply.json()["error"]["code"] == "not_found"
+
+
+def test_nothing_is_inline_and_nothing_comes_from_elsewhere() -> None:
+    page = web.pages()["index.html"].content.decode()
+    assert not re.search(r"<style|\son\w+=|\sstyle=|javascript:", page)
+    assert re.findall(r"<script([^>]*)>(.*?)</script>", page, re.DOTALL) == [(' type="module" src="pages/app.js"', "")]
+    used = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert {name.removeprefix("pages/") for name in used} <= set(FILES)
+    for name, file in web.pages().items():
+        text = file.content.decode()
+        if name.endswith(".js"):
+            assert {found.removeprefix("./") for found in re.findall(r'from "([^"]+)"', text)} <= set(FILES)
+            assert not re.search(
+                r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function|localStorage", text
+            )
+        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)[a-z]", text), name
+
+
+def test_no_data_without_a_key(http: TestClient) -> None:
+    for path in ("/v1/endpoints", "/v1/models", "/v1/feedback"):
+        assert http.get(path).status_code == 401
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The page open in a browser, before its lock."""
+    with (
+        System(Settings(home=tmp_path_factory.mktemp("store"))) as system,
+        serve_in_thread(system) as url,
+        Browser(tmp_path_factory.mktemp("profile")) as browser,
+    ):
+        browser.key = system.make_key("reader", "predict")[1]
+        browser.open(url)
+        yield browser
+
+
+@needs_browser
+def test_the_key_is_asked_for_once_and_never_in_an_address(page: Browser) -> None:
+    page.until("document.querySelector('#door').open")
+    page.type("#key", "llmo_wrong")
+    page.press("Enter", 13)
+    assert "does not know" in page.until("document.querySelector('#refusal').textContent")
+    assert page.js("sessionStorage.getItem('llmo-key')") is None
+    page.problems.clear()  # a refusal is an error in the browser's own log
+    page.type("#key", page.key)
+    page.press("Enter", 13)
+    assert "llmo deploy" in page.until("!document.querySelector('#door').open && document.body.innerText")
+    assert page.js("location.href + document.cookie + localStorage.length") == page.js("location.origin") + "/0"
+    page.send("Page.reload")
+    page.until("document.readyState === 'complete' && document.querySelector('.empty')")
+    assert not page.js("document.querySelector('#door').open")
+    page.click("#adjust")
+    page.click("#forget")
+    assert page.until("document.querySelector('#door').open")
+    assert page.js("sessionStorage.getItem('llmo-key')") is None
+    assert page.problems == []
+
+
+def rendered(page: Browser, text: str) -> str:
+    """The HTML that a Markdown text becomes."""
+    found = page.js(
+        "import(new URL('pages/markdown.js', location)).then(({ render }) => { "
+        f"const into = document.createElement('div'); render(into, {json.dumps(text)}, () => {{}}); "
+        "return into.innerHTML; })"
+    )
+    assert isinstance(found, str)
+    return found
+
+
+LINK = 'target="_blank" rel="noopener noreferrer nofollow"'
+MARKDOWN = {
+    "a **b** *c* `d` ~~e~~ a_b_c": "<p>a <strong>b</strong> <em>c</em> <code>d</code> <del>e</del> a_b_c</p>",
+    "# T #\ntext": "<h3>T</h3><p>text</p>",
+    "1. a\n2. b\n   - c": '<ol start="1"><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul></li></ol>',
+    "> a\n> b": "<blockquote><p>a\nb</p></blockquote>",
+    "|a|b|\n|-|-|\n|1|2|": '<div class="table" tabindex="0"><table><tr><th>a</th><th>b</th></tr>'
+    "<tr><td>1</td><td>2</td></tr></table></div>",
+    "---": "<hr>",
+    "2 * 3 * 4 and a_b_ c\\*d": "<p>2 * 3 * 4 and a_b_ c*d</p>",
+    "```\n<b>&\n": '<figure><figcaption><span></span><button type="button">Copy</button></figcaption>'
+    '<pre tabindex="0"><code>&lt;b&gt;&amp;\n</code></pre></figure>',
+    "<img src=x onerror=alert(1)>": "<p>&lt;img src=x onerror=alert(1)&gt;</p>",
+    "[x](javascript:alert(1))": "<p>[x](javascript:alert(1))</p>",
+    "[x](data:text/html,y) [/etc](/etc)": "<p>[x](data:text/html,y) [/etc](/etc)</p>",
+    '![i](http://e.org/i "t")': f'<p>!<a href="http://e.org/i" {LINK} title="http://e.org/i">i</a></p>',
+    "see http://e.org/a.": f'<p>see <a href="http://e.org/a" {LINK} title="http://e.org/a">http://e.org/a</a>.</p>',
+    "**open *and `left": "<p>**open *and `left</p>",
+    "": "",
+}
+HOSTILE = [
+    "*" * 60_000, "> " * 20_000, "[" * 60_000, "`a" * 30_000, "- " * 20_000, "|-" * 30_000, "**a " * 15_000,
+    " \n" * 30_000 + "- a", "#" * 60_000, "http" * 15_000, "- a\n\n" * 10_000, "- - - - x" * 5000, " " * 60_000 + "x",
+    "_" * 60_000,
+]  # fmt: skip
+
+
+@needs_browser
+@pytest.mark.parametrize(("text", "html"), MARKDOWN.items())
+def test_markdown_becomes_nodes_and_markup_stays_text(page: Browser, text: str, html: str) -> None:
+    assert rendered(page, text) == html
+
+
+@needs_browser
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_text_is_shown_without_a_fuss(page: Browser, text: str) -> None:
+    assert len(rendered(page, text)) > 0
+
+
+@needs_browser
+def test_a_growing_text_keeps_the_nodes_that_did_not_change(page: Browser) -> None:
+    kept = page.js(
+        "import(new URL('pages/markdown.js', location)).then(({ render }) => { "
+        "const into = document.createElement('div'); render(into, 'one\\n\\ntwo', () => {}); "
+        "const first = into.firstChild; render(into, 'one\\n\\ntwo three', () => {}); "
+        "return [first === into.firstChild, into.lastChild.textContent, into.childNodes.length]; })"
+    )
+    assert kept == [True, "two three", 2]
