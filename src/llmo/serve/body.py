@@ -26,7 +26,7 @@ class PredictBody:
 
 def parse(data: bytes, max_texts: int = MAX_TEXTS) -> PredictBody:
     """The request, or InputError (422) that says what is wrong with it; TooLargeError (413) for too many texts."""
-    body = _json(data)
+    body = read_json(data, _EXAMPLE)
     if not isinstance(body, dict):
         raise InputError("the body is not a JSON object", hint=_EXAMPLE)
     for key in body:
@@ -68,10 +68,13 @@ def _deadline(value: Any) -> float | None:
     return float(value)
 
 
-def _json(data: bytes) -> Any:
-    """Strict JSON: what Python's parser lets pass (NaN, a key written twice) or trips over is an InputError."""
+def read_json(data: bytes, example: str) -> Any:
+    """Strict JSON: what Python's parser lets pass (NaN, a key written twice) or trips over is an InputError.
+
+    `example` is the hint for whoever sent no JSON at all.
+    """
     if not data.strip():
-        raise InputError("the body is empty", hint=_EXAMPLE)
+        raise InputError("the body is empty", hint=example)
     try:
         return json.loads(
             data.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant, parse_float=_float
@@ -82,12 +85,12 @@ def _json(data: bytes) -> Any:
         raise InputError(
             f"the body is not valid JSON: {error.msg}",
             where=f"line {error.lineno}, column {error.colno}",
-            hint=_EXAMPLE,
+            hint=example,
         ) from None
     except RecursionError:
-        raise InputError("the body is nested too deeply", hint=_EXAMPLE) from None
+        raise InputError("the body is nested too deeply", hint=example) from None
     except ValueError:  # an integer of more than 4300 digits
-        raise InputError("the body holds a number with too many digits", hint=_EXAMPLE) from None
+        raise InputError("the body holds a number with too many digits", hint=example) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The public door of endpoints: POST /v1/endpoints/{name}/predict, /healthz, /readyz and /metrics."""
+"""The public door of endpoints: POST /v1/endpoints/{name}/predict, /healthz, /readyz and /metrics; beside it
+`openai/door.py`, the one that OpenAI's clients know."""
 
 from __future__ import annotations
 
@@ -26,8 +27,10 @@ from llmo.errors import (
     UnreachableError,
 )
 from llmo.guard.access import Access, require
-from llmo.guard.limits import BODY_LIMIT, BodyLimit, Quotas, declared_length, too_large
+from llmo.guard.limits import BODY_LIMIT, BodyLimit, Quotas
 from llmo.serve.body import MAX_TEXTS, PredictBody, parse
+from llmo.serve.http import CLIENT_GONE, UNKNOWN, Handled, gone, read_body, send_json
+from llmo.serve.openai.door import Door
 from llmo.serve.router import Reply, Router
 from llmo.store import Store
 from llmo.types import JobState
@@ -35,8 +38,6 @@ from llmo.watch.metrics import CONTENT_TYPE, Metrics
 
 _PREFIX, _SUFFIX = "/v1/endpoints/", "/predict"
 _GRACE = 0.25  # seconds a replica gets beyond the deadline to say so itself, with its own words
-_CLIENT_GONE = 499  # what a request is counted as whose client went before the answer
-_UNKNOWN = "(unknown)"  # the label of requests for endpoints that do not exist
 _log = logging.getLogger("llmo.serve")
 
 
@@ -81,20 +82,21 @@ class Gateway:
         self._body_limit = body_limit
         self._max_texts = max_texts
         self._heads: dict[tuple[str, str], bytes] = {}
+        self.openai = Door(router, access, self.metrics, self.quotas)
 
     async def predict(self, name: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one predict request; every outcome, good or bad, is one JSON answer and one count."""
         began = time.perf_counter()
         self.metrics.began()
-        status, label = _CLIENT_GONE, _UNKNOWN
+        status, label = CLIENT_GONE, UNKNOWN
         try:
             reply = await self._answer(name, scope, receive)
             if reply is not None:
                 label, status = name, 200
-                await _send(send, 200, self._head(name, reply.model) + reply.answers + b"}")
+                await send_json(send, 200, self._head(name, reply.model) + reply.answers + b"}", {})
         except LLMOError as error:
             status = error.status
-            label = name if name in self.router else _UNKNOWN
+            label = name if name in self.router else UNKNOWN
             if isinstance(error, UnauthorizedError | ForbiddenError):
                 self.access.audit.denied(scope, error)
             await error_response(error)(scope, receive, send)
@@ -108,28 +110,30 @@ class Gateway:
     async def _answer(self, name: str, scope: Scope, receive: Receive) -> Reply | None:
         """The reply, or None when the client has gone."""
         key = await self.access.check(scope["headers"], "predict")
-        data = await _read(scope, receive, self._body_limit)
+        data = await read_body(scope, receive, self._body_limit)
         if data is None:
             return None
         body = parse(data, self._max_texts)
         self.quotas.take(key.id, len(body.texts))
-        return await self._call(name, body, receive)
+        return await self._call(name, body, key.id, receive)
 
-    async def _call(self, name: str, body: PredictBody, receive: Receive) -> Reply | None:
+    async def _call(self, name: str, body: PredictBody, tenant: str, receive: Receive) -> Reply | None:
         """Ask the router, while watching for the client to go and the deadline to pass: both end the call."""
         deadline = None if body.deadline_seconds is None else time.time() + body.deadline_seconds
         timeout = None if body.deadline_seconds is None else body.deadline_seconds + _GRACE
-        reply = asyncio.ensure_future(self.router.predict(name, body.texts, deadline=deadline, logits=body.logits))
-        gone = asyncio.ensure_future(_gone(receive))
+        reply = asyncio.ensure_future(
+            self.router.predict(name, body.texts, deadline=deadline, logits=body.logits, tenant=tenant)
+        )
+        left = asyncio.ensure_future(gone(receive))
         try:
-            await asyncio.wait((reply, gone), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((reply, left), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if reply.done():
                 return reply.result()
-            if gone.done():
+            if left.done():
                 return None
             raise DeadlineError("the deadline passed before the answer was ready", hint="allow it more time")
         finally:
-            gone.cancel()
+            left.cancel()
             reply.cancel()
 
     def _head(self, name: str, model: str) -> bytes:
@@ -158,7 +162,7 @@ class Gateway:
         )
         async def predict(name: Annotated[str, Path(description="the endpoint")], request: Request) -> Response:
             """Answers of the endpoint's model for one text or many."""
-            return _Handled(self, name)
+            return Handled(lambda scope, receive, send: self.predict(name, scope, receive, send))
 
         @router.get("/healthz", dependencies=[Depends(require("public"))])
         async def healthz() -> dict[str, bool]:
@@ -179,7 +183,7 @@ class Gateway:
 
 
 class FastPath:
-    """ASGI middleware: predict requests go straight to the gateway, all else to the application.
+    """ASGI middleware: requests to models go straight to the gateway, all else to the application.
 
     The application's own route for them only documents them: passing through its layers would cost a third of
     what a small model takes. It also keeps the router running from start-up to shutdown.
@@ -194,26 +198,18 @@ class FastPath:
             async with self._gateway.router.running():
                 await self.app(scope, receive, send)
             return
-        if scope["type"] == "http" and scope["method"] == "POST":
+        if scope["type"] == "http":
             path: str = scope["path"]
-            if path.startswith(_PREFIX) and path.endswith(_SUFFIX):
+            handled = self._gateway.openai.find(scope["method"], path)
+            if handled is not None:
+                await handled(scope, receive, send)
+                return
+            if scope["method"] == "POST" and path.startswith(_PREFIX) and path.endswith(_SUFFIX):
                 name = path[len(_PREFIX) : -len(_SUFFIX)]
                 if name and "/" not in name:
                     await self._gateway.predict(name, scope, receive, send)
                     return
         await self.app(scope, receive, send)
-
-
-class _Handled(Response):
-    """Lets the gateway answer where FastAPI expects a response."""
-
-    def __init__(self, gateway: Gateway, name: str) -> None:
-        super().__init__()
-        self._gateway = gateway
-        self._name = name
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._gateway.predict(self._name, scope, receive, send)
 
 
 def include_gateway(
@@ -242,6 +238,7 @@ def include_gateway(
     app.state.access = access
     app.add_exception_handler(LLMOError, _on_error)
     app.include_router(gateway.routes())
+    app.include_router(gateway.openai.routes())
     app.add_middleware(BodyLimit, limit=body_limit, larger={"/v1/uploads/": None, **(uploads or {})})
     app.add_middleware(FastPath, gateway=gateway)  # added last, so outermost
     return gateway
@@ -266,36 +263,6 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, LLMOError):
         raise error
     return error_response(error)
-
-
-async def _send(send: Send, status: int, body: bytes) -> None:
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _read(scope: Scope, receive: Receive, limit: int) -> bytes | None:
-    """The whole body, None when the client went meanwhile; TooLargeError as soon as it is known to be over."""
-    if (declared_length(scope) or 0) > limit:
-        raise too_large(limit)
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise too_large(limit)
-        parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 _PROBLEMS: dict[int | str, str] = {

@@ -49,8 +49,8 @@ class _Step:
 class GenerationPipeline:
     """Bounded, fair between tenants, and fair to each call: what is wrong with one fails that one only.
 
-    `queue` bounds what waits (see PromptQueue), `streams` what the engine works on. `submit`, `cancel`, `expire`
-    and `stats` may be called from any thread.
+    `queue` bounds what waits (see PromptQueue), `streams` what the engine works on; `takes_tools` says whether the
+    model's template prints tools. `submit`, `cancel`, `expire` and `stats` may be called from any thread.
     """
 
     def __init__(
@@ -62,12 +62,14 @@ class GenerationPipeline:
         *,
         streams: int = 16,
         queue: int = 1024,
+        takes_tools: bool = True,
     ) -> None:
         self._task = task
         self._tokenizer = tokenizer
         self._engine = engine
         self._load = load
         self._most = streams
+        self._takes_tools = takes_tools
         self.paces = Paces()
         self.broken: LLMOError | None = None
         self.context = 0  # once started
@@ -184,7 +186,7 @@ class GenerationPipeline:
                     return
                 call = self._queue.take_call()
             try:
-                prompts = [self._ids_of(one) for one in call.ask.inputs]
+                prompts = [self._ids_of(one, call.ask) for one in call.ask.inputs]
             except LLMOError as error:
                 self._end(call, error)
                 continue
@@ -199,7 +201,7 @@ class GenerationPipeline:
                     self._queue.stand(call, streams)
                     self._changed.notify_all()
 
-    def _ids_of(self, one: Input) -> list[int]:
+    def _ids_of(self, one: Input, ask: Ask) -> list[int]:
         if one.ids is not None:
             ids = list(one.ids)
             wrong = next((i for i in ids if not 0 <= i < self._engine.vocabulary), None)
@@ -208,12 +210,24 @@ class GenerationPipeline:
         elif one.text is not None:
             ids = list(self._tokenizer.encode(one.text).ids)
         else:
-            ids = self._task.prompt(self._tokenizer, one.messages or [], one.tools)
+            ids = self._task.prompt(self._tokenizer, one.messages or [], self._tools(one, ask))
         if not ids:
             raise InputError("the prompt is empty", hint="send some words")
         if len(ids) >= self.context:
             raise too_long(len(ids), self.context)
         return ids
+
+    def _tools(self, one: Input, ask: Ask) -> Sequence[Mapping[str, Any]] | None:
+        """The tools as the template takes them. A grammar that forces a call does without a template that does."""
+        if not one.tools or self._takes_tools:
+            return one.tools
+        if ask.sampling.grammar is None:
+            raise InputError(
+                "the model's chat template takes no tools, so it would not hear of them",
+                where="tools",
+                hint='force a call with "tool_choice": "required", or take a model that was trained with tools',
+            )
+        return None
 
     def _stream(self, call: Call, choice: int, ids: Sequence[int]) -> Stream:
         pieces = self._pieces if call.ask.sampling.logprobs is not None else None

@@ -41,6 +41,7 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
         lambda: engine.load(folder, device, options),
         streams=spec["streams"],
         queue=spec["queue"],
+        takes_tools="tools" in card["task"]["options"]["template"],
     )
 
 

@@ -12,17 +12,30 @@ from prometheus_client.registry import Collector
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _BATCH = ("1", "2", "4", "8", "16", "32", "64", "128", "+Inf")
+_FIRST_TOKEN = ("0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "30.0", "+Inf")
+# Encoders' replicas and those that generate have numbers of their own; an endpoint is shown where it has them.
 _GAUGES = {
-    "queue": ("llmo_queue_texts", "texts that wait in the replicas"),
-    "queue_limit": ("llmo_queue_limit_texts", "texts that may wait in the replicas"),
+    "queue": ("llmo_queue_texts", "texts or prompts that wait in the replicas"),
+    "queue_limit": ("llmo_queue_limit_texts", "texts or prompts that may wait in the replicas"),
     "in_flight": ("llmo_in_flight_requests", "requests that the replicas have accepted and not answered"),
     "texts_per_second": ("llmo_texts_per_second", "texts a second while the engine runs, of late"),
+    "queue_tokens": ("llmo_queue_tokens", "tokens of the prompts that wait in the replicas"),
+    "streams": ("llmo_streams", "answers being written"),
+    "streams_limit": ("llmo_streams_limit", "answers that may be written at once"),
+    "tokens_per_second": ("llmo_generated_tokens_per_second", "tokens written a second of the engine's, of late"),
+    "engine_cache_tokens": ("llmo_cache_tokens", "tokens whose keys and values are kept"),
+    "engine_free_tokens": ("llmo_cache_free_tokens", "tokens for whose keys and values there is room"),
 }
 _COUNTERS = {
     "texts": ("llmo_texts", "texts the engine has run"),
     "tokens": ("llmo_tokens", "tokens the engine has run, without padding"),
     "padded_tokens": ("llmo_padded_tokens", "tokens the engine has run, padding included"),
     "engine_seconds": ("llmo_engine_seconds", "seconds the engine has run"),
+    "prompt_tokens": ("llmo_prompt_tokens", "tokens of the prompts that were answered"),
+    "cached_tokens": ("llmo_prompt_cached_tokens", "of those, the ones that were found in the cache"),
+    "completion_tokens": ("llmo_completion_tokens", "tokens written"),
+    "steps": ("llmo_steps", "steps of the engines that generate"),
+    "cancelled": ("llmo_cancelled_requests", "requests whose client went before the answer was complete"),
 }
 ReplicaStats = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -83,7 +96,14 @@ class _Now(Collector):
             yield self._summed(GaugeMetricFamily(name, help_text, labels=["endpoint"]), key)
         for key, (name, help_text) in _COUNTERS.items():
             yield self._summed(CounterMetricFamily(name, help_text, labels=["endpoint"]), key)
-        yield self._batches()
+        texts = HistogramMetricFamily("llmo_batch_texts", "texts in a batch", labels=["endpoint"])
+        yield self._histogram(texts, _BATCH, "batch_sizes", "texts")
+        first = HistogramMetricFamily(
+            "llmo_first_token_seconds",
+            "time from a prompt's arrival to its first token",
+            labels=["endpoint"],
+        )
+        yield self._histogram(first, _FIRST_TOKEN, "first_tokens", "first_token_seconds")
         states = GaugeMetricFamily("llmo_jobs", "jobs by state", labels=["state"])
         for state, number in self._jobs.items():
             states.add_metric([state], number)
@@ -91,17 +111,19 @@ class _Now(Collector):
 
     def _summed(self, family: Any, key: str) -> Metric:
         for name, found in self._replicas.items():
-            family.add_metric([name], sum(float(numbers[key]) for numbers in found))
+            values = [float(numbers[key]) for numbers in found if key in numbers]
+            if values or not found:
+                family.add_metric([name], sum(values))
         metric: Metric = family
         return metric
 
-    def _batches(self) -> Metric:
-        family = HistogramMetricFamily("llmo_batch_texts", "texts in a batch", labels=["endpoint"])
+    def _histogram(self, family: HistogramMetricFamily, edges: Sequence[str], counts: str, total: str) -> Metric:
         for name, found in self._replicas.items():
-            counts = [sum(column) for column in zip(*(n["batch_sizes"] for n in found), strict=True)]
-            texts = sum(float(numbers["texts"]) for numbers in found)
-            if counts:
-                family.add_metric([name], list(zip(_BATCH, _running_sum(counts), strict=True)), texts)
+            have = [numbers for numbers in found if counts in numbers]
+            if have:
+                column = [sum(one) for one in zip(*(numbers[counts] for numbers in have), strict=True)]
+                whole = sum(float(numbers[total]) for numbers in have)
+                family.add_metric([name], list(zip(edges, _running_sum(column), strict=True)), whole)
         return family
 
 
