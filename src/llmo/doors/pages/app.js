@@ -178,7 +178,7 @@ const acts = {
     turn.better = which;
     if (conversation.turns.at(-1) === turn) turn.picked = which === "second" ? 1 : 0;
   }),
-  correct: (turn, one, text) => tell(entry(turn, [one], { kind: "correction", correction: text }), () => { one.said ??= "bad"; }),
+  correct: (turn, one, text) => tell(entry(turn, [one], { kind: "correction", correction: text }), () => { one.corrected = true; }),
   copy,
 };
 

@@ -58,5 +58,5 @@ export class Conversation {
 
 /** An answer yet to come from one of the server's names. */
 function blank({ id, endpoint, model }) {
-  return { id, endpoint, model, text: "", state: "waiting", note: "", usage: null, first: 0, seconds: 0, said: null };
+  return { id, endpoint, model, text: "", state: "waiting", note: "", usage: null, first: 0, seconds: 0, said: null, corrected: false };
 }

@@ -54,11 +54,12 @@ class AnswerView {
     this.figures = make("span", "figures");
     this.good = this.rating("Good", "good");
     this.bad = this.rating("Bad", "bad");
+    this.mend = button("Correct", () => this.correct());
     this.buttons = [
       button("Copy", (event) => act.copy(answer.text, event.currentTarget)),
       this.good,
       this.bad,
-      button("Correct", () => this.correct()),
+      this.mend,
     ];
     this.which = turn.answers[0] === answer ? "first" : "second";
     this.better = button("This one is better", () => act.prefer(turn, this.which));
@@ -73,10 +74,10 @@ class AnswerView {
   update() {
     const { answer, turn } = this;
     const open = answer.state === "waiting" || answer.state === "writing";
-    const goesOn = turn.answers.length === 2 && turn.answers[turn.picked] === answer;
+    const goesOn = turn.answers.length === 2 && turn.answers[turn.picked] === answer && answer.text;
     const version = answer.model && answer.model !== answer.id ? ` · ${answer.model}` : "";
     this.title.textContent = answer.id + version + (goesOn && !open ? " · the chat goes on with this one" : "");
-    this.node.classList.toggle("picked", goesOn && !open);
+    this.node.classList.toggle("picked", Boolean(goesOn) && !open);
     this.node.setAttribute("aria-busy", String(open));
     this.text.classList.toggle("waiting", answer.state === "waiting");
     render(this.text, answer.text, this.act.copy);
@@ -89,6 +90,7 @@ class AnswerView {
     this.better.setAttribute("aria-pressed", String(turn.better === this.which));
     this.good.setAttribute("aria-pressed", String(answer.said === "good"));
     this.bad.setAttribute("aria-pressed", String(answer.said === "bad"));
+    this.mend.setAttribute("aria-pressed", String(answer.corrected));
   }
 
   /** A text field with the answer in it: what it should have been. */
@@ -112,6 +114,7 @@ class AnswerView {
     form.append(field, save, leave);
     this.node.append(form);
     field.focus();
+    form.scrollIntoView({ block: "nearest" });
   }
 }
 
