@@ -38,7 +38,8 @@ Message = dict[str, Any]
 
 @dataclass(slots=True)
 class Answer:
-    """What has come of an answer so far. `usage` is the server's count, `finish` why it ended; None until then."""
+    """What has come of an answer so far: `model` is the version that writes it, `usage` the server's count, `finish`
+    why it ended; None until then."""
 
     model: str = ""
     text: str = ""
@@ -83,7 +84,7 @@ def _pieces(reply: httpx.Response, answer: Answer) -> Iterator[str]:
         chunk = _decoded(data)
         if "error" in chunk:
             raise _refusal(500, chunk["error"])
-        answer.model = chunk.get("model") or answer.model
+        answer.model = chunk.get("system_fingerprint") or answer.model
         answer.usage = chunk.get("usage") or answer.usage
         for choice in chunk.get("choices", []):
             answer.finish = choice.get("finish_reason") or answer.finish

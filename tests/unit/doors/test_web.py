@@ -98,7 +98,7 @@ def test_the_key_is_asked_for_once_and_never_in_an_address(page: Browser) -> Non
     assert "llmo deploy" in page.until("!document.querySelector('#door').open && document.body.innerText")
     assert page.js("location.href + document.cookie + localStorage.length") == page.js("location.origin") + "/0"
     page.send("Page.reload")
-    page.until("document.readyState === 'complete' && document.querySelector('.empty')")
+    page.until("document.readyState === 'complete' && document.querySelector('.empty') !== null")
     assert not page.js("document.querySelector('#door').open")
     page.click("#adjust")
     page.click("#forget")

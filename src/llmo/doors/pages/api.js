@@ -13,17 +13,12 @@ export class Server {
     this.key = key;
   }
 
-  /** The names that generate text: endpoints first, then versions and adapters that the server lists beside them. */
+  /** The endpoints that generate text: {name, model (version), state}. */
   async generators() {
     const endpoints = await this.#json("v1/endpoints");
-    const chats = endpoints.filter((endpoint) => endpoint.task === "generation");
-    const found = chats.map((endpoint) => ({ id: endpoint.name, endpoint: endpoint.name, model: endpoint.model_ref, state: endpoint.state }));
-    const { data } = await this.#json("v1/models");
-    for (const { id } of data) {
-      const owner = chats.find(({ name }) => id !== name && id.startsWith(name) && "@:/".includes(id[name.length]));
-      if (owner) found.push({ id, endpoint: owner.name, model: id, state: owner.state });
-    }
-    return found;
+    return endpoints
+      .filter(({ task }) => task === "generation")
+      .map(({ name, model_ref: model, state }) => ({ name, model, state }));
   }
 
   async rate(entry) {
@@ -39,7 +34,7 @@ export class Server {
       if (data === "[DONE]") { ended = true; break; }
       const chunk = JSON.parse(data);
       if (chunk.error) throw refusal(reply.status, chunk.error);
-      if (chunk.model) yield { model: chunk.model };
+      if (chunk.system_fingerprint) yield { model: chunk.system_fingerprint }; // the version behind the name
       const choice = chunk.choices?.[0];
       if (choice?.delta?.content) yield { text: choice.delta.content };
       if (choice?.finish_reason) { ended = true; yield { finish: choice.finish_reason }; }

@@ -48,11 +48,12 @@ function list() {
   const kept = JSON.parse(sessionStorage.getItem(CHOICES) ?? "{}");
   for (const id of ["first", "second"]) {
     const options = names.map((name) => {
-      const text = name.model && name.model !== name.id ? `${name.id} (${name.model})` : name.id;
-      return new Option(name.state === "up" ? text : `${text}, ${name.state}`, name.id);
+      const text = `${name.name} (${name.model})`;
+      return new Option(name.state === "up" ? text : `${text}, ${name.state}`, name.name);
     });
     at(id).replaceChildren(...options);
-    at(id).value = names.some(({ id: known }) => known === kept[id]) ? kept[id] : names.at(id === "first" ? 0 : -1)?.id ?? "";
+    const known = names.some(({ name }) => name === kept[id]);
+    at(id).value = known ? kept[id] : names.at(id === "first" ? 0 : -1)?.name ?? "";
   }
   at("compare").checked = kept.compare ?? false;
   for (const id of SETTINGS) at(id).value = kept[id] ?? "";
@@ -72,7 +73,7 @@ function compare() {
 
 function chosen() {
   const ids = at("compare").checked ? ["first", "second"] : ["first"];
-  return ids.map((id) => names.find((name) => name.id === at(id).value)).filter(Boolean);
+  return ids.map((id) => names.find(({ name }) => name === at(id).value)).filter(Boolean);
 }
 
 /** The settings that were filled in, as the request carries them. */
@@ -110,7 +111,7 @@ async function answer(turn) {
   busy(true);
   const body = { messages: conversation.messages(turn), ...settings() };
   scroll(true);
-  await Promise.all(turn.answers.map((one) => write(turn, one, { ...body, model: one.id })));
+  await Promise.all(turn.answers.map((one) => write(turn, one, { ...body, model: one.endpoint })));
   running = null;
   if (!turn.answers[0].text && turn.answers[1]?.text) turn.picked = 1;
   busy(false);
@@ -130,7 +131,7 @@ async function write(turn, one, body) {
         one.text += piece.text;
         soon(turn);
       }
-      if (piece.model && piece.model !== one.endpoint) one.model = piece.model;
+      if (piece.model) one.model = piece.model;
       if (piece.finish) one.finish = piece.finish;
       if (piece.usage) one.usage = piece.usage;
     }

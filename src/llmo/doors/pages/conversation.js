@@ -57,6 +57,6 @@ export class Conversation {
 }
 
 /** An answer yet to come from one of the server's names. */
-function blank({ id, endpoint, model }) {
-  return { id, endpoint, model, text: "", state: "waiting", note: "", usage: null, first: 0, seconds: 0, said: null, corrected: false };
+function blank({ name, model }) {
+  return { endpoint: name, model, text: "", state: "waiting", note: "", usage: null, first: 0, seconds: 0, said: null, corrected: false };
 }

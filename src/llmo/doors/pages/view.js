@@ -75,8 +75,7 @@ class AnswerView {
     const { answer, turn } = this;
     const open = answer.state === "waiting" || answer.state === "writing";
     const goesOn = turn.answers.length === 2 && turn.answers[turn.picked] === answer && answer.text;
-    const version = answer.model && answer.model !== answer.id ? ` · ${answer.model}` : "";
-    this.title.textContent = answer.id + version + (goesOn && !open ? " · the chat goes on with this one" : "");
+    this.title.textContent = `${answer.endpoint} · ${answer.model}` + (goesOn && !open ? " · the chat goes on with this one" : "");
     this.node.classList.toggle("picked", Boolean(goesOn) && !open);
     this.node.setAttribute("aria-busy", String(open));
     this.text.classList.toggle("waiting", answer.state === "waiting");
