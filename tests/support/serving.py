@@ -18,10 +18,11 @@ from llmo.engines.base import Request
 from llmo.engines.torch import TorchEngine
 from llmo.serve import replica
 from llmo.specs import DeploySpec
-from llmo.tasks.card import load_task, load_tokenizer, write_golden
+from llmo.tasks.card import load_task, load_tokenizer, write_card, write_golden
 from llmo.types import Device
 from support.headed import headed_model
 from support.tiny import span_rows, text_rows
+from support.tiny_chat import END, SPECIAL, TEMPLATE, tiny_chat_model
 
 PATIENCE = 60.0
 CPU = Device("cpu", "cpu", 0, 0, 1)
@@ -54,6 +55,38 @@ def served_model(folder: Path, task: str = "text-classification", *, seed: int =
         ],
     )
     return folder
+
+
+GREETINGS = ("Hello there", "What is a cat?", "Count to three", "Good night")
+
+
+def served_chat_model(folder: Path, *, seed: int = 0, template: str = TEMPLATE, **config: Any) -> Path:
+    """A chat model's folder with a card and golden evidence, as training leaves it: greedy answers of transformers."""
+    tiny_chat_model(folder, seed, **config)
+    special = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[END], "pad_token": SPECIAL[0]}
+    options = {"template": template, "special": special, "end_ids": [END]}
+    task = {"task": "generation", "labels": [], "max_length": 512, "options": options}
+    write_card(folder, {"task": task, "engine": "torch", "precision": "fp32"})
+    made: Any = load_task(folder)
+    tokenizer = load_tokenizer(folder)
+    golden = []
+    for text in GREETINGS:
+        messages = [{"role": "user", "content": text}]
+        ids = made.prompt(tokenizer, messages)
+        golden.append({"text": text, "messages": messages, "input_ids": ids, "greedy": greedy(folder, ids, 16)})
+    write_golden(folder, golden)
+    return folder
+
+
+def greedy(folder: Path, ids: list[int], most: int) -> list[int]:
+    """The greedy answer of the model as transformers runs it, without the end token."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        found = model.generate(torch.tensor([ids]), max_new_tokens=most, do_sample=False)[0, len(ids) :].tolist()
+    return found[: found.index(END)] if END in found else found
 
 
 def direct(folder: Path, ids: list[list[int]]) -> list[Any]:
