@@ -11,12 +11,16 @@ from starlette.testclient import TestClient
 
 from llmo.doors import web
 from llmo.doors.api import create_app
-from llmo.doors.server import serve_in_thread
 from llmo.settings import Settings
 from llmo.system import System
 from support.browser import CHROMIUM, Browser
+from support.chatting import VERSION, Place, chat_place
+from support.serving import eventually
 
 FILES = sorted(web.pages())
+ENTER = 13
+FIELD = "document.getElementById('%s')"
+DONE = "document.querySelector('#stop').hidden"
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
@@ -73,38 +77,140 @@ def test_no_data_without_a_key(http: TestClient) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """The page open in a browser, before its lock."""
-    with (
-        System(Settings(home=tmp_path_factory.mktemp("store"))) as system,
-        serve_in_thread(system) as url,
-        Browser(tmp_path_factory.mktemp("profile")) as browser,
-    ):
-        browser.key = system.make_key("reader", "predict")[1]
-        browser.open(url)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with chat_place(tmp_path_factory.mktemp("place")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def page(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The page in a browser, locked."""
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        browser.open(place.url)
         yield browser
 
 
-@needs_browser
-def test_the_key_is_asked_for_once_and_never_in_an_address(page: Browser) -> None:
+def unlock(page: Browser, key: str) -> None:
     page.until("document.querySelector('#door').open")
-    page.type("#key", "llmo_wrong")
-    page.press("Enter", 13)
+    page.type("#key", key)
+    page.press("Enter", ENTER)
+
+
+def fill(page: Browser, field: str, value: object) -> None:
+    """Put a value into a field of the settings, as somebody who leaves it afterwards."""
+    page.js(f"(f => {{ f.value = {json.dumps(str(value))}; f.dispatchEvent(new Event('change')); }})({FIELD % field})")
+
+
+def ask(page: Browser, question: str) -> None:
+    page.type("#question", question)
+    page.press("Enter", ENTER)
+
+
+def press(page: Browser, label: str, which: int = -1) -> None:
+    """Press one of the visible buttons with that label, by default the last."""
+    page.js(
+        "[...document.querySelectorAll('button')].filter(b => b.checkVisibility() && "
+        f"b.textContent === {json.dumps(label)}).at({which}).click()"
+    )
+
+
+@needs_browser
+def test_the_key_is_asked_for_once_and_never_in_an_address(page: Browser, place: Place) -> None:
+    unlock(page, "llmo_wrong")
     assert "does not know" in page.until("document.querySelector('#refusal').textContent")
     assert page.js("sessionStorage.getItem('llmo-key')") is None
     page.problems.clear()  # a refusal is an error in the browser's own log
-    page.type("#key", page.key)
-    page.press("Enter", 13)
-    assert "llmo deploy" in page.until("!document.querySelector('#door').open && document.body.innerText")
+    unlock(page, place.asking)
+    assert page.until("document.querySelector('#door').open === false")
     assert page.js("location.href + document.cookie + localStorage.length") == page.js("location.origin") + "/0"
     page.send("Page.reload")
     page.until("document.readyState === 'complete' && document.querySelector('.empty') !== null")
     assert not page.js("document.querySelector('#door').open")
-    page.click("#adjust")
-    page.click("#forget")
+    press(page, "Settings")
+    press(page, "Forget the key")
     assert page.until("document.querySelector('#door').open")
     assert page.js("sessionStorage.getItem('llmo-key')") is None
     assert page.problems == []
+    unlock(page, place.asking)
+    page.until("document.querySelector('#door').open === false")
+
+
+@needs_browser
+def test_only_endpoints_that_generate_are_offered(page: Browser) -> None:
+    assert page.js("[...document.querySelector('#first').options].map(o => o.value)") == ["assistant", "other"]
+
+
+@needs_browser
+def test_an_answer_streams_keeps_to_the_settings_and_is_rated(page: Browser, place: Place) -> None:
+    before = len(place.system.feedback())
+    for field, value in (("system", "Be brief."), ("temperature", 0), ("max_tokens", 12), ("seed", 1)):
+        fill(page, field, value)
+    ask(page, "Hello there")
+    page.until(f"document.querySelectorAll('.turn').length === 1 && {DONE}")
+    assert "12 tokens" in page.js("document.querySelector('.figures').textContent")
+    assert "cut at the limit" in page.js("document.querySelector('.figures').textContent")
+    assert VERSION in page.js("document.querySelector('.answer h3').textContent")
+    press(page, "Good")
+    page.until("document.querySelector('#status').textContent.includes('Kept')")
+    [kept] = place.system.feedback()[before:]
+    assert (kept.endpoint, kept.kind, kept.rating, kept.owner, kept.model_ref) == (
+        "assistant", "rating", "good", "bob", VERSION,
+    )  # fmt: skip
+    assert [(m["role"], m["content"]) for m in kept.messages] == [("system", "Be brief."), ("user", "Hello there")]
+    assert kept.answers[0]["content"]
+    assert page.problems == []
+
+
+@needs_browser
+def test_stop_ends_the_answer_where_it_is_written(page: Browser, place: Place) -> None:
+    fill(page, "max_tokens", 60_000)
+    ask(page, "Tell me everything")
+    eventually(lambda: place.streams() == 1, "the model writes")
+    page.until("document.querySelector('.turn:last-child .text').textContent.length > 20")
+    page.press("Escape", 27)
+    page.until(DONE)
+    eventually(lambda: place.streams() == 0, "the model has stopped")
+    assert page.js("document.querySelector('.turn:last-child .note').textContent") == "stopped"
+    fill(page, "max_tokens", 5)
+    press(page, "Regenerate")
+    page.until(f"document.querySelector('.turn:last-child .figures').textContent.includes('5 tokens') && {DONE}")
+    assert page.js("document.querySelectorAll('.turn').length") == 2
+
+
+@needs_browser
+def test_two_endpoints_answer_the_same_conversation_and_the_better_one_goes_on(page: Browser, place: Place) -> None:
+    before = len(place.system.feedback())
+    press(page, "New chat")
+    page.click("#compare")
+    fill(page, "seed", "")
+    fill(page, "temperature", 1)
+    for turn, question in enumerate(("Hello", "And then?"), 1):
+        ask(page, question)
+        page.until(f"document.querySelectorAll('.turn').length === {turn} && {DONE}")
+        press(page, "This one is better")
+        page.until("document.querySelector('.turn:last-child .answer:last-child').classList.contains('picked')")
+    press(page, "Correct", -2)
+    page.js("document.querySelector('.correction textarea').value = 'What it should have said'")
+    press(page, "Save the correction")
+    page.until("document.querySelector('.correction') === null")
+    first, second, mended = place.system.feedback()[before:]
+    assert (first.kind, first.rating, first.endpoint, first.against) == ("comparison", "second", "assistant", "other")
+    heard = [m["content"] for m in second.messages if m["role"] != "system"]
+    assert heard == ["Hello", first.answers[1]["content"], "And then?"]
+    assert (mended.kind, mended.correction) == ("correction", "What it should have said")
+    assert mended.answers[0]["content"] == second.answers[0]["content"]
+    assert page.problems == []
+
+
+@needs_browser
+def test_what_the_server_refuses_is_said_beside_the_question(page: Browser) -> None:
+    press(page, "New chat")
+    page.click("#compare")
+    page.js("document.querySelector('#question').value = 'long '.repeat(40000)")
+    ask(page, "!")
+    assert "context" in page.until(f"{DONE} && document.querySelector('.failed').textContent")
+    press(page, "New chat")
+    page.problems.clear()  # the refusal
 
 
 def rendered(page: Browser, text: str) -> str:
