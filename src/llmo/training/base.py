@@ -1,4 +1,4 @@
-"""The operation `base-model`: brings a Hugging Face folder into the store, without pickle and without foreign code."""
+"""The operation `base-model`: brings a Hugging Face folder or a GGUF file into the store, without foreign code."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmo import sources
 from llmo.context import Context
 from llmo.errors import DataError, ModelError
 from llmo.files import publish_json, storage_errors
-from llmo.training import weights
+from llmo.training import gguf_source, weights
 from llmo.training.architecture import check_config, position_limit
 
 SOURCE = "source.json"
@@ -29,12 +30,23 @@ KEPT = (
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     """`spec` is `{"source", "source_digest"?, "uploads"?}`; only the files that are needed are copied.
 
-    Raises ModelError for a folder that is unsafe (pickle, code of its own), incomplete or unknown.
+    A GGUF file, or a folder that holds one and no safetensors, is dequantised to fp32; `source.json` says what it was.
+    Raises ModelError for a source that is unsafe (pickle, code of its own), incomplete, broken or unknown.
     """
     source = str(spec["source"])
     ctx.report(0, 3, phase="find")
     folder = _find(source, spec.get("uploads"))
     _unchanged(folder, spec.get("source_digest"))
+    file = gguf_source.find(folder)
+    if file is None:
+        return _bring(source, folder, None, out, ctx)
+    with storage_errors(out), TemporaryDirectory(dir=out, prefix=".base-") as aside:
+        ctx.report(1, 3, phase="dequantise the weights")
+        header = gguf_source.convert(file, Path(aside))
+        return _bring(source, Path(aside), header, out, ctx)
+
+
+def _bring(source: str, folder: Path, header: gguf_source.Header | None, out: Path, ctx: Context) -> dict[str, Any]:
     config = check_config(folder)
     found = weights.find(folder)
     with storage_errors(out):
@@ -56,7 +68,12 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         "vocabulary": made.vocabulary,
         "tokenizer": made.origin,
     }
-    publish_json(out / SOURCE, {"source": source, "digest": sources.fingerprint(out / weights.FILE)})
+    kept: dict[str, Any] = {"source": source, "digest": sources.fingerprint(out / weights.FILE)}
+    if header is not None:
+        was = {"format": "gguf", "quantisation": header.quantisation}
+        kept, result = kept | was, result | was
+        ctx.note(f"read from GGUF, whose weights were {header.quantisation or 'not quantised'}; kept as fp32")
+    publish_json(out / SOURCE, kept)
     ctx.note(f"{config['model_type']}, {parameters / 1e6:.1f}M parameters; tokeniser {made.origin}")
     ctx.report(3, 3, phase="done")
     return result
@@ -67,9 +84,23 @@ def inspect(folder: Path) -> dict[str, Any]:
 
     `{"model_type", "parameters", "max_positions"}`. No torch for the common architectures.
     """
+    file = gguf_source.find(folder)
+    if file is not None:
+        header = gguf_source.read(file)
+        return {
+            "model_type": header.architecture,
+            "parameters": header.parameters,
+            "max_positions": header.positions,
+        }
     config = check_config(folder)
     parameters = weights.count(weights.find(folder))
     return {"model_type": config["model_type"], "parameters": parameters, "max_positions": position_limit(config)}
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config of a base model that was not brought in yet; of a GGUF file the one it will have (needs torch)."""
+    file = gguf_source.find(folder)
+    return check_config(folder) if file is None else gguf_source.config(file)
 
 
 def origin(folder: Path) -> dict[str, Any]:
@@ -89,9 +120,9 @@ def _find(source: str, uploads: str | None) -> Path:
         folder = hub.fetch(name)
     else:
         folder = sources.resolve(source, Path(uploads) if uploads else None)
-    if folder.is_file():
+    if folder.is_file() and gguf_source.find(folder) is None:
         raise ModelError(
-            f"a base model is a folder, and '{folder.name}' is a file",
+            f"a base model is a folder or a .gguf file, and '{folder.name}' is a file of another kind",
             hint="give the folder that holds config.json and model.safetensors",
             where=source,
         )

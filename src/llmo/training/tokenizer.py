@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from llmo.engines.torch import quiet
 from llmo.errors import ModelError
 from llmo.tasks.card import TOKENIZER, load_tokenizer
+from llmo.training import gguf_source
 
 VOCABULARIES = (TOKENIZER, "vocab.txt", "vocab.json", "tekken.json", "entity_vocab.json")
 PROBES = ("Hello, World! 42", "Élan naïve CAFÉ e\u0301", "我在北京", "👍🏽 ok", "a_b-c  d\te\nf", "don't U.S. 3.14")
@@ -29,8 +31,15 @@ class Brought:
 def bring(source: Path, out: Path, config: Mapping[str, Any]) -> Brought:
     """Write `out/tokenizer.json`, without padding or truncation, and check that plain transformers agrees with it.
 
+    `source` may be a GGUF file. The rest of the files, such as the chat template, is the caller's to copy.
+
     Raises ModelError when there is no tokeniser, or one with more entries than the model has embeddings.
     """
+    file = gguf_source.find(source)
+    if file is not None:
+        with TemporaryDirectory() as aside:
+            gguf_source.tokenizer(file, Path(aside))
+            return bring(Path(aside), out, config)
     backend = _backend(source)
     path = out / TOKENIZER
     origin = "converted to tokenizer.json"

@@ -35,7 +35,7 @@ def find(folder: Path) -> list[Path]:
     foreign = [name for name in there if name.endswith(FOREIGN)]
     raise ModelError(
         f"the folder holds no {FILE}" + (f" (only {foreign[0]})" if foreign else ""),
-        hint="give the folder that holds the weights as safetensors",
+        hint="give the folder that holds the weights as safetensors (or one GGUF file)",
         where=str(folder),
     )
 
