@@ -70,7 +70,7 @@ def _needed(names: Sequence[str], key: str, words: str, where: str, taken: str =
         raise DataError(
             f"these are conversations, and no column is called like a {key} column",
             where=where,
-            hint=f"say task: generation; or, of {listed(names)}, say which: data.{key}: NAME",
+            hint=f"say task: generation; or say which column holds it: data.{key}: NAME (there are: {listed(names)})",
         )
     close = [name for name in free if nearest(name.casefold(), words.split())]
     meant = f"; did you mean '{close[0]}'?" if close else ""
