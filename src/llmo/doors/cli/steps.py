@@ -32,6 +32,8 @@ Memory = Annotated[str | None, typer.Option(help="Memory this job needs, e.g. 4G
 Data = Annotated[str | None, typer.Option(help="A stored data set; default: the one the model was trained on.")]
 Model = Annotated[str, typer.Argument(help="A stored model: NAME, NAME@VERSION or its digest.")]
 
+_TOLD_BY_TEXT = ("messages", "tools", "chosen", "rejected")  # a conversation's text is its transcript
+
 data_app = typer.Typer(name="data", help="Data sets: import, show, list.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -84,7 +86,7 @@ def data_show(
 
     def show() -> None:
         show_dataset(artifact)
-        columns = [name for name in (rows[0] if rows else {}) if name != "text"]
+        columns = [name for name in (rows[0] if rows else {}) if name not in ("text", *_TOLD_BY_TEXT)]
         values = [[*(shorten(row[name], 40) for name in columns), shorten(row["text"], 80)] for row in rows]
         table(f"\n{split}", [*columns, "text"], values, empty="no rows")
 
@@ -115,7 +117,11 @@ def show_dataset(artifact: Artifact) -> None:
         ("rows", f"{card['rows']['read']} read, {_rows(artifact)} train/dev/test, {card['rows']['dropped']} dropped")
     ]
     facts += [(f"dropped: {reason.replace('_', ' ')}", str(count)) for reason, count in card["dropped"].items()]
-    facts += [("labels", ", ".join(f"{label} {count}" for label, count in card["labels"].items()))]
+    if "shape" in card:
+        turns = f", {card['turns']['mean']:.1f} turns on average" if "turns" in card else ""
+        facts += [("shape", f"{card['shape']}, written as {card['layout']}{turns}")]
+    else:
+        facts += [("labels", ", ".join(f"{label} {count}" for label, count in card["labels"].items()))]
     table(f"data set {artifact.ref}", ["", ""], facts)
 
 
