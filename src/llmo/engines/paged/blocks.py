@@ -7,7 +7,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
-BLOCK = 16  # tokens a block
+BLOCK = 16  # tokens a block, where the kernels leave the choice
 SCRATCH = 0  # takes what padding rows write, and stands behind the end of every shorter table
 
 
@@ -22,9 +22,11 @@ def chain(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class Blocks:
-    """`total` blocks, one of them scratch. A block that nobody holds keeps its contents until it is needed."""
+    """`total` blocks of `size` tokens, one of them scratch. A block that nobody holds keeps its contents until it is
+    needed."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, size: int = BLOCK) -> None:
+        self.size = size
         self.usable = total - 1
         self._holders = [0] * total
         self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(1, total))  # oldest first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from llmo.engines.paged.blocks import BLOCK, Blocks
+from llmo.engines.paged.blocks import Blocks
 from llmo.engines.paged.stream import Piece, Stream
 
 
@@ -14,6 +14,7 @@ class Scheduler:
 
     def __init__(self, blocks: Blocks, streams: int, chunk: int, share_answers: bool) -> None:
         self._blocks = blocks
+        self._size = blocks.size
         self._streams = streams
         self._chunk = chunk
         self._share_answers = share_answers
@@ -52,9 +53,9 @@ class Scheduler:
     def computed(self, piece: Piece) -> None:
         """Note that a piece's keys and values are in the cache, and let others find its full blocks."""
         stream = piece.stream
-        first, stream.done = piece.start // BLOCK, piece.start + piece.count
+        first, stream.done = piece.start // self._size, piece.start + piece.count
         shared = stream.done if self._share_answers else min(stream.done, stream.asked)
-        for index in range(first, shared // BLOCK):
+        for index in range(first, shared // self._size):
             self._blocks.publish(stream.blocks[index], stream.key_of(index))
 
     def remove(self, stream: Stream) -> None:
@@ -71,7 +72,7 @@ class Scheduler:
         count = stream.pending if stream.decoding else min(stream.pending, left)
         if stream.done < stream.asked:
             count = min(count, stream.asked - stream.done)
-        need = -(-(stream.done + count) // BLOCK) - len(stream.blocks)
+        need = -(-(stream.done + count) // self._size) - len(stream.blocks)
         while need > self._blocks.free:
             victim = self.running.pop()
             self._free(victim)
@@ -87,18 +88,18 @@ class Scheduler:
         limit = len(stream.ids) - 1
         if not self._share_answers:
             limit = min(limit, stream.asked)
-        while stream.done == len(stream.blocks) * BLOCK and stream.done + BLOCK <= limit:
-            block = self._blocks.share(stream.key_of(stream.done // BLOCK))
+        while stream.done == len(stream.blocks) * self._size and stream.done + self._size <= limit:
+            block = self._blocks.share(stream.key_of(stream.done // self._size))
             if block is None:
                 return
             stream.blocks.append(block)
-            stream.done += BLOCK
+            stream.done += self._size
             if len(stream.ids) == stream.asked:
-                stream.cached += BLOCK
+                stream.cached += self._size
 
     def _missing(self, stream: Stream) -> int:
         """Blocks it still lacks for the tokens it has now."""
-        return -(-len(stream.ids) // BLOCK) - len(stream.blocks)
+        return -(-len(stream.ids) // self._size) - len(stream.blocks)
 
     def _free(self, stream: Stream) -> None:
         self._blocks.release(stream.blocks)

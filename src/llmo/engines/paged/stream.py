@@ -20,6 +20,7 @@ class Stream:
     asked: int  # tokens of the prompt
     key: bytes  # where the chain of its blocks' keys begins
     constraint: Constraint | None = None
+    block: int = BLOCK  # tokens
     blocks: list[int] = field(default_factory=list)
     done: int = 0
     cached: int = 0
@@ -36,8 +37,8 @@ class Stream:
     def key_of(self, index: int) -> bytes:
         """The key of its full block `index`."""
         while len(self.keys) <= index:
-            start = len(self.keys) * BLOCK
-            self.keys.append(chain(self.keys[-1] if self.keys else self.key, self.ids[start : start + BLOCK]))
+            start = len(self.keys) * self.block
+            self.keys.append(chain(self.keys[-1] if self.keys else self.key, self.ids[start : start + self.block]))
         return self.keys[index]
 
 
