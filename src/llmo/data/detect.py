@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +56,13 @@ def parts(source: Path, spec: DataSpec, *, documents: bool = False) -> list[Part
     try:
         if source.is_file():
             return [Part(source, _format(source, source.name, spec, documents))]
-        files = sorted(p for p in source.iterdir() if p.is_file() and p.suffix.casefold() in _ENDINGS)
+        files = _data_files(p for p in sorted(source.iterdir()) if p.is_file())
         folders = label_folders(source)
     except PermissionError:
         raise DataError("no permission to read this folder", where=source.name, hint="chmod u+rx it") from None
     if documents:
         return _of_documents(source, files, folders, spec)
-    if spec.format == "folders" or (folders and not files):
+    if spec.format == "folders" or (folders and all(_ENDINGS[p.suffix.casefold()] == "chatterbot" for p in files)):
         return _of_folders(source, folders, spec)
     if not files:
         raise DataError(
@@ -70,6 +71,12 @@ def parts(source: Path, spec: DataSpec, *, documents: bool = False) -> list[Part
             hint="give CSV, TSV, JSON, JSONL, Parquet or CoNLL files, or one folder a label with .txt files in it",
         )
     return _of_files(files, spec)
+
+
+def _data_files(paths: Iterable[Path]) -> list[Path]:
+    """Those that end as data files do; YAML, which often only describes the others, when there is nothing else."""
+    files = [path for path in paths if path.suffix.casefold() in _ENDINGS]
+    return [path for path in files if _ENDINGS[path.suffix.casefold()] != "chatterbot"] or files
 
 
 def _of_folders(source: Path, folders: list[Path], spec: DataSpec) -> list[Part]:
@@ -81,9 +88,10 @@ def _of_documents(source: Path, files: list[Path], folders: list[Path], spec: Da
     found = [] if files else _by_split(folders, spec, documents=True)
     if found:
         return found
-    files = files or [file for file in files_below(source) if file.suffix.casefold() in _ENDINGS]
+    files = files or _data_files(files_below(source))
     by_split = any(split_of_file(file.stem) == "train" for file in files)
-    if by_split or any(_ENDINGS[file.suffix.casefold()] for file in files):
+    told = spec.format not in ("auto", "folders", "text")
+    if by_split or (files and told) or any(_ENDINGS[file.suffix.casefold()] for file in files):
         return _of_files(files, spec, documents=True)
     return [Part(source, "text")]
 

@@ -53,7 +53,7 @@ class Row:
 
     `labels` are the classes of the text, or the entity types of its spans; None when the source gives none.
     `place` is where the row came from (`file:line`); `group` names the document, or the question, that must not be
-    divided. The text of a `conversation` is its transcript. `flaw` says why the row must be dropped.
+    divided. The text of a `conversation` is its transcript. `flaw` is the reason for which the row must be dropped.
     """
 
     text: str
@@ -64,7 +64,7 @@ class Row:
     spans: list[Span] = field(default_factory=list)
     group: str | None = None
     conversation: Conversation | None = None
-    flaw: Flawed | None = None
+    flaw: tuple[Drop, str] | None = None
 
 
 @dataclass(slots=True)

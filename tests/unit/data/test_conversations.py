@@ -309,6 +309,19 @@ def test_splits_of_text_files(tmp_path, import_, layout):
     assert "Two." in "\n".join(got.texts("train"))
 
 
+def test_yaml_beside_conversations_is_no_data(tmp_path, import_):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "about.yaml").write_text("made: by hand\n")
+    (tmp_path / "d" / "a.jsonl").write_text("\n".join(map(json.dumps, PLAIN["openai"])))
+    assert conversations(import_(tmp_path / "d", task="generation")) == ordered(TURNS)
+
+
+def test_a_told_format_wins_over_the_ending(tmp_path, import_):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.txt").write_text("prompt,completion\n" + "".join(f"{q},{a}\n" for q, a in PAIRS))
+    assert conversations(import_(tmp_path / "d", task="generation", format="csv")) == ordered(TURNS)
+
+
 def test_json_lines_called_txt_are_json_lines(chats):
     lines = "\n".join(json.dumps(row) for row in PLAIN["openai"])
     assert chats(lines, "a.txt").info["layout"] == "openai"

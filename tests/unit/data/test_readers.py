@@ -231,3 +231,14 @@ def test_spans_and_entities_in_json(tmp_path, import_):
     }
     assert got.info["dropped"] == {"no_label": 1}
     assert any("1 entities were left out because they overlap" in note for note in got.notes)
+
+
+def test_yaml_beside_data_or_folders_is_no_data(tmp_path, import_):
+    for name, content in (("a.csv", "text,label\none,a\ntwo,b\n"), ("about.yml", "made: by hand\n")):
+        (tmp_path / name).write_text(content)
+    assert labelled(import_(tmp_path)) == {("one", "a"), ("two", "b")}
+    (tmp_path / "a.csv").unlink()
+    for label, text in (("a", "one"), ("b", "two")):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.txt").write_text(text)
+    assert labelled(import_(tmp_path)) == {("one", "a"), ("two", "b")}

@@ -54,7 +54,7 @@ class Conversational:
                 row.conversation = read.conversation(item.values, columns, log.changed)
                 row.text = row.conversation.transcript()
         except Flawed as flaw:
-            row.flaw = flaw
+            row.flaw = flaw.reason, flaw.detail
             row.text = _shown(item, columns)
         return row
 
@@ -70,7 +70,7 @@ class Conversational:
             try:
                 turns.settle(row.conversation, changed, drop_empty=self._spec.clean.drop_empty)
             except Flawed as flaw:
-                row.flaw = flaw
+                row.flaw = flaw.reason, flaw.detail
             row.text = row.conversation.transcript()
         changed.update(steps)
 
@@ -81,7 +81,7 @@ class Conversational:
 
     def lacks(self, row: Row) -> tuple[Drop, str] | None:
         if row.flaw is not None:
-            return row.flaw.reason, row.flaw.detail
+            return row.flaw
         if not row.text.strip() and self._spec.clean.drop_empty:
             return Drop.EMPTY, "no text after cleaning"
         return None
