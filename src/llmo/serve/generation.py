@@ -173,7 +173,7 @@ class GenerationPipeline:
         size = one.size()
         least = size if one.ids is not None else size // self._longest
         if least >= self.context:
-            raise too_long(least, self.context, at_least=one.ids is None)
+            raise too_long(least, self.context, one, at_least=one.ids is None)
         return max(1, size if one.ids is not None else size // _BYTES_A_TOKEN)
 
     # The thread that makes prompts: a template may take long, so nothing else waits for it.
@@ -214,7 +214,7 @@ class GenerationPipeline:
         if not ids:
             raise InputError("the prompt is empty", hint="send some words")
         if len(ids) >= self.context:
-            raise too_long(len(ids), self.context)
+            raise too_long(len(ids), self.context, one)
         return ids
 
     def _tools(self, one: Input, ask: Ask) -> Sequence[Mapping[str, Any]] | None:
@@ -413,12 +413,13 @@ class GenerationPipeline:
             call.hear(outcome)
 
 
-def too_long(tokens: int, context: int, *, at_least: bool = False) -> InputError:
+def too_long(tokens: int, context: int, one: Input, *, at_least: bool = False) -> InputError:
     """The refusal of a prompt that leaves no room for an answer."""
     return InputError(
         f"this model's maximum context length is {context} tokens, and the prompt alone has "
         f"{'at least ' if at_least else ''}{tokens}",
-        hint="shorten the conversation, or drop its oldest messages",
+        where="prompt" if one.messages is None else "messages",
+        hint="shorten it, or drop the oldest messages",
         code="context_length_exceeded",
     )
 
