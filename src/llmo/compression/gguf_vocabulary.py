@@ -48,7 +48,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, rows: int) -> None:
     if sentencepiece:
         writer.add_token_scores([-float(i) for i in range(rows)])  # ids follow the merges' order
     else:
-        writer.add_token_merges(merges)
+        # llama.cpp refuses a file without merges; where there are none, this one can never apply
+        writer.add_token_merges(merges or [f"{names[0]} {names[0]}"])
     _add_special(writer, folder, names)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +15,11 @@ from llmo.engines.generation import Delta, Finish, GenerationOptions, Prompt
 from llmo.engines.llamacpp.chooser import Chooser, log_total
 from llmo.engines.llamacpp.constraint import Grammars
 from llmo.engines.llamacpp.ends import end_ids
-from llmo.engines.llamacpp.header import read_header
+from llmo.engines.llamacpp.header import Header, read_header
 from llmo.engines.llamacpp.library import complaint
-from llmo.engines.llamacpp.prefixes import Held, Ids, Prefixes, common
+from llmo.engines.llamacpp.prefixes import Ids, Prefixes, common
 from llmo.engines.llamacpp.runtime import BATCH, MOST_STREAMS, Cache, Weights
+from llmo.engines.llamacpp.stream import Part, Stream
 from llmo.errors import BusyError, EnvironmentProblem, InputError, LLMOError, ModelError
 from llmo.types import Device
 
@@ -27,44 +27,6 @@ NAME = "model.gguf"
 SCORED = 128  # positions whose logits are held at once: 25 MB at a vocabulary of 49,152
 WORTH_WAITING = 32  # tokens of another's beginning; below it, computing them again costs less than waiting
 SMALLEST_CACHE = 256  # tokens; llama.cpp rounds up to a multiple of it
-
-
-@dataclass(slots=True)
-class Stream:
-    """One prompt on its way. `computed` of its tokens are in the cache, in the stream `number` of it."""
-
-    id: int
-    tenant: str
-    prompt: Ids
-    limit: int  # tokens of answer
-    chooser: Chooser
-    ends: frozenset[int]
-    number: int = -1
-    computed: int = 0
-    cached: int = 0
-    answer: list[int] = field(default_factory=list)
-
-    @property
-    def prompted(self) -> bool:
-        """The whole prompt is in the cache, so it is the answer that grows."""
-        return self.computed >= len(self.prompt)
-
-    @property
-    def need(self) -> int:
-        return len(self.prompt) + self.limit
-
-    def held(self) -> Held:
-        tokens = np.concatenate([self.prompt, np.asarray(self.answer, np.int32)])[: self.computed]
-        return Held(self.number, self.tenant, tokens)
-
-
-@dataclass(slots=True)
-class Part:
-    """What one call computes of one stream; `last` is the place of its last token in the call."""
-
-    stream: Stream
-    tokens: Sequence[int] | Ids
-    last: int = 0
 
 
 class LlamaCppEngine:
@@ -109,13 +71,22 @@ class LlamaCppEngine:
                 where=str(path),
                 hint=f"write it at {options.precision} with `llmo compress`",
             )
+        try:
+            self._open(path, header, device, options)
+        except LLMOError:
+            self.close()
+            raise
+        ends = end_ids(model) or frozenset({header.end} if header.end is not None else ())
+        self._reset(self._most, options.chunk, ends, Grammars(model, self.vocabulary, ends))
+        self.score([[0, 0]])  # touches every weight once, so that the first prompt does not pay for it
+
+    def _open(self, path: Path, header: Header, device: Device, options: GenerationOptions) -> None:
         exact = header.precision == "fp32"
-        streams = max(1, min(options.streams, (MOST_STREAMS - 1) // 2))
+        self._most = streams = max(1, min(options.streams, (MOST_STREAMS - 1) // 2))
         self._weights = Weights(path)
         context = min(self._weights.context, options.context or self._weights.context)
         cells = min(options.cache_bytes // (header.cell * (4 if exact else 2)), (streams + 1) * context)
         if cells < min(context, SMALLEST_CACHE):
-            self.close()
             raise EnvironmentProblem(
                 f"{options.cache_bytes} bytes hold the keys and values of {cells} tokens only",
                 hint=f"give the cache room for {min(context, SMALLEST_CACHE)} tokens at least",
@@ -124,15 +95,12 @@ class LlamaCppEngine:
             self._weights,
             cells=cells,
             streams=2 * streams + 1,
-            outputs=max(SCORED, streams),
+            outputs=max(SCORED, 2 * streams + 1),
             threads=max(1, device.cores),
             exact=exact,
         )
         self.vocabulary = self._weights.vocabulary
         self.context = min(context, self._cache.cells)
-        ends = end_ids(model) or frozenset({header.end} if header.end is not None else ())
-        self._reset(streams, options.chunk, ends, Grammars(model, self.vocabulary, ends))
-        self.score([[0, 0]])  # touches every weight once, so that the first prompt does not pay for it
 
     def add(self, prompt: Prompt) -> None:
         if self._grammars is None:
@@ -152,7 +120,7 @@ class LlamaCppEngine:
             raise InputError(f"a stream {prompt.id} is already there")
         wanted = prompt.sampling
         constraint = self._grammars.compile(wanted.grammar) if wanted.grammar else None
-        ends = wanted.stop_ids | (frozenset() if wanted.ignore_end else self._ends)
+        ends = wanted.stop_ids if wanted.ignore_end and not constraint else wanted.stop_ids | self._ends
         self._waiting.append(
             Stream(
                 id=prompt.id,
@@ -160,7 +128,7 @@ class LlamaCppEngine:
                 prompt=ids,
                 limit=min(wanted.max_tokens, self.context - len(ids)),
                 chooser=Chooser(wanted, ids, constraint),
-                ends=ends,
+                ends=frozenset(i for i in ends if 0 <= i < self.vocabulary),
             )
         )
 
@@ -226,7 +194,7 @@ class LlamaCppEngine:
         for stream in list(self._waiting):
             if len(self._running) >= self._most or not self._room(stream.need):
                 return
-            source, length = self._prefixes.best(stream.tenant, stream.prompt[:-1], map(Stream.held, self._running))
+            source, length = self._prefixes.best(stream.tenant, stream.prompt[:-1], (r.held() for r in self._running))
             if self._worth_waiting(stream, length):
                 continue
             self._waiting.remove(stream)

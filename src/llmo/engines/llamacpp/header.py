@@ -5,6 +5,7 @@ The library ends the whole process on some contradictions; those that can be see
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,17 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Raises ModelError for a file that is not GGUF, is cut, or does not describe a decoder."""
-    with open(path, "rb") as file:
-        start = file.read(SMALLEST)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(SMALLEST)
+    except OSError as error:
+        raise _broken(path, f"it cannot be read ({error.strerror})") from error
     if len(start) < SMALLEST or start[:4] != MAGIC:
         raise _broken(path, "it is not a GGUF file")
     if int.from_bytes(start[4:8], "little") not in VERSIONS:
         raise _broken(path, "it is of a GGUF version this engine does not read")
     call = library()
-    handle = call.gguf_init_from_file(str(path).encode(), GgufParams(no_alloc=True))
+    handle = call.gguf_init_from_file(os.fsencode(path), GgufParams(no_alloc=True))
     if not handle:
         raise _broken(path, complaint() or "its header cannot be read")
     try:
