@@ -92,9 +92,12 @@ class _References:
         node: Any = self._root
         for step in reference[1:].split("/")[1:]:
             key = step.replace("~1", "/").replace("~0", "~")
-            if not isinstance(node, dict) or key not in node:
+            if isinstance(node, list) and key.isdecimal() and len(key) < 6 and int(key) < len(node):
+                node = node[int(key)]
+            elif isinstance(node, dict) and key in node:
+                node = node[key]
+            else:
                 raise self._wrong(f"the schema refers to what is not there ({reference[:80]})")
-            node = node[key]
         return node
 
     def _wrong(self, what: str) -> Exception:

@@ -122,7 +122,8 @@ class ToolReader:
     """Finds calls in the text of one answer as it grows: `<tool_call>{...}</tool_call>` (Hermes, Qwen and their
     like), or an answer that is nothing but `{"name": ..., "arguments" or "parameters": {...}}` or a list of those.
 
-    What may become a call is held back; what turns out to be none comes out as the text it is.
+    What may become a call is held back; what turns out to be none comes out as the text it is. White space before a
+    call is dropped.
     """
 
     def __init__(self, names: frozenset[str]) -> None:
@@ -130,6 +131,7 @@ class ToolReader:
         self._held = ""
         self._inside = False
         self._plain = True  # whether all of it may still be one JSON value
+        self._found = False
 
     def add(self, text: str) -> list[str | ToolCall]:
         """Texts and calls that are certain now, in their order."""
@@ -149,7 +151,7 @@ class ToolReader:
         rest, self._held = self._held, ""
         if self._inside:
             return [*found, *(self._calls(rest) or (_OPEN + rest,))]
-        return [*found, rest] if rest.strip() else found
+        return [*found, rest] if rest.strip() or (rest and not self._found) else found
 
     def _marked(self) -> list[str | ToolCall]:
         found: list[str | ToolCall] = []
@@ -160,15 +162,13 @@ class ToolReader:
             if self._inside:
                 found += self._calls(before) or (_OPEN + before + _CLOSE,)
             elif before.strip():
-                found.append(before)
+                found.append(before.rstrip())
             self._inside, self._held = not self._inside, after
         if not self._inside:
-            keep = _beginning(self._held)
-            sure, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-            if sure.strip():
+            sure = self._held[: len(self._held) - _beginning(self._held)].rstrip()
+            self._held = self._held[len(sure) :]
+            if sure:
                 found.append(sure)
-            else:
-                self._held = sure + self._held
         return found
 
     def _calls(self, text: str) -> list[ToolCall]:
@@ -178,7 +178,9 @@ class ToolReader:
         except (ValueError, RecursionError):
             return []
         calls = [self._call(one) for one in (value if isinstance(value, list) else [value])]
-        return [call for call in calls if call] if all(calls) else []
+        found = [call for call in calls if call] if all(calls) else []
+        self._found = self._found or bool(found)
+        return found
 
     def _call(self, value: Any) -> ToolCall | None:
         if not isinstance(value, dict) or value.get("name") not in self._names:
@@ -190,7 +192,7 @@ class ToolReader:
 
 
 def _beginning(text: str) -> int:
-    """How many of the last characters may be the beginning of the opening mark; white space before it as well."""
+    """How many of the last characters may be the beginning of the opening mark."""
     for size in range(min(len(_OPEN) - 1, len(text)), 0, -1):
         if _OPEN.startswith(text[-size:]):
             return size
