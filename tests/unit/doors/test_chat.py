@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llmo.doors.cli.chat import HELP, SETTINGS
+from llmo.doors.cli.chat import HELP, SETTINGS, harmless
 from llmo.settings import Settings
 from llmo.system import System
 from llmo.types import Kind, Needs
@@ -201,3 +201,7 @@ def test_without_a_server_the_endpoint_is_started_here_and_gone_afterwards(tmp_p
 def test_the_help_names_settings_that_there_are() -> None:
     named = HELP[HELP.index("a setting (") :].split(")")[0].removeprefix("a setting (").replace(" ...", "")
     assert set(named.split(", ")) <= set(SETTINGS)
+
+
+def test_what_a_model_writes_does_not_steer_the_terminal() -> None:
+    assert harmless("\x1b[2J\x1b]52;c;eA==\x07a\tb\nü\r\x9b31m\x7f😀") == "[2J]52;c;eA==a\tb\nü31m😀"

@@ -128,3 +128,21 @@ def test_the_command_line_lists_and_exports_it(system: System, url: str, tmp_pat
     assert json.loads(out) == {"messages": [*ASKED, *row["chosen"]]}
     assert llmo("feedback", "export", "chat", "--jsonl", tmp_path / "no" / "x", **env).code == 2
     assert llmo("feedback", "export", "chat", "--jsonl", tmp_path, **env).code == 2
+
+
+@pytest.mark.parametrize(("what", "shape"), [("pairs", "preference"), ("conversations", "messages")])
+def test_what_is_exported_is_data_to_train_on(tmp_path: Path, what: str, shape: str) -> None:
+    words = ["amber", "birch", "copper", "dune", "ember", "fjord", "grove", "heath", "iris", "jade", "kelp", "lava"]
+    with System(Settings.from_environment()) as system:
+        system.store.endpoints.set("chat", job=None, model="sha256:3", model_ref="chat@3", task="generation")
+        for word in words:
+            asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is {word}?"}]
+            for rating, text in (("good", f"A kind of {word}."), ("bad", "No idea.")):
+                system.give_feedback({**GOOD, "messages": asked, "answers": [{"content": text}], "rating": rating})
+    file = tmp_path / "feedback.jsonl"
+    assert llmo("feedback", "export", "chat", "--what", what, "--jsonl", file).code == 0
+    made = llmo("data", "import", file, "--name", "chat-feedback", "--task", "generation", "--json").json
+    assert (made["shape"], made["rows"]["read"], made["rows"]["dropped"]) == (shape, len(words), 0)
+    row = llmo("data", "show", "chat-feedback", "--limit", "1", "--json").json["rows"][0]
+    assert [m["role"] for m in json.loads(row["messages"])][:2] == ["system", "user"]
+    assert (json.loads(row["rejected"])[0]["content"] == "No idea.") if what == "pairs" else "kind of" in row["text"]

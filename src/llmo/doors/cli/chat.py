@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +35,7 @@ HELP = """\
 /save FILE               write the conversation as a line of JSON that `llmo data import` reads
 /quit                    leave, as Ctrl-D does
 A line that ends in \\ goes on in the next; \"\"\" begins and ends several lines. Ctrl-C stops an answer."""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model writes must not steer the terminal
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def register(app: typer.Typer) -> None:
@@ -93,6 +94,11 @@ def checked(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def harmless(text: str) -> str:
+    """What a model wrote without what would steer a terminal: its colours, its title, its clipboard."""
+    return _CONTROL.sub("", text)
+
+
 class Chat:
     """One conversation: what was said, the settings, and the last answer, which can be rated."""
 
@@ -128,7 +134,7 @@ class Chat:
             except LLMOError as error:
                 sys.stderr.write(f"{error}\n" + (f"  {error.hint}\n" if error.hint else ""))
 
-    def follow(self, read: Any) -> None:
+    def follow(self, read: Callable[[str], str | None]) -> None:
         """What a pipe says, one after the other; the first thing that goes wrong ends it."""
         for text in lines.spoken(read):
             if text.strip() == "/quit":
@@ -179,7 +185,7 @@ class Chat:
 
     def _show(self, piece: str) -> None:
         if not self._as_json:
-            sys.stdout.write(_CONTROL.sub("", piece) if console.is_terminal else piece)
+            sys.stdout.write(harmless(piece) if console.is_terminal else piece)
             sys.stdout.flush()
 
     def _tell(self, question: str, answer: Any, seconds: float) -> None:
