@@ -122,6 +122,52 @@ async def test_cancelling_a_call_takes_it_back(tmp_path: Path) -> None:
         link.close()
 
 
+async def test_generations_stream_beside_calls_and_end(tmp_path: Path) -> None:
+    def reply(to: Peer, body: dict[str, Any]) -> None:
+        if body["op"] == "generate":
+            for text in ("a", "b"):
+                to.transport.write(frame({"id": body["id"], "delta": [{"choice": 0, "text": text}]}))
+        elif body["op"] == "predict":
+            to.transport.write(answers_frame(body["id"], b"[]"))
+            to.transport.write(frame({"id": 1, "done": {"prompt": 1}}))
+
+    over: list[str] = []
+    async with peer(tmp_path, reply) as (address, _):
+        link = await Link.connect(address)
+        stream = link.open({"op": "generate"}, lambda: over.append("first"))
+        assert [(await stream.next())["delta"][0]["text"] for _ in range(2)] == ["a", "b"]
+        assert link.outstanding == 1
+        assert await link.call({"op": "predict"}) == b"[]"
+        assert (await stream.next())["done"] == {"prompt": 1}
+        assert over == ["first"]
+        assert link.outstanding == 0
+        link.close()
+
+
+async def test_a_generation_is_taken_back_refused_or_lost(tmp_path: Path) -> None:
+    def reply(to: Peer, body: dict[str, Any]) -> None:
+        match body.get("mood"):
+            case "refuse":
+                to.transport.write(error_frame(body["id"], InputError("too long")))
+            case "leave":
+                to.transport.write(error_frame(body["id"], UnreachableError("leaving")))
+            case "die":
+                to.transport.abort()
+
+    async with peer(tmp_path, reply) as (address, said):
+        link = await Link.connect(address)
+        link.open({"op": "generate"}, lambda: None).close()
+        await until(lambda: len(said) == 2)
+        assert said[1] == {"op": "cancel", "id": said[0]["id"]}
+        for mood, expected in (("refuse", InputError), ("leave", ReplicaGone), ("die", ReplicaGone)):
+            stream = link.open({"op": "generate", "mood": mood}, lambda: None)
+            with pytest.raises(expected):
+                await stream.begun()
+        assert link.outstanding == 0
+        with pytest.raises(ReplicaGone):
+            link.open({"op": "generate"}, lambda: None)
+
+
 async def test_a_peer_that_goes_or_leaves_is_gone(tmp_path: Path) -> None:
     async with peer(tmp_path, lambda to, body: to.transport.abort()) as (address, _):
         link = await Link.connect(address)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from llmo.errors import BusyError, InputError, NotFoundError, StorageError, UnreachableError
-from llmo.serve.protocol import Frames, answers_frame, error_frame, frame
+from llmo.serve.ask import Ask, Input
+from llmo.serve.protocol import Frames, ReplicaGone, answers_frame, error_frame, frame
 from llmo.serve.router import Router
 from llmo.types import Endpoint
 
@@ -50,7 +51,7 @@ class Fake:
                 import json
 
                 body = json.loads(data)
-                if body["op"] == "predict":
+                if body["op"] in ("predict", "generate"):
                     fake.asked += 1
                     self._tasks = asyncio.ensure_future(fake.reply(self, body))
 
@@ -67,6 +68,10 @@ class Fake:
             session.transport.write(error_frame(body["id"], UnreachableError("leaving")))
         elif self.mood == "refuse":
             session.transport.write(error_frame(body["id"], InputError("bad")))
+        elif body["op"] == "generate":
+            session.transport.write(frame({"id": body["id"], "delta": [{"choice": 0, "text": self.name}]}))
+            await self.release.wait()
+            session.transport.write(frame({"id": body["id"], "done": {}}))
         else:
             session.transport.write(answers_frame(body["id"], b'["%s"]' % self.name.encode()))
 
@@ -215,3 +220,53 @@ async def test_a_store_that_cannot_be_read_does_not_stop_requests(tmp_path: Path
         assert (await router.predict("topics", ["x"])).answers == b'["a"]'
         made.failure = None
         await until(lambda: router.ready)
+
+
+ASK = Ask([Input(text="x")])
+
+
+@pytest.mark.parametrize("mood", ["die", "leave", "busy"])
+async def test_a_generation_goes_to_another_replica_until_it_has_begun(tmp_path: Path, mood: str) -> None:
+    async with world(tmp_path) as (made, router, a, b):
+        made.point(a, b)
+        await router.refresh()
+        a.mood = mood
+        for _ in range(3):
+            generating = await router.generate("topics", ASK)
+            assert (await generating.stream.next())["delta"][0]["text"] == "b"
+            generating.stream.close()
+        assert a.asked >= 1
+        a.mood = "refuse"
+        b.mood = "refuse"
+        with pytest.raises(InputError):
+            await router.generate("topics", ASK)
+        with pytest.raises(NotFoundError):
+            await router.generate("nothing", ASK)
+
+
+async def test_streams_count_as_outstanding_until_they_are_over(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, a, b):
+        made.point(a, b)
+        await router.refresh()
+        open_ = [await router.generate("topics", ASK) for _ in range(6)]
+        assert (a.asked, b.asked) == (3, 3)
+        assert [endpoint.name for endpoint in router.endpoints()] == ["topics"]
+        for generating in open_[:2]:
+            generating.stream.close()
+        a.release.set()
+        b.release.set()
+        for generating in open_[2:]:
+            await generating.stream.next()
+            assert "done" in await generating.stream.next()
+        assert all(replica.outstanding == 0 for replica in router._table["topics"].replicas)
+
+
+async def test_a_replica_that_goes_in_mid_stream_ends_it(tmp_path: Path) -> None:
+    async with world(tmp_path) as (_, router, a, _):
+        generating = await router.generate("topics", ASK)
+        await generating.stream.next()
+        a.mood = "die"
+        with pytest.raises(UnreachableError):
+            await router.predict("topics", ["x"])
+        with pytest.raises(ReplicaGone):
+            await generating.stream.next()

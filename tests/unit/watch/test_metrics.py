@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmo.serve.gauge import Gauge
+from llmo.serve.paces import Paces
 from llmo.watch.metrics import Metrics
 
 
@@ -55,6 +57,40 @@ def test_replicas_are_summed_and_jobs_shown() -> None:
     assert found["llmo_batch_texts_bucket", (*at, ("le", "128"))] == 2
     assert found["llmo_batch_texts_count", at] == 3
     assert found["llmo_jobs", (("state", "running"),)] == 4
+
+
+def test_replicas_that_generate_have_numbers_of_their_own() -> None:
+    one, two = Paces(), Paces()
+    one.began(prompt_tokens=100, cached=64, seconds=0.03)
+    one.stepped(tokens=4, finished=0, seconds=0.1)
+    two.began(prompt_tokens=10, cached=0, seconds=40.0)
+    two.ended("cancelled")
+    both = [{**paces.snapshot(), "queue": 1, "streams": 2, "engine_free_tokens": 50} for paces in (one, two)]
+    found = samples(Metrics().text({"chat": both, "topics": [stats(Gauge())]}, {}))
+    at = (("endpoint", "chat"),)
+    assert found["llmo_streams", at] == 4
+    assert found["llmo_queue_texts", at] == 2
+    assert found["llmo_cache_free_tokens", at] == 100
+    assert found["llmo_prompt_tokens_total", at] == 110
+    assert found["llmo_prompt_cached_tokens_total", at] == 64
+    assert found["llmo_completion_tokens_total", at] == 4
+    assert found["llmo_generated_tokens_per_second", at] == 40
+    assert found["llmo_cancelled_requests_total", at] == 1
+    assert found["llmo_first_token_seconds_bucket", (*at, ("le", "0.025"))] == 0
+    assert found["llmo_first_token_seconds_bucket", (*at, ("le", "0.05"))] == 1
+    assert found["llmo_first_token_seconds_bucket", (*at, ("le", "+Inf"))] == 2
+    assert found["llmo_first_token_seconds_sum", at] == pytest.approx(40.03)
+    assert ("llmo_streams", (("endpoint", "topics"),)) not in found
+    assert ("llmo_batch_texts_count", at) not in found
+
+
+def test_the_paces_say_how_long_prompts_take() -> None:
+    paces = Paces()
+    assert paces.seconds_for(10) == 1.0
+    for _ in range(4):
+        paces.stepped(tokens=2, finished=0, seconds=0.25)
+    paces.stepped(tokens=2, finished=2, seconds=1.0)
+    assert paces.seconds_for(10) == 10.0
 
 
 def test_the_gauge_knows_its_pace() -> None:
