@@ -43,7 +43,10 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, rows: int) -> None:
     sentencepiece = bool(model.get("byte_fallback"))
     writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
     writer.add_tokenizer_pre("default" if sentencepiece else _pre(tokenizer.get("pre_tokenizer")))
-    writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(rows)])
+    tokens = [names.get(i, f"[PAD{i}]") for i in range(rows)]
+    if len(set(tokens)) < rows:
+        raise _unusable(path, "two of its tokens are the same text")
+    writer.add_token_list(tokens)
     writer.add_token_types([_type(i, names, added, sentencepiece) for i in range(rows)])
     if sentencepiece:
         writer.add_token_scores([-float(i) for i in range(rows)])  # ids follow the merges' order

@@ -57,8 +57,11 @@ def _described(fields: _Fields, path: Path) -> Header:
     architecture = fields.text("general.architecture")
     if not architecture:
         raise _broken(path, "it does not name its architecture")
-    if not fields.strings("tokenizer.ggml.tokens"):
+    tokens = fields.strings("tokenizer.ggml.tokens")
+    if not tokens:
         raise _broken(path, "it holds no vocabulary")
+    if len(set(tokens)) < len(tokens):
+        raise _broken(path, "two of its tokens are the same text")
     layers, width, heads = (
         fields.number(f"{architecture}.{key}") for key in ("block_count", "embedding_length", "attention.head_count")
     )
@@ -105,12 +108,14 @@ class _Fields:
         key = self._key(name, STRING)
         return "" if key is None else str(self.call.gguf_get_val_str(self.handle, key).decode("utf-8", "replace"))
 
-    def strings(self, name: str) -> int:
-        """How many texts a list has; 0 for none, or a list of something else."""
+    def strings(self, name: str) -> list[bytes]:
+        """A list of texts; empty for none, or a list of something else."""
         key = self._key(name, ARRAY)
         if key is None or self.call.gguf_get_arr_type(self.handle, key) != STRING:
-            return 0
-        return int(self.call.gguf_get_arr_n(self.handle, key))
+            return []
+        return [
+            self.call.gguf_get_arr_str(self.handle, key, i) for i in range(self.call.gguf_get_arr_n(self.handle, key))
+        ]
 
     def _key(self, name: str, kind: int) -> int | None:
         key = self.call.gguf_find_key(self.handle, name.encode())

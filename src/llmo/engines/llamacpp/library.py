@@ -156,6 +156,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "gguf_get_kv_type": (_INT, (_HANDLE, c.c_int64)),
     "gguf_get_arr_n": (c.c_size_t, (_HANDLE, c.c_int64)),
     "gguf_get_arr_type": (_INT, (_HANDLE, c.c_int64)),
+    "gguf_get_arr_str": (_TEXT, (_HANDLE, c.c_int64, c.c_size_t)),
     "gguf_get_val_u32": (c.c_uint32, (_HANDLE, c.c_int64)),
     "gguf_get_val_str": (_TEXT, (_HANDLE, c.c_int64)),
     "gguf_get_n_tensors": (c.c_int64, (_HANDLE,)),
