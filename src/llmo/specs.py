@@ -57,7 +57,9 @@ class CleanSpec(Spec):
     """What is mended in each text, and which rows are dropped; every dropped row is kept with its reason."""
 
     fix_encoding: bool = Field(True, description="mend mojibake (ftfy)")
-    strip_html: bool = Field(True, description="remove tags, scripts and styles where a text is HTML")
+    strip_html: bool | None = Field(
+        None, description="remove tags, scripts and styles where a text is HTML; default: yes, and no for generation"
+    )
     normalise: bool = Field(True, description="drop control characters, fold white space, NFC")
     drop_empty: bool = Field(True, description="drop rows whose text is empty after cleaning")
     drop_duplicates: Literal["near", "exact", "none"] = Field("near", description="within and across splits")
@@ -70,7 +72,7 @@ class DataSpec(Spec):
     """Where the text is and how to read it."""
 
     source: str = Field(description="a file, a folder, package:NAME/FOLDER, or a stored data set NAME@VERSION")
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "folders", "conll"] = Field(
+    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "folders", "conll", "chatterbot", "text"] = Field(
         "auto", description="how the source is laid out; auto: by name and content"
     )
     encoding: str = Field("auto", description="character encoding of text files; auto: detected per file")
@@ -151,9 +153,7 @@ class TrainSpec(Spec):
     seed: int = Field(13, description="of initialisation, order and dropout")
 
 
-Variant = Literal[
-    "onnx-fp32", "onnx-int8", "torch-bf16", "torch-int8", "openvino-bf16", "openvino-int8", "llamacpp-q8"
-]
+Variant = Literal["onnx-fp32", "onnx-int8", "torch-bf16", "torch-int8", "openvino-bf16", "openvino-int8", "llamacpp-q8"]
 
 
 class CompressSpec(Spec):

@@ -48,7 +48,7 @@ def clean(text: str, spec: CleanSpec, changed: Counter[str]) -> str:
     """The cleaned text; `changed` counts the texts that each step altered. Cleaning twice changes nothing more."""
     if _PLAIN.fullmatch(text) and "<" not in text:
         return text
-    if spec.strip_html and html.is_html(text):
+    if spec.strip_html is not False and html.is_html(text):
         text = html.strip(text)
         changed["html"] += 1
     steps: set[str] = set()
@@ -58,9 +58,15 @@ def clean(text: str, spec: CleanSpec, changed: Counter[str]) -> str:
 
 
 def clean_block(text: str, spec: CleanSpec, steps: set[str]) -> str:
-    """As `clean`, for what is written over several lines: line ends, indentation and code stay, and so does HTML,
-    which in an answer is an example and not damage. `steps` takes the names of those that altered something."""
-    return text if _PLAIN.fullmatch(text) else _mended(text, spec, steps, normalise_block)
+    """As `clean`, for what is written over several lines: line ends, indentation and code stay, and so does HTML unless
+    it is told to go, since in an answer it is an example and not damage. `steps` takes the names of those that altered
+    something."""
+    if _PLAIN.fullmatch(text) and "<" not in text:
+        return text
+    if spec.strip_html and html.is_html(text):
+        text = html.strip(text)
+        steps.add("html")
+    return _mended(text, spec, steps, normalise_block)
 
 
 def clean_spans(text: str, spans: Sequence[Span], spec: CleanSpec, changed: Counter[str]) -> tuple[str, list[Span]]:

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from llmo.compression.contest import BATCH, contest, plan
-from llmo.compression.probe import Candidate
 from llmo.compression.export import export
 from llmo.compression.measure import obey, peak_memory
+from llmo.compression.probe import Candidate
 from llmo.context import NullContext, Stopped
 from llmo.engines.onnx import OnnxEngine
 from llmo.errors import JobFailed, LLMOError, ModelError

@@ -193,6 +193,12 @@ def test_lines_indentation_code_and_html_stay(chats):
     assert got.info["changed"] == {"normalised": 1}
 
 
+def test_html_goes_when_told(chats):
+    got = chats([{"prompt": "<p>Why?</p>", "completion": "<b>So</b>"}], clean={"strip_html": True})
+    assert conversations(got) == [[user("Why?"), assistant("So")]]
+    assert got.info["changed"]["html"] == 1
+
+
 def test_damage_is_mended_in_each_message(chats):
     got = chats([{"prompt": "schÃ¶n?", "completion": "l’humanitÃ©\ne\u0301te\u0301"}])
     assert conversations(got) == [[user("schön?"), assistant("l’humanité\nété")]]
