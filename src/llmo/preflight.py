@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,15 @@ from llmo.files import publish_json
 from llmo.specfile import validate
 from llmo.specs import DataSpec, ProjectSpec, TaskSpec
 from llmo.tasks.card import TOKENIZER, load_tokenizer
-from llmo.training.base import inspect
+from llmo.tasks.generation import Generation, conversation
+from llmo.training import gguf_source
+from llmo.training.base import config_of, inspect
 from llmo.training.forecast import forecast
 
 SAMPLED = 20_000  # texts tokenised: enough for a share with an error under one percent, in about a second
+CONVERSATIONS = 2_000  # the same of conversations, each of which the template writes several times
 TOKENS_SHOWN = 40
+Rows = Sequence[Mapping[str, Any]]
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
@@ -34,17 +39,18 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     data = inputs.get("data")
     found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
     folder = inputs.get("model") or _resolved(spec["sources"]["model"])
-    known = inspect(folder)
-    _check_length(project.task.max_length, known["max_positions"])
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tokenizer = _tokenizer(folder, config)
-    lengths = _lengths(tokenizer, found["texts"])
-    rows = int(found["rows"]["train"])
-    need = forecast(project.train, project.task, config, rows, float(lengths.mean()))
+    _check_length(project.task.max_length, inspect(folder)["max_positions"])
+    config = config_of(folder)
+    rows = found.pop("records")
+    with _described(folder, config) as described:
+        seen = _conversations if project.task.name == Generation.name else _texts
+        lengths, samples = seen(described, project.task, rows, found["samples"])
+    train_rows = int(found["rows"]["train"])
+    need = forecast(project.train, project.task, config, train_rows, float(lengths.mean()))
     limit = project.task.max_length
     result = {
-        **{key: value for key, value in found.items() if key != "texts"},
-        "samples": [_rendered(tokenizer, limit, sample) for sample in found["samples"][:3]],
+        **found,
+        "samples": samples,
         "tokens": {
             "mean": round(float(lengths.mean()), 1),
             "p95": int(np.percentile(lengths, 95)),
@@ -53,7 +59,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             "truncated": round(float((lengths > limit).mean()), 4),
             "truncated_count": int((lengths > limit).sum()),
             "sampled": len(lengths),
-            "texts": len(found["texts"]),
+            "texts": len(rows),
         },
         "forecast": {"memory_bytes": need.memory_bytes, "disk_bytes": need.disk_bytes, "steps": need.steps},
     }
@@ -77,6 +83,7 @@ def _profiled(data: DataSpec, task: TaskSpec, source: Mapping[str, Any], ctx: Co
     return {
         "rows": found.rows,
         "labels": found.labels,
+        "shape": found.shape,
         "dropped": found.dropped,
         "duplicates": found.duplicates,
         "empty": found.empty,
@@ -85,19 +92,20 @@ def _profiled(data: DataSpec, task: TaskSpec, source: Mapping[str, Any], ctx: Co
         "median_characters": found.median,
         "samples": found.samples,
         "notes": found.notes,
-        "texts": found.texts,
+        "records": found.records,
     }
 
 
 def _stored(folder: Path) -> dict[str, Any]:
     """The same facts of a data set that is in the store already."""
     data = Dataset.open(folder)
-    texts = [text for split in ("train", "dev", "test") for text in data.split(split).column("text")]
-    sizes = [len(text) for text in texts]
+    rows = [row for split in ("train", "dev", "test") for row in data.split(split)]
+    sizes = [len(row["text"]) for row in rows]
     dropped = data.info["dropped"]
     return {
         "rows": data.info["rows"],
         "labels": data.info["labels"],
+        "shape": data.info.get("shape", ""),
         "dropped": dropped,
         "duplicates": sum(dropped.get(reason, 0) for reason in ("duplicate", "near_duplicate", "leak")),
         "empty": dropped.get("empty", 0),
@@ -106,7 +114,7 @@ def _stored(folder: Path) -> dict[str, Any]:
         "median_characters": int(np.median(sizes)),
         "samples": data.info["samples"],
         "notes": [],
-        "texts": texts,
+        "records": rows,
     }
 
 
@@ -119,31 +127,63 @@ def _resolved(source: Mapping[str, Any]) -> Path:
     return sources.resolve(source["source"], Path(source["uploads"]) if source.get("uploads") else None)
 
 
-def _tokenizer(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
-    """The model's tokeniser; one that has only a slow tokeniser's files is converted, as the run will do."""
-    if (folder / TOKENIZER).exists():
-        return load_tokenizer(folder)
-    from llmo.training.tokenizer import bring  # brings transformers, which few models need here
+@contextmanager
+def _described(folder: Path, config: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder as the run will see it, weights aside: a slow tokeniser converted, a GGUF file's own taken out."""
+    file = gguf_source.find(folder)
+    if file is None and (folder / TOKENIZER).exists():
+        yield folder
+        return
+    with TemporaryDirectory() as name:
+        made = Path(name)
+        if file is not None:
+            gguf_source.tokenizer(file, made)
+            (made / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        else:
+            from llmo.training.tokenizer import bring  # brings transformers, which few models need here
 
-    with tempfile.TemporaryDirectory() as made:
-        bring(folder, Path(made), config)
-        return load_tokenizer(Path(made))
+            for path in folder.glob("*.j*"):  # configs and a chat template
+                (made / path.name).write_bytes(path.read_bytes())
+            bring(folder, made, config)
+        yield made
 
 
-def _lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> NDArray[np.int64]:
-    """Tokens of each text, special tokens included, of an even sample when there are very many."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    step = max(1, len(texts) // SAMPLED)
-    return np.array([len(found.ids) for found in tokenizer.encode_batch_fast(list(texts[::step]))])
+def _texts(folder: Path, task: TaskSpec, rows: Rows, samples: Rows) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
+    """Tokens of each text, special tokens included, of an even sample when there are very many; and the samples as
+    the model will see them."""
+    tokenizer = load_tokenizer(folder)
+    step = max(1, len(rows) // SAMPLED)
+    found = tokenizer.encode_batch_fast([row["text"] for row in rows[::step]])
+    tokenizer.enable_truncation(task.max_length)
+    shown = [
+        {"text": s["text"], "tokens": _shown(tokenizer.encode(s["text"]).tokens), "answer": _answer(s)}
+        for s in samples[:3]
+    ]
+    return np.array([len(one.ids) for one in found]), shown
 
 
-def _rendered(tokenizer: Tokenizer, limit: int, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A sample as the model will see it: its first tokens, and what it should answer."""
-    tokenizer.enable_truncation(limit)
-    tokens = tokenizer.encode(sample["text"]).tokens
-    shown = " ".join(tokens[:TOKENS_SHOWN]) + (" …" if len(tokens) > TOKENS_SHOWN else "")
-    return {"text": sample["text"], "tokens": shown, "answer": _answer(sample)}
+def _conversations(
+    folder: Path, task: TaskSpec, rows: Rows, samples: Rows
+) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
+    """As `_texts`; a sample is what the model's own template makes of the question, and the answer it should learn."""
+    tokenizer = load_tokenizer(folder)
+    made = Generation.from_rows(rows, max_length=task.max_length, options=Generation.of_base(folder))
+    some = list(rows[:: max(1, len(rows) // CONVERSATIONS)])
+    lengths = np.array([encoding.length for encoding in made.encode_rows(tokenizer, some)])
+    shown = []
+    for row in rows[:3]:
+        rendered, ids = made.question(tokenizer, row)
+        answer = (conversation(row)[0] or [{"content": row["text"][len(rendered) :]}])[-1]["content"]
+        shown.append({"text": rendered, "tokens": _written(tokenizer, ids), "answer": str(answer)})
+    return lengths, shown
+
+
+def _written(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return json.dumps(tokenizer.decode(list(ids), skip_special_tokens=False), ensure_ascii=False)
+
+
+def _shown(tokens: Sequence[str]) -> str:
+    return " ".join(tokens[:TOKENS_SHOWN]) + (" …" if len(tokens) > TOKENS_SHOWN else "")
 
 
 def _answer(sample: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ class Profile:
     """`rows` counts read, train, dev, test and dropped; `dropped` counts by reason. Lengths are in characters.
 
     `splits` is "fixed" when the source has its own, else "stratified" by label, or "seeded" where there are none.
-    `texts` are the cleaned texts of all splits (of conversations: transcripts), for whoever wants to count tokens.
+    `records` are the cleaned rows of all splits as an import stores them, for whoever wants to count tokens.
     `shape` is "messages", "preference" or "text", and empty for the other tasks.
     """
 
@@ -36,7 +36,7 @@ class Profile:
     shape: str
     samples: list[dict[str, Any]]
     notes: list[str]
-    texts: list[str] = field(repr=False)
+    records: list[dict[str, Any]] = field(repr=False)
 
     @property
     def duplicates(self) -> int:
@@ -51,8 +51,8 @@ class Profile:
 def profile(spec: DataSpec, task: TaskSpec, uploads: Path | None = None, ctx: Context | None = None) -> Profile:
     """Reads, cleans, compares and divides exactly as an import does. Raises the same DataErrors."""
     built = build(sources.resolve(spec.source, uploads), spec, task, ctx or NullContext())
-    texts = [row.text for name in SPLITS for row in built.splits[name]]
-    lengths = [len(text) for text in texts]
+    rows = [row for name in SPLITS for row in built.splits[name]]
+    lengths = [len(row.text) for row in rows]
     known = ("rows", "labels", "dropped", "changed", "encodings", "columns", "splits", "multi_label")
     return Profile(
         **{name: built.info[name] for name in known},
@@ -61,5 +61,5 @@ def profile(spec: DataSpec, task: TaskSpec, uploads: Path | None = None, ctx: Co
         shape=built.info.get("shape", ""),
         samples=built.samples,
         notes=built.notes,
-        texts=texts,
+        records=[{column.name: column.value(row) for column in built.stored} for row in rows],
     )

@@ -66,7 +66,9 @@ def show_check(spec: ProjectSpec, report: Mapping[str, Any]) -> None:
     tokens, need = report["tokens"], report["forecast"]
     facts = [
         ("rows", ", ".join(f"{name} {count}" for name, count in report["rows"].items())),
-        ("labels", ", ".join(f"{name} {count}" for name, count in report["labels"].items())),
+        ("labels", ", ".join(f"{name} {count}" for name, count in report["labels"].items()))
+        if report["labels"]
+        else ("learnt", report["shape"]),
         ("duplicates", report["duplicates"]),
         ("empty", report["empty"]),
         ("encodings", ", ".join(f"{name} {count}" for name, count in report["encodings"].items()) or "-"),
