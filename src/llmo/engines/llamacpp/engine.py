@@ -93,7 +93,7 @@ class LlamaCppEngine:
             )
         self._cache = Cache(
             self._weights,
-            cells=cells,
+            cells=max(cells // SMALLEST_CACHE, 1) * SMALLEST_CACHE,
             streams=2 * streams + 1,
             outputs=max(SCORED, 2 * streams + 1),
             threads=max(1, device.cores),
