@@ -79,8 +79,8 @@ class ChatTemplate:
 
     @property
     def sha256(self) -> str:
-        """Of the source's UTF-8 bytes, in hex."""
-        return hashlib.sha256(self.source.encode("utf-8")).hexdigest()
+        """Of the source's UTF-8 bytes, `sha256:<hex>`, as of every file."""
+        return "sha256:" + hashlib.sha256(self.source.encode("utf-8")).hexdigest()
 
     @property
     def is_default(self) -> bool:

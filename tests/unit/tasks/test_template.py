@@ -182,4 +182,5 @@ def test_a_long_conversation_is_no_trouble() -> None:
 
 
 def test_the_digest_is_of_the_source() -> None:
-    assert ChatTemplate("a", {}).sha256 == "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
+    hexadecimal = "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
+    assert ChatTemplate("a", {}).sha256 == f"sha256:{hexadecimal}"

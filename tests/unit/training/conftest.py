@@ -11,7 +11,8 @@ import pytest
 from llmo.context import NullContext
 from llmo.specs import TrainSpec
 from llmo.training import operation
-from support.tiny import tiny_dataset, tiny_model
+from support.tiny import tiny_chat_dataset, tiny_dataset, tiny_model
+from support.tiny_chat import tiny_chat_model
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,22 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def spans(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_dataset(tmp_path_factory.mktemp("data") / "spans", "token-classification")
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_chat_model(tmp_path_factory.mktemp("base") / "talker")
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_chat_dataset(tmp_path_factory.mktemp("data") / "chats")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"train": 64, "dev": 16, "test": 48}
+    return tiny_chat_dataset(tmp_path_factory.mktemp("data") / "pairs", "preference", sizes=sizes)
 
 
 @pytest.fixture

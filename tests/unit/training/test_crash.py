@@ -24,8 +24,13 @@ KILLS = 5
 SPECS: dict[str, dict[str, Any]] = {
     "full": {"gradient_accumulation_steps": 2, "early_stopping": 9, "evaluate_every": 4},
     "lora": {"method": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": None}},
+    "answers": {"method": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": None}},
+    "preference": {"gradient_accumulation_steps": 2, "early_stopping": 9, "evaluate_every": 4},
     "sgd": {"optimizer": "sgd", "learning_rate": 0.05, "schedule": "cosine"},
 }
+
+WRITING = {"answers": ("chats", "talker"), "preference": ("pairs", "talker")}
+STEPS = {"answers": 18, "preference": 24}
 
 
 class Nursery:
@@ -70,19 +75,21 @@ def nursery() -> Iterator[Nursery]:
 
 @pytest.mark.parametrize("name", sorted(SPECS))
 def test_killed_at_random_steps_it_ends_with_the_same_bytes(
-    nursery: Nursery, base: Path, texts: Path, tmp_path: Path, name: str
+    nursery: Nursery, request: pytest.FixtureRequest, tmp_path: Path, name: str
 ) -> None:
+    data, model = (request.getfixturevalue(x) for x in WRITING.get(name, ("texts", "base")))
+    task = "generation" if name in WRITING else "text-classification"
     spec = TrainSpec.model_validate(SPECS[name] | {"epochs": 6, "checkpoint_seconds": 1e-6}).plain()
-    spec["task"] = {"name": "text-classification", "multi_label": None, "max_length": 32}
+    spec["task"] = {"name": task, "multi_label": None, "max_length": 96 if name in WRITING else 32}
     rng = random.Random(name)
 
     def asked(name: str) -> dict[str, Any]:
         folders = {"out": str(tmp_path / name), "checkpoint": str(tmp_path / f"{name}-checkpoint")}
-        return {"data": str(texts), "model": str(base), "spec": spec, **folders}
+        return {"data": str(data), "model": str(model), "spec": spec, **folders}
 
     steps, status = nursery.run(asked("whole"))
-    assert (status, steps) == (0, list(range(1, 37)))
-    for at in sorted(rng.sample(range(1, 34), KILLS)):
+    assert (status, steps) == (0, list(range(1, STEPS.get(name, 36) + 1)))
+    for at in sorted(rng.sample(range(1, STEPS.get(name, 36) - 2), KILLS)):
         steps, status = nursery.run(asked("killed"), kill_at=at)
         assert os.WTERMSIG(status) == signal.SIGKILL
         assert not (tmp_path / "killed" / "llmo.json").exists()
