@@ -74,8 +74,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to one stream. The last one says how it `finish`ed: "stop" at an end token (which is not
-    among `tokens`), "length" at `max_tokens` or the end of the context. `cached` prompt tokens were not computed."""
+    """What one step added to one stream; no `tokens` while its prompt is still being computed. The last one says how it
+    `finish`ed: "stop" at an end token (which is not among `tokens`) or where a grammar is fulfilled, "length" at
+    `max_tokens` or the end of the context. `cached` prompt tokens were not computed."""
 
     id: int
     tokens: Sequence[int]

@@ -358,7 +358,7 @@ class GenerationPipeline:
     def _part(self, stream: Stream, delta: Delta) -> Part | None:
         """What the call hears of a delta; None when there is nothing to say yet."""
         call, answer = stream.call, stream.text
-        if not stream.begun:
+        if not stream.begun and (delta.tokens or delta.finish is not None):  # else its prompt is still being computed
             self._begin(stream, delta)
         text = answer.add(delta.tokens, delta.logprobs)
         if delta.finish is not None:

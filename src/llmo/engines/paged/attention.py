@@ -50,6 +50,7 @@ class Cache:
 
     def __init__(self, config: Config, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.layers, blocks, BLOCK, 2, config.kv_heads, config.head_dim)
+        self._config = config
         self._device = device
         self.dtype = dtype
         self._group = config.heads // config.kv_heads
@@ -61,6 +62,10 @@ class Cache:
     @staticmethod
     def block_bytes(config: Config, dtype: torch.dtype) -> int:
         return config.layers * BLOCK * 2 * config.kv_heads * config.head_dim * dtype.itemsize
+
+    def like(self, blocks: int) -> Cache:
+        """Another one of its kind."""
+        return Cache(self._config, blocks, self.dtype, self._device)
 
     def batch(self, pieces: Sequence[Piece], pad: int) -> Batch:
         """The plan of a step over `pieces` (prompts first, single answer tokens last) and `pad` rows of filling."""

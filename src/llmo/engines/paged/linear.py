@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # of the activations
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}  # of the activations
 
 
 class Linear(Protocol):
@@ -45,15 +45,15 @@ class Packed:
 
 
 class Int8:
-    """Weights rounded to int8 with one scale an output channel; sums stay fp32.
+    """Weights rounded to int8 with one scale an output channel; activations stay bf16 and sums fp32.
 
     Few rows are bound by memory, so answers read the int8 weights as they are; prompts are bound by arithmetic, so
-    theirs are widened to bf16, which holds every int8 exactly.
+    theirs are widened to bf16, which holds every int8 exactly. Beyond four answers at once bf16 is the faster choice.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        scale = weight.abs().amax(dim=1).clamp_min(1e-12) / 127
-        self._weight = (weight / scale[:, None]).round().to(torch.int8)
+        scale = (weight.abs().amax(dim=1).clamp_min(1e-12) / 127).bfloat16()  # rounded first: it costs no precision
+        self._weight = (weight / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
         self._scale, self._bias = scale, bias
 
     def __call__(self, x: Tensor, prompt: int) -> Tensor:
@@ -66,4 +66,4 @@ class Int8:
         return out if self._bias is None else out.add_(self._bias)
 
     def _wide(self, x: Tensor) -> Tensor:
-        return functional.linear(x.bfloat16(), self._weight.bfloat16()).float().mul_(self._scale)
+        return functional.linear(x, self._weight.bfloat16()).mul_(self._scale)
