@@ -68,13 +68,14 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
 
 
 def _checks(spec: Mapping[str, Any], model: Path, reference: Path | None, ctx: Context) -> list[Check]:
-    card, evidence = read_card(model), golden.read(model)
+    card = read_card(model)
     found = [_tokenizer_check(model, card)]
     if not found[0].passed:
         return found
     task = load_task(model)
     if isinstance(task, Generation):
         return found + _generation_checks(spec, model, reference, card, task, ctx)
+    evidence = golden.read(model)
     subject = Subject(model, card, task, evidence, task.encode(load_tokenizer(model), evidence.texts))
     found += _token_checks(subject)
     if not all(check.passed for check in found):

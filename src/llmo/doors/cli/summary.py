@@ -138,7 +138,7 @@ def _show_quality(steps: Steps) -> None:
     columns = ["on held-out documents", "before training>", "after training>"] + (["served>"] if served else [])
     rows = [
         [name.replace("_", " "), figure(test["before"][name]), figure(test["after"][name])]
-        + ([figure(served[name])] if served else [])
+        + ([figure(served[name]) if name in served else "-"] if served else [])
         for name in shown
     ]
     table(f"model {steps['train']['ref']}", columns, rows)
