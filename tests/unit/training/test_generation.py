@@ -15,12 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmo.context import NullContext, Stopped
 from llmo.errors import DataError, SpecError
 from llmo.files import sha256_file
-from llmo.specs import TrainSpec
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden
 from llmo.tasks.generation import Generation
 from llmo.training import preference
-from llmo.training.causal import Speaker
-from llmo.training.model import build
 from support.tiny import chat_rows, tiny_chat_dataset, write_chat_split
 from support.tiny_chat import tiny_chat_model
 
@@ -188,37 +185,6 @@ def test_accumulation_equals_the_big_batch(teach: Train, chats: Path, tmp_path: 
     teach(chats, "parts", gradient_accumulation_steps=3, **keys)
     a, b = (load_file(tmp_path / out / "model.safetensors") for out in ("whole", "parts"))
     assert max(abs(a[n] - b[n]).max() for n in a) < 1e-4
-
-
-@pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_projected_loss_and_its_gradients_are_those_of_all_logits(
-    talker: Path, monkeypatch: pytest.MonkeyPatch, method: str, smoothing: float
-) -> None:
-    monkeypatch.setattr("llmo.training.causal.CHUNK_BYTES", 0)  # 16 positions at a time
-    task = Generation(max_length=64, **Generation.of_base(talker))
-    built = build(talker, task, TrainSpec(method=method))
-    if method == "lora":
-        for name, p in built.trainable():
-            torch.nn.init.normal_(p, std=0.1) if "lora_B" in name else None
-    ids = torch.randint(3, 250, (3, 40), generator=torch.Generator().manual_seed(0))
-    targets = torch.where(torch.arange(40)[None] % 3 == 0, -100, ids)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = []
-    for whole in (True, False):
-        built.model.zero_grad()
-        if whole:
-            logits = built.model(**inputs).logits[:, :-1].flatten(0, 1)
-            wanted = targets[:, 1:].flatten()
-            loss = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, label_smoothing=smoothing)
-        else:
-            loss = -Speaker(built.network).log_probs(inputs, targets, smoothing).mean()
-        loss.backward()
-        found.append((loss.item(), {n: p.grad.clone() for n, p in built.trainable() if p.grad is not None}))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    assert found[0][1].keys() == found[1][1].keys()
-    for name, gradient in found[0][1].items():
-        assert torch.allclose(gradient, found[1][1][name], atol=1e-5, rtol=1e-3), name
 
 
 def test_a_method_without_meaning_is_refused(teach: Train, chats: Path) -> None:
