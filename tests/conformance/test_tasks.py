@@ -1,4 +1,7 @@
-"""What every task must keep to, whatever it is: add a task's rows to CASES and it is held to the same contract."""
+"""What every task must keep to, whatever it is: add a task's rows to CASES and it is held to the same contract.
+
+Tasks that write instead of label stand in WRITING: they share the card, the encoding of rows and the measuring.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ import pytest
 import torch
 
 from llmo import plugins
+from llmo.errors import InputError
 from llmo.tasks.base import Encoding, Task
 from llmo.tasks.metrics import Tally
-from support.tiny import span_rows, text_rows, tiny_tokenizer
+from support.tiny import chat_rows, span_rows, text_rows, tiny_tokenizer
+from support.tiny_chat import tiny_chat_model, tiny_chat_tokenizer
 
 
 @dataclass
@@ -31,8 +36,15 @@ CASES = {
 }
 
 
+WRITING = {
+    "generation": ("generation", chat_rows(40, seed=4)),
+    "generation, plain text": ("generation", chat_rows(40, seed=5, shape="text")),
+    "generation, preferences": ("generation", chat_rows(40, seed=6, shape="preference")),
+}
+
+
 def test_every_registered_task_is_here() -> None:
-    assert set(plugins.names("llmo.tasks")) == {name for name, _ in CASES.values()}
+    assert set(plugins.names("llmo.tasks")) == {name for name, _ in (CASES | WRITING).values()}
 
 
 @pytest.fixture(params=sorted(CASES))
@@ -164,3 +176,76 @@ def test_class_counts_cover_every_label(case: Case) -> None:
     counts = case.task.class_counts(case.targets)
     assert counts.shape == (len(case.task.labels),)
     assert counts.sum() > 0
+
+
+@pytest.fixture(params=sorted(WRITING))
+def writing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    name, rows = WRITING[request.param]
+    cls = plugins.load("llmo.tasks", name)
+    base = tiny_chat_model(tmp_path_factory.mktemp("base") / "model")
+    task = cls.from_rows(rows, max_length=200, options={"multi_label": None, **cls.of_base(base)})
+    encodings = task.encode_rows(tiny_chat_tokenizer(), rows)
+    return Case(task, rows, encodings, [task.target(r, e) for r, e in zip(rows, encodings, strict=True)])
+
+
+def likelihoods(case: Case, probability: float) -> list[np.ndarray]:
+    """What a model says that gives every learnt token the same probability, and thinks it the likeliest."""
+    counts = [int((target != -100).sum()) for target in case.targets]
+    return [np.tile(np.array([[np.log(probability), 1.0]], np.float32), (count, 1)) for count in counts]
+
+
+def test_a_writing_tasks_card_round_trip(writing: Case) -> None:
+    card = json.loads(json.dumps(writing.task.to_card()))
+    again = plugins.load("llmo.tasks", card["task"]).from_card(card)
+    assert again.to_card() == writing.task.to_card()
+    assert again.encode_rows(tiny_chat_tokenizer(), writing.rows) == writing.encodings
+
+
+def test_likelier_answers_measure_better(writing: Case) -> None:
+    task = writing.task
+    found = [
+        task.measure(likelihoods(writing, p), writing.rows, writing.encodings)[task.metric] for p in (0.1, 0.5, 0.999)
+    ]
+    assert found == sorted(found, reverse=not task.higher_is_better)
+    assert found[1] == pytest.approx(2.0, rel=1e-4)
+    assert task.drop(found[1], found[0]) > 0 > task.drop(found[1], found[2])
+
+
+def test_a_writing_split_measured_in_parts_is_the_split_measured_whole(writing: Case) -> None:
+    task, outputs = writing.task, likelihoods(writing, 0.3)
+    outputs[::3] = [x * 2 for x in outputs[::3]]
+    whole = task.tally(outputs, writing.rows, writing.encodings)
+    cuts = [slice(0, 5), slice(5, 30), slice(30, None)]
+    parts = Tally.merged([task.tally(outputs[c], writing.rows[c], writing.encodings[c]) for c in cuts])
+    assert task.details(parts) == task.details(whole)
+    assert task.intervals(parts, seed=4) == task.intervals(whole, seed=4)
+    main = task.intervals(whole)[task.metric]
+    assert main["low"] < main["value"] < main["high"]
+
+
+def test_every_answer_ends_with_an_end_token_that_is_learnt(writing: Case) -> None:
+    for target in writing.targets:
+        assert target[0] == -100
+        learnt = np.flatnonzero(target != -100)
+        for last in learnt[np.append(np.diff(learnt) > 1, True)]:
+            assert target[last] in writing.task.end_ids  # type: ignore[attr-defined]
+
+
+def test_writing_truncation_is_as_long_as_allowed_and_said(writing: Case) -> None:
+    task = type(writing.task).from_card(writing.task.to_card() | {"max_length": 24})
+    for encoding, whole in zip(task.encode_rows(tiny_chat_tokenizer(), writing.rows), writing.encodings, strict=True):
+        assert len(encoding.input_ids) == min(24, len(whole.input_ids))
+        assert (encoding.length, encoding.truncated) == (whole.length, whole.length > 24)
+
+
+def test_a_writing_task_has_no_labels_to_answer_with(writing: Case) -> None:
+    task, logits = writing.task, np.zeros((4, 10), np.float32)
+    for ask in (
+        lambda: task.answer(logits, writing.encodings[0], ""),
+        lambda: task.agree(logits, logits),
+        lambda: task.class_counts([]),
+        lambda: task.mass(torch.zeros(1), None),
+        lambda: task.loss(torch.zeros(1), torch.zeros(1), None),
+    ):
+        with pytest.raises(InputError, match="has no labels: it writes its answers"):
+            ask()

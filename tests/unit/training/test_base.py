@@ -162,7 +162,7 @@ def test_an_adapter_is_not_a_base(model: Path, out: Path) -> None:
 
 
 def test_a_file_is_not_a_folder(model: Path, out: Path) -> None:
-    with pytest.raises(ModelError, match="is a file"):
+    with pytest.raises(ModelError, match="is a file of another kind"):
         bring(model / "model.safetensors", out)
 
 
