@@ -38,6 +38,7 @@ class Stepped:
         self.added: list[Prompt] = []
         self.running: dict[int, int] = {}
         self.free = 10_000
+        self.prefill = 0  # steps that a prompt takes before the first token
         self.steps = 0
         self.cancelled_at: dict[int, int] = {}
         self.allowed = threading.Semaphore(0)
@@ -51,7 +52,7 @@ class Stepped:
     def add(self, prompt: Prompt) -> None:
         self.breaks(prompt)
         self.added.append(prompt)
-        self.running[prompt.id] = 0
+        self.running[prompt.id] = -self.prefill
 
     def cancel(self, id: int) -> None:
         self.running.pop(id)
@@ -66,6 +67,10 @@ class Stepped:
         deltas = []
         for id, at in list(self.running.items()):
             prompt = next(p for p in self.added if p.id == id)
+            if at < 0:
+                deltas.append(Delta(id, []))
+                self.running[id] = at + 1
+                continue
             last = at + 1 >= min(len(self.says), prompt.sampling.max_tokens)
             deltas.append(Delta(id, [self.says[at]], finish="length" if last else None, cached=at and 0))
             self.running[id] = at + 1
@@ -355,6 +360,21 @@ def test_a_deadline_is_for_the_beginning_unless_it_is_strict(engine: Stepped, pi
             late.end()
     engine.let(100)
     assert begun.end().completion == 8
+
+
+def test_a_prompt_that_is_still_computed_has_not_begun(engine: Stepped, pipeline: GenerationPipeline) -> None:
+    engine.prefill = 2
+    late, patient = Asked(pipeline, stream=True, deadline=5.0), Asked(pipeline, stream=True)
+    eventually(lambda: len(engine.added) == 2, "two run")
+    engine.let(2)
+    eventually(lambda: engine.steps == 2, "two steps")
+    assert pipeline.stats()["prompts"] == 0
+    pipeline.expire(5.0)
+    with pytest.raises(DeadlineError):
+        late.end()
+    engine.let(100)
+    patient.end()
+    assert [part.text for part in patient.parts()] == list("abcdefgh")
 
 
 def test_draining_answers_what_was_accepted_and_closing_ends_the_rest(engine: Stepped) -> None:
