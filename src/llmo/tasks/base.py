@@ -121,6 +121,10 @@ class Task(ABC):
         """Rows of a data set as they are learnt and measured, one encoding each."""
         return self.encode(tokenizer, [row["text"] for row in rows])
 
+    def lessons(self, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[tuple[Row, Encoding]]:
+        """Rows as they are trained on: one encoding each, unless the task divides what is too long."""
+        return list(zip(rows, self.encode_rows(tokenizer, rows), strict=True))
+
     @abstractmethod
     def target(self, row: Row, encoding: Encoding) -> NDArray[Any]:
         """What the loss compares with: a class index, a multi-hot vector, or one index per token (-100: none).

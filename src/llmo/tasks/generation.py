@@ -133,14 +133,24 @@ class Generation(Task):
         """
         return [self.passage(tokenizer, row) for row in rows]
 
+    def lessons(self, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[tuple[Row, Encoding]]:
+        """As the base, but a plain text that is too long is gone through in pieces, each beginning with the token that
+        the last one ended with; a conversation is cut, as its answers need what stands before them."""
+        return [(row, piece) for row in rows for piece in self._pieces(tokenizer, row)]
+
+    def _pieces(self, tokenizer: Tokenizer, row: Row) -> list[Passage]:
+        if conversation(row)[0] is not None:
+            return [self.passage(tokenizer, row)]
+        ids = self._text_ids(tokenizer, row["text"])
+        starts = range(0, max(1, len(ids) - 1), self.max_length - 1)
+        parts = [ids[start : start + self.max_length] for start in starts]
+        return [Passage(part, len(part), [], [], [True] * len(part)) for part in parts]
+
     def passage(self, tokenizer: Tokenizer, row: Row, answer: Literal["chosen", "rejected"] = "chosen") -> Passage:
         """A row as it is learnt; of a preference, with one of its two answers."""
         messages, tools = conversation(row, answer)
         if messages is None:
-            refuse_surrogates([row["text"]])
-            ids, _ = _plain_ids(tokenizer, row["text"])
-            if not ids or ids[-1] not in self.end_ids:
-                ids = [*ids, self._end_of_text(tokenizer)]
+            ids = self._text_ids(tokenizer, row["text"])
             return self._cut(ids, np.ones(len(ids), np.bool_))
         since = len(json.loads(row["messages"])) if row.get(answer) and row.get("messages") else 0
         try:
@@ -194,6 +204,11 @@ class Generation(Task):
     def _cut(self, ids: list[int], learnt: NDArray[np.bool_]) -> Passage:
         kept = turns.window(learnt, self.max_length)
         return Passage(ids[kept], len(ids), [], [], learnt[kept].tolist())
+
+    def _text_ids(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        refuse_surrogates([text])
+        ids, _ = _plain_ids(tokenizer, text)
+        return ids if ids and ids[-1] in self.end_ids else [*ids, self._end_of_text(tokenizer)]
 
     def _end_of_text(self, tokenizer: Tokenizer) -> int:
         own = tokenizer.token_to_id(self.template.special.get("eos_token", ""))

@@ -55,7 +55,7 @@ def encode(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], progress: Call
     empty = 0
     for first in range(0, len(rows), CHUNK):
         chunk = list(rows[first : first + CHUNK])
-        for row, encoding in zip(chunk, task.encode_rows(tokenizer, chunk), strict=True):
+        for row, encoding in task.lessons(tokenizer, chunk):
             target = task.target(row, encoding)
             if task.generates and not (target != IGNORED).any():
                 empty += 1

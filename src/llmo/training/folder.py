@@ -53,6 +53,7 @@ def _write_settings(out: Path, base: Path, task: Generation) -> None:
     path = base / GENERATION
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     ends = list(task.end_ids)
+    kept.pop("_from_model_config", None)  # else transformers would make it anew from the model's config
     publish_json(out / GENERATION, {**kept, "eos_token_id": ends[0] if len(ends) == 1 else ends})
     (out / TEMPLATE).write_text(task.template.source, encoding="utf-8")
 

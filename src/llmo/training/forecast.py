@@ -1,7 +1,8 @@
 """What a training run will need, from arithmetic alone: memory, disk and steps, before anything is computed.
 
 The constants were fitted to the peaks of real runs on two cores (MiniLM, 16 x 128 tokens, bf16: full 1329 MiB,
-LoRA 1275, last-n 935, head 896); expect a fifth of error.
+LoRA 1275, last-n 935, head 896); expect a fifth of error. A causal model keeps no cache of keys and values in
+training, and its logits are made a chunk at a time.
 """
 
 from __future__ import annotations
@@ -12,8 +13,12 @@ from typing import Any
 
 from llmo.specs import TaskSpec, TrainSpec
 
+CHUNK_BYTES = 64 << 20  # of logits, as `causal` makes them; it brings torch, which this page does without
+
 PROCESS = 680 << 20  # Python with torch, transformers and pyarrow loaded
 WIDE_VALUES = 24  # numbers kept per token, layer and unit of width for the backward pass
+GATED_VALUES = 5  # the same per unit of the inner width, where the feed-forward layer has a gate
+LOGITS_BYTES = 4 * CHUNK_BYTES  # logits of a chunk, their fp32 copy and its gradients; never those of a batch
 SQUARE_VALUES = 5  # numbers kept per layer, head and pair of tokens by the plain attention
 BYTES_PER_ROW = 400  # of a tokenised row beyond its ids
 EVALUATED_TOKENS = 4096
@@ -32,22 +37,24 @@ def forecast(
     train: TrainSpec, task: TaskSpec, model_config: Mapping[str, Any], rows: int, mean_length: float
 ) -> Forecast:
     """`model_config` is the base's config.json; `rows` the training rows, of `mean_length` tokens each."""
-    shape = _Shape.of(model_config)
+    writes = task.name == "generation"
+    shape = _Shape.of(model_config, writes)
     total = shape.parameters
     trained = {
         "full": total,
-        "last-n": shape.layer * min(train.last_n, shape.layers) + shape.width**2,
+        "last-n": shape.layer * min(train.last_n, shape.layers) + (0 if writes else shape.width**2),
         "head": shape.width**2,
-        "lora": train.lora.rank * shape.layers * (8 * shape.width + 2 * (shape.width + shape.inner)),
+        "lora": train.lora.rank * shape.layers * shape.adapted,
     }[train.method]
     length = min(task.max_length, max(8, round(mean_length * 1.5)))
-    parts = -(-train.batch_size // train.gradient_accumulation_steps)
+    parts = -(-train.batch_size // train.gradient_accumulation_steps) * (2 if train.objective == "preference" else 1)
     deep = {"full": shape.layers, "lora": shape.layers, "last-n": min(train.last_n, shape.layers), "head": 0}[
         train.method
     ]
-    per_layer = parts * length * (WIDE_VALUES * shape.width + SQUARE_VALUES * shape.heads * length)
-    activations = 2 * per_layer * max(1, deep)
-    evaluation = 4 * EVALUATED_TOKENS * (shape.inner + 6 * shape.width + shape.heads * length)
+    wide = WIDE_VALUES * shape.width + (GATED_VALUES * shape.inner if writes else 0)
+    per_layer = parts * length * (wide + SQUARE_VALUES * shape.heads * length)
+    activations = 2 * per_layer * max(1, deep) + (LOGITS_BYTES if writes else 0)
+    evaluation = 4 * EVALUATED_TOKENS * (shape.inner * shape.matrices + 6 * shape.width + shape.heads * length)
     optimiser = 12 if train.optimizer == "adamw" else 8
     weights = 4 * total + 2 * total + (optimiser + (4 if train.early_stopping else 0)) * trained
     tokens = rows * (4 * round(min(mean_length, task.max_length)) + BYTES_PER_ROW)
@@ -70,27 +77,40 @@ class _Shape:
     heads: int
     vocabulary: int
     positions: int
+    narrow: int  # width of keys and values
+    matrices: int  # between the width and the inner width: two, or three with a gate
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> _Shape:
-        """The names differ between families; where one is missing, BERT's usual proportion stands in."""
+    def of(cls, config: Mapping[str, Any], writes: bool) -> _Shape:
+        """The names differ between families; where one is missing, BERT's usual proportion stands in, and Llama's for
+        a model that `writes`."""
 
         def first(*names: str, default: int) -> int:
             return next((int(config[n]) for n in names if isinstance(config.get(n), int)), default)
 
         width = first("hidden_size", "dim", "d_model", "n_embd", default=768)
+        heads = first("num_attention_heads", "n_heads", "n_head", default=max(1, width // 64))
+        narrow = width * first("num_key_value_heads", default=heads) // heads
         return cls(
             width,
             first("intermediate_size", "hidden_dim", "ffn_dim", "d_ff", default=4 * width),
             first("num_hidden_layers", "n_layers", "n_layer", default=12),
-            first("num_attention_heads", "n_heads", "n_head", default=max(1, width // 64)),
+            heads,
             first("vocab_size", default=30_000),
-            first("max_position_embeddings", "n_positions", default=512),
+            0 if writes else first("max_position_embeddings", "n_positions", default=512),
+            narrow,
+            3 if writes else 2,
         )
 
     @property
     def layer(self) -> int:
-        return 4 * self.width * self.width + 2 * self.width * self.inner + 9 * self.width + self.inner
+        attention = 2 * self.width * (self.width + self.narrow)
+        return attention + self.matrices * self.width * self.inner + 9 * self.width + self.inner
+
+    @property
+    def adapted(self) -> int:
+        """Sum over a layer's matrices of what they are wide on both sides: numbers of an adapter of rank 1."""
+        return 4 * self.width + 2 * (self.width + self.narrow) + self.matrices * (self.width + self.inner)
 
     @property
     def parameters(self) -> int:

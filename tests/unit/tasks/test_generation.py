@@ -147,6 +147,18 @@ def test_plain_text_is_learnt_whole_with_its_end(tokenizer: Tokenizer) -> None:
     assert all(everything.learnt)
 
 
+@pytest.mark.parametrize("length", [1, 7, 8, 14, 15, 50])
+def test_a_long_plain_text_is_learnt_in_pieces(tokenizer: Tokenizer, length: int) -> None:
+    made, text = task(max_length=8), "abcdefgh" * 7
+    whole = [*tokenizer.encode(text[:length]).ids, 2]
+    pieces = [e for _, e in made.lessons(tokenizer, [row(None, text[:length])])]
+    assert all(len(piece.input_ids) <= 8 and not piece.truncated for piece in pieces)
+    learnt_ids = [int(t) for piece in pieces for t in made.target({}, piece) if t != IGNORED]
+    assert learnt_ids == whole[1:]
+    (measured,) = made.encode_rows(tokenizer, [row(None, text[:length])])
+    assert measured.truncated == (len(whole) > 8)
+
+
 def test_of_a_preference_only_the_answer_is_learnt(tokenizer: Tokenizer) -> None:
     pair = row(TURNS[:4], chosen=json.dumps([TURNS[4]]), rejected=json.dumps([{"role": "assistant", "content": "Ugh"}]))
     assert learnt(task().passage(tokenizer, pair), tokenizer) == ["No 王芳.<|im_end|>"]
