@@ -13,6 +13,7 @@ from llmo.engines.llamacpp.constraint import Constraint
 from llmo.errors import InputError, ModelError
 
 FEW = 1024  # likeliest tokens sorted first; nearly always they are all that top_p lets through
+SEEDS = 1 << 64  # any integer is a seed, also a negative one
 
 Logits = NDArray[np.float32]
 
@@ -26,7 +27,7 @@ class Chooser:
         _check(sampling)
         self._sampling = sampling
         self._constraint = constraint
-        self._random = np.random.Generator(np.random.Philox(sampling.seed))
+        self._random = np.random.Generator(np.random.Philox(None if sampling.seed is None else sampling.seed % SEEDS))
         self._seen = np.unique(prompt)
         self._counts: Counter[int] = Counter()
         self._plain = sampling.temperature == 0 and not self._penalised() and constraint is None
@@ -139,10 +140,9 @@ def _check(s: Sampling) -> None:
         or not 0 <= s.min_p <= 1
         or s.repetition_penalty <= 0
         or (s.logprobs is not None and s.logprobs < 0)
-        or (s.seed is not None and s.seed < 0)
     )
     if wrong:
         raise InputError(
             "these sampling settings mean nothing",
-            hint="max_tokens >= 1; temperature, seed >= 0; 0 < top_p <= 1; 0 <= min_p <= 1; repetition_penalty > 0",
+            hint="max_tokens >= 1; temperature >= 0; 0 < top_p <= 1; 0 <= min_p <= 1; repetition_penalty > 0",
         )

@@ -16,6 +16,9 @@ from llmo.engines.generation import Grammar
 from llmo.errors import EnvironmentProblem, InputError, ModelError
 
 
+MOST = 100_000  # characters; a grammar of a million takes seconds a token
+
+
 class Grammars:
     """Compiles grammars for one model folder's tokeniser, which is read (about a second) when the first one comes."""
 
@@ -33,6 +36,8 @@ class Grammars:
             raise EnvironmentProblem(
                 "constrained answers need the package llguidance", hint="pip install 'llmo-os[generate]'"
             ) from error
+        if len(grammar.text) > MOST:
+            raise _unusable(grammar, f"it has {len(grammar.text)} characters, {MOST} are the most")
         if self._tokenizer is None:
             self._tokenizer = self._read(llguidance)
         try:

@@ -20,7 +20,7 @@ from llmo.engines.llamacpp.library import complaint
 from llmo.engines.llamacpp.prefixes import Ids, Prefixes, common
 from llmo.engines.llamacpp.runtime import BATCH, MOST_STREAMS, Cache, Weights
 from llmo.engines.llamacpp.stream import Part, Stream
-from llmo.errors import BusyError, EnvironmentProblem, InputError, LLMOError, ModelError
+from llmo.errors import BusyError, ConflictError, EnvironmentProblem, InputError, LLMOError, ModelError
 from llmo.types import Device
 
 NAME = "model.gguf"
@@ -117,7 +117,7 @@ class LlamaCppEngine:
                 hint="shorten the prompt, or deploy with a longer context",
             )
         if any(prompt.id == stream.id for stream in (*self._running, *self._waiting)):
-            raise InputError(f"a stream {prompt.id} is already there")
+            raise ConflictError(f"a stream {prompt.id} is already there", hint="give every prompt its own id")
         wanted = prompt.sampling
         constraint = self._grammars.compile(wanted.grammar) if wanted.grammar else None
         ends = wanted.stop_ids if wanted.ignore_end and not constraint else wanted.stop_ids | self._ends
