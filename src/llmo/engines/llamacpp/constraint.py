@@ -15,7 +15,6 @@ from llmo.engines.folder import require
 from llmo.engines.generation import Grammar
 from llmo.errors import EnvironmentProblem, InputError, ModelError
 
-
 MOST = 100_000  # characters; a grammar of a million takes seconds a token
 
 
