@@ -17,7 +17,7 @@ from llmo.errors import DataError, SpecError
 from llmo.files import sha256_file
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden
 from llmo.tasks.generation import Generation
-from llmo.training import preference
+from llmo.training import evaluate, preference
 from support.tiny import chat_rows, tiny_chat_dataset, write_chat_split
 from support.tiny_chat import tiny_chat_model
 
@@ -283,3 +283,17 @@ def test_untied_models_keep_both(teach: Train, chats: Path, tmp_path: Path) -> N
     teach(chats, model=base, epochs=2, learning_rate=5e-3)
     new = load_file(tmp_path / "out" / "model.safetensors")
     assert (new["lm_head.weight"] != new["model.embed_tokens.weight"]).any()
+
+
+def test_evaluate_measures_the_same_through_the_engine_that_serves(teach: Train, chats: Path, tmp_path: Path) -> None:
+    result = teach(chats, precision="fp32", **LORA)
+    (tmp_path / "report").mkdir()
+    inputs = {"data": chats, "model": tmp_path / "out"}
+    report = evaluate.run({"split": "test"}, inputs, tmp_path / "report", NullContext(1))
+    assert report["metric"] == "perplexity"
+    for name in ("loss", "perplexity"):
+        for bound in ("value", "low", "high"):
+            trained = result["test"]["after"][name][bound]
+            assert report["metrics"][name][bound] == pytest.approx(trained, rel=1e-3)
+    details = json.loads((tmp_path / "report" / "report.json").read_text())["details"]
+    assert details["tokens"] > 200
