@@ -80,21 +80,20 @@ def plan(
 ) -> Course:
     """Tokenise, and put together what fits the objective (`spec.objective` as `resolve` gave it)."""
     splits = {name: data.split(name) for name in ("dev", "test")}
-    if not isinstance(task, Generation):
-        encoded = _encoded(task, tokenizer, data, ctx)
-        figures = TaskFigures(
-            task, tokenizer, splits, functools.partial(scoring.model_predictor, built.model, task, built.pad_id), ctx
-        )
-        goal = Labels(built.model, task, encoded, spec, built.pad_id, chosen.device)
-        return Course(encoded, goal, figures, exact, built, task, tokenizer)
-    speaker = Speaker(built.network)
-    if spec.objective == "preference":
+    speaker = Speaker(built.network) if isinstance(task, Generation) else None
+    if isinstance(task, Generation) and speaker is not None and spec.objective == "preference":
         return _preferences(task, tokenizer, data, splits, built, speaker, spec, chosen, ctx)
-    encoded = _encoded(task, tokenizer, data, ctx)
-    predictor = functools.partial(scoring.speaker_predictor, built.model, speaker, task, built.pad_id)
+    rows = data.split("train")
+    encoded = batches.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"))
+    goal: Objective
+    if speaker is None:
+        predictor = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
+        goal = Labels(built.model, task, encoded, spec, built.pad_id, chosen.device)
+    else:
+        predictor = functools.partial(scoring.speaker_predictor, built.model, speaker, task, built.pad_id)
+        goal = Likelihood(speaker, task, encoded, spec, built.pad_id)
     figures = TaskFigures(task, tokenizer, splits, predictor, ctx)
-    goal_ = Likelihood(speaker, task, encoded, spec, built.pad_id)
-    return Course(encoded, goal_, figures, chosen, built, task, tokenizer)
+    return Course(encoded, goal, figures, exact if speaker is None else chosen, built, task, tokenizer)
 
 
 def _preferences(
@@ -115,8 +114,3 @@ def _preferences(
     goal = Preference(speaker, encoded, start["train"], spec, built.pad_id)
     figures = preference.PairFigures(built, speaker, held, start, spec.beta, ctx)
     return Course(encoded, goal, figures, chosen, built, task, tokenizer)
-
-
-def _encoded(task: Task, tokenizer: Tokenizer, data: Dataset, ctx: Context) -> Encoded:
-    rows = data.split("train")
-    return batches.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"))

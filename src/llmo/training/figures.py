@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from llmo.context import Context
 from llmo.data.dataset import Rows
-from llmo.tasks.base import Task
+from llmo.tasks.base import Row, Task
 from llmo.tasks.metrics import Tally
 from llmo.training import scoring
 from llmo.training.precision import Precision
@@ -50,5 +50,5 @@ class TaskFigures:
         totals = self._tally(self._splits[split], phase, how).totals()
         return {name: float(value) for name, value in self._task.scores(totals).items()}
 
-    def _tally(self, rows: Sequence[object], phase: str, how: Precision) -> Tally:
-        return scoring.score(self._task, self._tokenizer, rows, self._predictor(how), self._ctx, phase).tally  # type: ignore[arg-type]
+    def _tally(self, rows: Sequence[Row], phase: str, how: Precision) -> Tally:
+        return scoring.score(self._task, self._tokenizer, rows, self._predictor(how), self._ctx, phase).tally
