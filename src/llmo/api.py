@@ -55,8 +55,9 @@ class Api(Protocol):
     def rows(self, ref: str, split: str = "train", *, offset: int = 0, limit: int = 20) -> list[dict[str, Any]]:
         """Rows of a data set; the split `dropped` holds what cleaning left out, with reasons."""
 
-    def golden(self, ref: str) -> list[str]:
-        """The texts a model is verified with: what its training graph was asked before it was saved."""
+    def golden(self, ref: str) -> list[dict[str, Any]]:
+        """What a model is verified with: each `text` that its training graph was asked before it was saved, and what
+        it said."""
 
     def devices(self) -> list[Device]: ...
 

@@ -154,12 +154,10 @@ class System:
         rows = data.dropped() if split == "dropped" else data.split(split)
         return [dict(row) for row in rows[offset : offset + limit]]
 
-    def golden(self, ref: str) -> list[str]:
+    def golden(self, ref: str) -> list[dict[str, Any]]:
         from llmo.tasks.card import read_golden  # as `rows`: NumPy is for those who ask
 
-        return [
-            str(item["text"]) for item in read_golden(self.store.catalog.path(self.artifact(ref, Kind.MODEL).digest))
-        ]
+        return read_golden(self.store.catalog.path(self.artifact(ref, Kind.MODEL).digest))
 
     def save(self, folder: Path, name: str, card: Mapping[str, Any], kind: Kind = Kind.MODEL) -> Artifact:
         """Store a folder made outside a job (a user's own training loop); its files are moved, not copied."""

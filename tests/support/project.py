@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from support.tiny import text_rows, tiny_model
+from support.tiny_chat import tiny_chat_model
 
 YAML = """\
 name: tickets
@@ -31,6 +32,31 @@ def project(folder: Path, *, rows: int = 240, extra: str = "") -> Path:
         writer.writerows([row["text"], row["label"]] for row in text_rows(rows))
     tiny_model(folder / "base")
     (folder / "llmo.yaml").write_text(YAML + extra, encoding="utf-8")
+    return folder / "llmo.yaml"
+
+
+CHAT_YAML = """\
+name: talk
+task: {name: generation, max_length: 128}
+data: {source: talk.jsonl, split: {test: 0.2, dev: 0.2}}
+model: base
+train: {method: lora, epochs: 2, learning_rate: 5e-3}
+compress: {max_drop: 0.9, variants: [torch-bf16, torch-int8, llamacpp-q8]}
+deploy: {endpoint: talk, cores: 1}
+"""
+COLOURS = ("red", "blue", "green", "black", "white", "pink", "grey", "gold")
+
+
+def chat_project(folder: Path, *, rows: int = 80) -> Path:
+    """`folder/llmo.yaml` over conversations and a tiny chat model."""
+    tiny_chat_model(folder / "base")
+    talks = []
+    for i in range(rows):
+        first, second = COLOURS[i % 8], COLOURS[(i // 8 + i + 1) % 8]
+        asked = {"role": "user", "content": f"say {first} {second} {i}"}
+        talks.append(json.dumps({"messages": [asked, {"role": "assistant", "content": first}]}))
+    (folder / "talk.jsonl").write_text("\n".join(talks) + "\n", encoding="utf-8")
+    (folder / "llmo.yaml").write_text(CHAT_YAML, encoding="utf-8")
     return folder / "llmo.yaml"
 
 

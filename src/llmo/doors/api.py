@@ -227,7 +227,7 @@ def _artifacts(app: FastAPI, system: System) -> None:
 
     @app.get("/v1/artifacts/{ref}/golden", dependencies=[Depends(require("data.read"))])
     def golden(ref: str) -> Any:
-        """The texts that a model is verified with."""
+        """What a model is verified with: texts, and what its training graph said of them."""
         return system.golden(ref)
 
     @app.get("/v1/artifacts/{ref}/rows", dependencies=[Depends(require("data.read"))])

@@ -14,7 +14,8 @@ from urllib.parse import quote
 import httpx
 
 from llmo import sources
-from llmo.errors import SpecError, UnauthorizedError, UnreachableError, from_json
+from llmo.doors.talk import refusal
+from llmo.errors import SpecError, UnauthorizedError, UnreachableError
 from llmo.types import Artifact, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs, to_json
 from llmo.types import from_json as record
 
@@ -100,8 +101,8 @@ class Client:
             if len(page) < wanted or len(found) >= limit:
                 return found
 
-    def golden(self, ref: str) -> list[str]:
-        return [str(text) for text in self._get(f"/v1/artifacts/{_part(ref)}/golden")]
+    def golden(self, ref: str) -> list[dict[str, Any]]:
+        return [dict(item) for item in self._get(f"/v1/artifacts/{_part(ref)}/golden")]
 
     def devices(self) -> list[Device]:
         return [record(Device, device) for device in self._get("/v1/devices")]
@@ -128,6 +129,12 @@ class Client:
             found += [record(Feedback, entry) for entry in page]
             if len(page) < wanted or len(found) >= limit:
                 return found
+
+    def complete(self, messages: Sequence[Mapping[str, Any]] | None = None, **body: Any) -> dict[str, Any]:
+        """One whole answer in OpenAI's protocol, to `messages` or else to the `prompt` in `body`."""
+        if messages is None:
+            return dict(self._post("/v1/completions", body))
+        return dict(self._post("/v1/chat/completions", {"messages": list(messages), **body}))
 
     def make_key(self, owner: str, role: str) -> tuple[Key, str]:
         found = self._post("/v1/keys", {"owner": owner, "role": role})
@@ -203,7 +210,7 @@ class Client:
         if reply.is_success:
             return body
         told = body.get("error") if isinstance(body, dict) else None
-        raise from_json(told) if isinstance(told, dict) else self._stranger(reply)
+        raise refusal(reply.status_code, told) if isinstance(told, dict) else self._stranger(reply)
 
     def _stranger(self, reply: httpx.Response) -> UnreachableError:
         return UnreachableError(

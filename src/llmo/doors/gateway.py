@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ class Door:
     url: str
     key: str
     lasting: bool
+    awake: Callable[[str], object] = field(repr=False, default=lambda name: None)  # starts an endpoint that rests
     closing: threading.Event = field(default_factory=threading.Event)
 
     def endpoint(self, name: str) -> str:
@@ -53,10 +54,32 @@ class Door:
         finally:
             client.close()
 
+    def heard(self, name: str, golden: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What the endpoint answers to a model's golden texts, as `verify` compares it."""
+        self.awake(name)
+        with Client(self.url, self.key) as client:
+            if golden and "greedy" in golden[0]:
+                return [_written(client, name, item) for item in golden]
+            answers = client.predict(name, [item["text"] for item in golden], logits=True)
+        return [{key: answer[key] for key in ("input_ids", "logits")} for answer in answers]
+
     def wait(self) -> None:
         """Until Ctrl-C."""
         while not self.closing.wait(3600):
             continue
+
+
+def _written(client: Client, name: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    """The greedy answer to one golden prompt, token by token."""
+    most = max(1, len(item["greedy"]))
+    body: dict[str, Any] = {"model": name, "temperature": 0, "max_tokens": most, "return_token_ids": True}
+    if item["messages"]:
+        answer = client.complete(item["messages"], **body)
+    else:
+        answer = client.complete(prompt=item["input_ids"], **body)
+    choice = answer["choices"][0]
+    ids = answer["prompt_token_ids"]
+    return {"input_ids": ids if item["messages"] else ids[0], "tokens": choice["token_ids"]}
 
 
 def _quoted(text: str) -> str:
@@ -80,6 +103,6 @@ def gateway(api: Api) -> Iterator[Door]:
             yield Door(server.url, secret, lasting=True)
             return
         with serve_in_thread(api) as url:
-            yield Door(url, secret, lasting=False)
+            yield Door(url, secret, lasting=False, awake=api.awake)
     finally:
         api.store.keys.revoke(key.id)

@@ -66,7 +66,7 @@ def ask(
         ):
             if not reply.is_success:
                 reply.read()
-                raise _refusal(reply.status_code, _told(reply))
+                raise refusal(reply.status_code, _told(reply))
             yield from _pieces(reply, answer)
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise UnreachableError(
@@ -83,7 +83,7 @@ def _pieces(reply: httpx.Response, answer: Answer) -> Iterator[str]:
             return
         chunk = _decoded(data)
         if "error" in chunk:
-            raise _refusal(500, chunk["error"])
+            raise refusal(500, chunk["error"])
         answer.model = chunk.get("system_fingerprint") or answer.model
         answer.usage = chunk.get("usage") or answer.usage
         for choice in chunk.get("choices", []):
@@ -114,7 +114,7 @@ def _told(reply: httpx.Response) -> Mapping[str, Any]:
     return error if isinstance(error, dict) else {"message": str(error)}
 
 
-def _refusal(status: int, error: Mapping[str, Any]) -> LLMOError:
+def refusal(status: int, error: Mapping[str, Any]) -> LLMOError:
     """The server's own errors come as they are, those in OpenAI's shape by their status."""
     if "what" in error:
         return from_json(dict(error))

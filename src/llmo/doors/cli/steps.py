@@ -229,8 +229,7 @@ def verify(
         spec: dict[str, Any] = {}
         if endpoint is not None:
             with gateway(api) as door:
-                answers = door.predict(endpoint, api.golden(artifact.digest), logits=True)
-            spec["heard"] = [{key: answer[key] for key in ("input_ids", "logits")} for answer in answers]
+                spec["heard"] = door.heard(endpoint, api.golden(artifact.digest))
         job = _do(api, api.submit("verify", spec, inputs, name=f"{artifact.name}-verify", fresh=fresh), as_json)
     emit(flow.result(job), as_json, lambda: summary.show_verify(flow.result(job)))
 
@@ -287,14 +286,14 @@ def predict(
             answers = _asked(api, endpoint, chunk, count)
             count += len(chunk)
             for text, answer in zip(chunk, answers, strict=True):
-                found = {"text": text, **answer}
+                found = {"prompt" if "text" in answer else "text": text, **answer}
                 emit(found, as_json or not console.is_terminal, partial(_show_answer, found))
     if count == 0:
         raise InputError("no text to predict", hint=f"llmo predict {endpoint} 'a text', or --file FILE, or a pipe")
 
 
 def _show_answer(found: dict[str, Any]) -> None:
-    console.print(shorten(found["text"], 100), markup=False)
+    console.print(shorten(found.get("prompt", found["text"]), 100), markup=False)
     console.print(f"  -> {summary.brief(found)}", markup=False)
 
 
