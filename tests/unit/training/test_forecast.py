@@ -35,6 +35,22 @@ def test_the_measured_runs_are_met(method: str, mebibytes: int) -> None:
     assert found.memory_bytes == pytest.approx(mebibytes << 20, rel=0.2)
 
 
+SMOLLM2 = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def test_the_measured_run_of_a_causal_model_is_met() -> None:
+    """SmolLM2 on 449 short conversations, LoRA, batch 8, bf16, two cores: steps, and the peak of the process."""
+    task, train = TaskSpec(name="generation"), TrainSpec(method="lora", epochs=1, batch_size=8)
+    found = forecast(train, task, SMOLLM2, 449, 57.6)
+    assert found.steps == 57
+    assert found.memory_bytes == pytest.approx(3486 << 20, rel=0.2)
+    pairs = forecast(train.model_copy(update={"objective": "preference"}), task, SMOLLM2, 449, 57.6)
+    assert pairs.memory_bytes > found.memory_bytes
+
+
 def test_less_trained_needs_less() -> None:
     def memory(**keys: object) -> int:
         return forecast(TrainSpec(**keys), TASK, MINILM, 1450, 480.0).memory_bytes
