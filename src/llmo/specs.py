@@ -225,6 +225,9 @@ class EvaluateSpec(Spec):
     """The operation `evaluate`."""
 
     split: Literal["train", "dev", "test"] = Field("test", description="which rows")
+    answers: Annotated[int, Field(ge=0)] = Field(
+        0, description="generation: rows that are answered too, greedily, and compared with their references"
+    )
 
 
 class HeardSpec(Spec):

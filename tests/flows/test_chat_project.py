@@ -82,6 +82,13 @@ def test_the_saved_folder_is_plain_transformers(home: Path) -> None:
     assert written[0, len(golden["input_ids"]) :].tolist()[: len(golden["greedy"])] == golden["greedy"]
 
 
+def test_written_answers_are_compared_with_their_references(home: Path) -> None:
+    found = llmo("evaluate", "talk", "--answers", "5", "--json").json["metrics"]
+    assert 0 <= found["exact_match"]["low"] <= found["rouge_l"]["high"] <= 1
+    assert found["chrf"]["value"] > 0
+    assert "exact_match" not in llmo("evaluate", "talk", "--json").json["metrics"]
+
+
 def test_a_variant_of_another_kind_of_model_is_refused(home: Path) -> None:
     said = llmo("compress", "talk", "--set", "variants=[onnx-int8]", "--json")
     assert said.code == 2

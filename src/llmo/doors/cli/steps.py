@@ -172,6 +172,7 @@ def evaluate(
     model: Model,
     data: Data = None,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
+    answers: Annotated[int, typer.Option(help="Generation: rows to answer and compare with references.", min=0)] = 0,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -182,7 +183,9 @@ def evaluate(
     with closing(flow.connect()) as api:
         artifact = api.artifact(model, Kind.MODEL)
         inputs = {"model": artifact.digest, "data": data or flow.data_of(api, artifact)}
-        job = api.submit("evaluate", {"split": split}, inputs, name=f"{artifact.name}-report", fresh=fresh)
+        job = api.submit(
+            "evaluate", {"split": split, "answers": answers}, inputs, name=f"{artifact.name}-report", fresh=fresh
+        )
         found = flow.result(_do(api, job, as_json))
     rows = [(name.replace("_", " "), figure(value)) for name, value in found["metrics"].items()]
     emit(found, as_json, lambda: table(f"{artifact.ref} on {split}", ["", "value (95% interval)>"], rows))

@@ -41,6 +41,7 @@ class Decoder:
         with Weights(folder) as weights:
             self._load(weights)
         angles = torch.outer(torch.arange(context, dtype=torch.float64), torch.tensor(config.frequencies).double())
+        self._eps = torch.full((1, 1), config.eps, device=device)
         self._turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64).unsqueeze(1).to(device)
 
     def hidden(self, ids: Tensor, cache: Cache, batch: Batch) -> Tensor:
@@ -48,21 +49,19 @@ class Decoder:
         config, prompt = self._config, batch.prompt
         turns = self._turns[batch.positions]
         rotated, wide = config.heads + config.kv_heads, config.heads * config.head_dim
-        x = functional.embedding(ids, self._embedding).to(self.dtype)
+        x = functional.embedding(ids, self._embedding).float()
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(
-                functional.rms_norm(x, (config.hidden,), layer.before_attention, config.eps), prompt
-            ).float()
+            qkv = layer.qkv(self._rms(x, layer.before_attention), prompt).float()
             heads = qkv[:, : rotated * config.head_dim].view(-1, rotated, config.head_dim)
             if layer.query_norm is not None:
                 self._normalise(heads, layer)
             torch.view_as_complex(heads.view(-1, rotated, config.head_dim // 2, 2)).mul_(turns)
             qkv = qkv.to(cache.dtype)
             seen = cache.attend(index, qkv[:, :wide], qkv[:, wide:], batch).to(self.dtype)
-            x = layer.out(seen, prompt).add_(x)
+            x += layer.out(seen, prompt)
             both = layer.gate_up(self._rms(x, layer.before_mlp), prompt)
             gate, up = both[:, : config.inner], both[:, config.inner :]
-            x = layer.down(functional.silu(gate).mul_(up), prompt).add_(x)
+            x += layer.down(functional.silu(gate).mul_(up), prompt)
         return self._rms(x, self._norm)
 
     def logits(self, hidden: Tensor, prompt: int = 0) -> Tensor:
@@ -70,7 +69,10 @@ class Decoder:
         return self._head(hidden, prompt).float()
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
-        return functional.rms_norm(x, (self._config.hidden,), weight, self._config.eps)
+        """The root-mean-square norm of fp32 rows, in the dtype of the products. torch's own takes ten small steps."""
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        scale = torch.addcmul(self._eps, length, length, value=1 / self._config.hidden).rsqrt_()
+        return (x * scale).mul_(weight).to(self.dtype)
 
     def _normalise(self, heads: Tensor, layer: Layer) -> None:
         """Qwen 3: queries and keys are normalised a head at a time."""
@@ -144,4 +146,4 @@ class Decoder:
         return Packed(weight, bias) if self._device.type == "cpu" else Plain(weight, bias)
 
     def _vector(self, weight: Tensor) -> Tensor:
-        return weight.to(self._device, self.dtype)
+        return weight.to(self._device)
