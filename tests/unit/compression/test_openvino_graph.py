@@ -115,15 +115,19 @@ def test_lower_precisions_cost_little_and_take_the_space_they_say(
     assert ov.Core().read_model(out / GRAPH).get_rt_info(PRECISION_KEY).value == precision
 
 
-def test_int8_levels_are_symmetric_with_a_scale_a_row() -> None:
+@pytest.mark.parametrize(("group", "shape"), [(None, (5, 40)), (10, (5, 4, 10)), (7, (5, 40)), (40, (5, 40))])
+def test_int8_levels_are_symmetric_with_a_scale_a_row_or_group(group: int | None, shape: tuple[int, ...]) -> None:
     weight = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32) * np.float32(
         [[1], [1e-3], [0], [50], [2]]
     )
-    levels, scales = quantise(weight)
+    levels, scales = quantise(weight, group)
     assert levels.dtype == np.int8
-    assert scales.shape == (5, 1)
-    assert np.array_equal(np.abs(levels).max(axis=1), [127, 127, 0, 127, 127])
-    assert (np.abs(levels * scales - weight) <= scales * 0.5001).all()
+    assert levels.shape == shape
+    assert scales.shape == (*shape[:-1], 1)
+    largest = np.abs(levels).max(axis=-1)
+    assert (largest[2] == 0).all()
+    assert (np.delete(largest, 2, axis=0) == 127).all()
+    assert (np.abs(levels * scales - weight.reshape(shape)) <= scales * 0.5001).all()
 
 
 @pytest.mark.parametrize(

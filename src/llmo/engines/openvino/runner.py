@@ -25,7 +25,8 @@ FED = (
 )  # fmt: skip
 # What it computes in, and what it keeps keys and values in. OpenVINO itself would take bf16 for fp32 graphs and u8 for
 # the cache, where a block's values depend on how it was filled. An int8 graph's products are of int8 by int8, the
-# activations rounded in groups of 32; what lies between is bf16.
+# activations rounded in groups of 32 (64 would be a tenth faster, and cost SmolLM2 1.7% of perplexity); what lies
+# between is bf16.
 COMPUTE = {"fp32": ("f32", "f32"), "bf16": ("bf16", "bf16"), "int8": ("bf16", "bf16")}
 
 
@@ -56,6 +57,7 @@ class Graph:
             "INFERENCE_NUM_THREADS": cores,
             "NUM_STREAMS": 1,
             "PERFORMANCE_HINT": "LATENCY",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,
             "ENABLE_CPU_PINNING": False,  # the replicas of a machine would all be pinned to its first cores
         }
         try:
