@@ -20,7 +20,7 @@ SCHEMA = {
 
 
 def main() -> None:
-    with llmo.gateway() as door:
+    with llmo.gateway("assistant") as door:
         client = OpenAI(base_url=f"{door.url}/v1", api_key=door.key)
         question = [{"role": "user", "content": "What is a computer?"}]
         print("user: What is a computer?\nassistant: ", end="")

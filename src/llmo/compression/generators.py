@@ -29,7 +29,8 @@ MEASURE = "llmo.compression.measure_generation"
 REFERENCE = "torch-fp32"
 MOST_ROWS = 128
 PROMPTS = 8  # timed ones: what runs together in the second pass of a round
-SHORTEST, LONGEST = 16, 64  # tokens written for each
+ALONE = 3  # of them that are timed one at a time: the shortest, the middle and the longest
+SHORTEST, LONGEST = 16, 32  # tokens written for each
 ROUNDS = 3
 WEIGHTS = "model.safetensors"
 
@@ -73,7 +74,7 @@ def compete(
     candidates = [Candidate(REFERENCE, "torch", model, ("fp32",))]
     candidates += [Candidate(n, VARIANTS[n].engine, folders[n], (VARIANTS[n].precision,)) for n in folders]
     measured = _contest(candidates, file, work, problems, ctx)
-    tokens = sum(plan["lengths"])
+    tokens = sum(plan["lengths"][i] for i in plan["alone"]), sum(plan["lengths"])
     table: Table = []
     metrics: dict[str, Any] = {}
     for candidate in candidates:
@@ -112,6 +113,7 @@ def _plan(task: Generation, tokenizer: Tokenizer, rows: Sequence[Row], encodings
         "sequences": [encoding.input_ids for encoding in encodings],
         "prompts": prompts,
         "lengths": lengths,
+        "alone": sorted({round(i) for i in np.linspace(0, len(prompts) - 1, min(ALONE, len(prompts)))}),
         "context": max(longest, *(len(encoding.input_ids) for encoding in encodings)) + 1,
     }
 
@@ -184,8 +186,11 @@ def _scores(probe: Probe, file: Path) -> list[NDArray[np.float32]]:
     return found
 
 
-def _row(candidate: Candidate, model: Path, found: Measured, reference: Measured, tokens: int) -> dict[str, Any]:
-    """`speedup` is the geometric mean of both passes' ratios: an endpoint meets single questions and crowds."""
+def _row(
+    candidate: Candidate, model: Path, found: Measured, reference: Measured, tokens: tuple[int, int]
+) -> dict[str, Any]:
+    """`tokens` are those of either pass. `speedup` is the geometric mean of both passes' ratios: an endpoint meets single
+    questions and crowds."""
     one = median(a / b for a, b in zip(reference.one, found.one, strict=True))
     many = median(a / b for a, b in zip(reference.many, found.many, strict=True))
     variant = VARIANTS.get(candidate.name)
@@ -196,8 +201,8 @@ def _row(candidate: Candidate, model: Path, found: Measured, reference: Measured
         "precision": candidate.options[0],
         "bits": round(8 * size / _numbers(model), 2),
         "size_bytes": size,
-        "tokens_per_second": round(tokens / median(found.one), 1),
-        "tokens_per_second_together": round(tokens / median(found.many), 1),
+        "tokens_per_second": round(tokens[0] / median(found.one), 1),
+        "tokens_per_second_together": round(tokens[1] / median(found.many), 1),
         "first_token_ms": round(1e3 * median(found.firsts), 1),
         "speedup": round(math.sqrt(one * many), 3),
         "speedup_alone": round(one, 3),

@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
 
 
 def obey(engine: GenerationEngine, work: Mapping[str, Any], words: list[str]) -> Answer:
-    """Do one order. `work`: `sequences` and `prompts` (token ids), `lengths` (tokens to write a prompt), `context`."""
+    """Do one order. `work`: `sequences` and `prompts` (token ids), `lengths` (tokens to write a prompt), `alone`
+    (numbers of the prompts that are also timed one at a time), `context`."""
     match words:
         case ["score", file]:
             found = engine.score(work["sequences"])
@@ -59,7 +60,7 @@ def _round(engine: GenerationEngine, work: Mapping[str, Any], number: str) -> An
     no prompt is found in the cache of an earlier pass."""
     prompts = list(zip(work["prompts"], work["lengths"], strict=True))
     began = time.perf_counter()
-    firsts = [_drain(engine, [pair], f"{number} one {i}") for i, pair in enumerate(prompts)]
+    firsts = [_drain(engine, [prompts[i]], f"{number} one {i}") for i in work["alone"]]
     one = time.perf_counter() - began
     began = time.perf_counter()
     _drain(engine, prompts, f"{number} many")

@@ -27,14 +27,17 @@ def connection() -> Api:
 
 
 @contextmanager
-def gateway(api: Api | None = None) -> Iterator[Door]:
-    """Endpoints over HTTP for as long as the block lasts: the running server's, or one of this process's own.
+def gateway(*endpoints: str, api: Api | None = None) -> Iterator[Door]:
+    """Endpoints over HTTP for as long as the block lasts: the running server's, or one of this process's own, which
+    starts the `endpoints` that are named.
 
     `door.url` and `door.key` are what any client needs, OpenAI's with `base_url=f"{door.url}/v1"`.
     """
     from llmo.doors.gateway import gateway as opened  # the HTTP stack is only needed here
 
     with opened(api or connection()) as door:
+        for name in endpoints:
+            door.awake(name)
         yield door
 
 

@@ -93,7 +93,8 @@ def ask(api: Api, endpoint: str, steps: Mapping[str, Any], door: Door) -> list[d
     """Three held-out documents, sent to the endpoint over HTTP: text, true label and answer."""
     model = api.artifact(steps["train"]["output"])
     rows = api.rows(model.inputs["data"], "test", limit=1000)
-    different = list({str(row.get("label", index)): row for index, row in enumerate(rows)}.values())[:3]
+    # Of different labels, or different questions.
+    different = list({str(row.get("label") or _asked(row)): row for row in rows}.values())[:3]
     texts = [_asked(row) for row in different]
     return [
         {"text": text, "true": _truth(row), "answer": answer}
