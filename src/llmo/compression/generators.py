@@ -189,8 +189,8 @@ def _scores(probe: Probe, file: Path) -> list[NDArray[np.float32]]:
 def _row(
     candidate: Candidate, model: Path, found: Measured, reference: Measured, tokens: tuple[int, int]
 ) -> dict[str, Any]:
-    """`tokens` are those of either pass. `speedup` is the geometric mean of both passes' ratios: an endpoint meets single
-    questions and crowds."""
+    """`tokens` are those of either pass. `speedup` is the geometric mean of both passes' ratios: an endpoint meets
+    single questions and crowds."""
     one = median(a / b for a, b in zip(reference.one, found.one, strict=True))
     many = median(a / b for a, b in zip(reference.many, found.many, strict=True))
     variant = VARIANTS.get(candidate.name)
