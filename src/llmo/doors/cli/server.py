@@ -53,7 +53,7 @@ def up(
 
 
 def _show_up(url: str, key: str | None) -> None:
-    console.print(f"serving at [bold]{url}[/]  (API: {url}/docs)")
+    console.print(f"serving at [bold]{url}[/]  (chat: {url}/  API: {url}/docs)")
     if key:
         console.print("the admin key, shown this once:")
         console.print(f"  export LLMO_URL={url} LLMO_KEY={key}", soft_wrap=True)
