@@ -75,13 +75,14 @@ class Batching:
                 hint="shorten it, or deploy with a longer context",
                 where="context_length_exceeded",
             )
-        self._check_adapter(prompt.adapter)
+        adapter = self._adapter(prompt.adapter)
         stream = Stream(
             prompt=prompt,
             sampler=Sampler(prompt.sampling, ids),
             ids=ids,
             asked=len(ids),
-            key=salt(prompt.tenant, prompt.adapter),
+            key=salt(prompt.tenant, adapter),
+            adapter=adapter,
             constraint=self._constraint(prompt),
             block=self._blocks.size,
         )
@@ -179,9 +180,11 @@ class Batching:
         self._scheduler.remove(stream)
         self._failed.append((stream.prompt.id, error))
 
-    def _check_adapter(self, adapter: str | None) -> None:
-        if adapter is not None:
-            raise InputError(f"unknown adapter '{adapter}'", hint=f"the {self.name} engine has none loaded")
+    def _adapter(self, name: str | None) -> str | None:
+        """What tells the adapter of that name from all others. Raises InputError where there is none."""
+        if name is not None:
+            raise InputError(f"unknown adapter '{name}'", hint=f"the {self.name} engine has none loaded")
+        return None
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if not ids:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llmo import plugins
 from llmo.engines.folder import read_config
 from llmo.errors import ModelError
@@ -33,6 +35,12 @@ class Config:
     mlp_bias: bool
     qk_norm: bool
     frequencies: tuple[float, ...]  # radians a position, one for each pair of a head's features
+
+    def paired(self, rows: Tensor) -> Tensor:
+        """Feature i of a head and feature i + half turn together: put them side by side, so that they are one complex
+        number. Rows of queries and keys are reordered alike, which no score can tell."""
+        pairs = rows.view(-1, 2, self.head_dim // 2, rows.numel() // rows.shape[0])
+        return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def load_config(folder: Path) -> Config:

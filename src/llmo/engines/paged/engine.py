@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from llmo.engines.generation import GenerationOptions, Prompt, Sampling
+from llmo.engines.paged.adapters import Adapters
 from llmo.engines.paged.attention import Cache
 from llmo.engines.paged.batching import Batching, card_precision, check_options
 from llmo.engines.paged.blocks import BLOCK, Blocks
@@ -27,10 +28,11 @@ class PagedEngine(Batching):
     """Runs Llama, Mistral, Qwen 2 and Qwen 3 folders at fp32, bf16 or int8, on the CPU or one GPU."""
 
     name: ClassVar[str] = "torch"
-    abilities: ClassVar[frozenset[str]] = frozenset({"generate", "score", "grammar"})
+    abilities: ClassVar[frozenset[str]] = frozenset({"generate", "score", "grammar", "adapters"})
     deterministic: ClassVar[bool] = True
     _model: Decoder
     _cache: Cache
+    _adapters: Adapters
 
     def load(self, model: Path, device: Device, options: GenerationOptions) -> None:
         self.close()
@@ -53,12 +55,24 @@ class PagedEngine(Batching):
         self._chunk = options.chunk
         self._model = Decoder(model, config, precision, self._device, self.context)
         self._cache = Cache(config, count, self._model.dtype, self._device)
+        self._adapters = Adapters(config, options.streams, self._model.dtype, self._device)
         self._start(model, options, Blocks(count), share_answers=precision != "int8")
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load a LoRA as peft saves it; prompts may name it from now on. Raises ConflictError for a name in use and
+        ModelError for an adapter that does not fit this base or changes nothing."""
+        self._check_open()
+        self._adapters.add(name, folder)
+
+    def remove_adapter(self, name: str) -> None:
+        """Take no more prompts for it; streams that run with it end as they would have. Raises NotFoundError."""
+        self._check_open()
+        self._adapters.remove(name, frozenset(s.adapter for s in self._streams.values() if s.adapter is not None))
 
     def close(self) -> None:
         if self._running:
             self._stop()
-            del self._model, self._cache
+            del self._model, self._cache, self._adapters
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -91,8 +105,19 @@ class PagedEngine(Batching):
         return np.concatenate(found)
 
     def _hidden(self, ids: Sequence[int], pieces: Sequence[Piece], cache: Cache) -> torch.Tensor:
-        pad = [0] * max(0, self._model.least_rows - len(ids))
-        return self._model.hidden(self._tensor([*ids, *pad]), cache, cache.batch(pieces, len(pad)))
+        adapters = [piece.stream.adapter for piece in pieces]
+        pad = max(0, self._model.least_rows - len(ids))
+        if any(adapters) and self._model.dtype == torch.float32:
+            pad = -len(ids) % 16  # MKL's products, which the adapters go through, are steady only in such steps
+        mixed = self._adapters.mix(adapters, [piece.count for piece in pieces], pad)
+        return self._model.hidden(self._tensor([*ids, *[0] * pad]), cache, cache.batch(pieces, pad), mixed)
+
+    def _adapter(self, name: str | None) -> str | None:
+        key = None if name is None else self._adapters.key(name)
+        if name is not None and key is None:
+            loaded = ", ".join(self._adapters.names()) or "none"
+            raise InputError(f"unknown adapter '{name}'", hint=f"loaded: {loaded}", where="adapter")
+        return key
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmo.engines.paged.adapters import Mixed
 from llmo.engines.paged.attention import Batch, Cache
 from llmo.engines.paged.config import Config
 from llmo.engines.paged.linear import DTYPES, Int8, Linear, Packed, Plain
@@ -44,24 +45,30 @@ class Decoder:
         self._eps = torch.full((1, 1), config.eps, device=device)
         self._turns = torch.polar(torch.ones_like(angles), angles).to(torch.complex64).unsqueeze(1).to(device)
 
-    def hidden(self, ids: Tensor, cache: Cache, batch: Batch) -> Tensor:
+    def hidden(self, ids: Tensor, cache: Cache, batch: Batch, mixed: Mixed | None = None) -> Tensor:
         """`[rows]` token ids to `[rows, hidden]` after the last norm; keys and values go to `cache`."""
         config, prompt = self._config, batch.prompt
         turns = self._turns[batch.positions]
         rotated, wide = config.heads + config.kv_heads, config.heads * config.head_dim
         x = functional.embedding(ids, self._embedding).float()
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(self._rms(x, layer.before_attention), prompt).float()
+
+            def product(group: str, linear: Linear, x: Tensor, index: int = index) -> Tensor:
+                out = linear(x, prompt)
+                if mixed is not None:
+                    mixed.add(index, group, x, out)
+                return out
+
+            qkv = product("qkv", layer.qkv, self._rms(x, layer.before_attention)).float()
             heads = qkv[:, : rotated * config.head_dim].view(-1, rotated, config.head_dim)
             if layer.query_norm is not None:
                 self._normalise(heads, layer)
             torch.view_as_complex(heads.view(-1, rotated, config.head_dim // 2, 2)).mul_(turns)
             qkv = qkv.to(cache.dtype)
-            seen = cache.attend(index, qkv[:, :wide], qkv[:, wide:], batch).to(self.dtype)
-            x += layer.out(seen, prompt)
-            both = layer.gate_up(self._rms(x, layer.before_mlp), prompt)
+            x += product("out", layer.out, cache.attend(index, qkv[:, :wide], qkv[:, wide:], batch).to(self.dtype))
+            both = product("gate_up", layer.gate_up, self._rms(x, layer.before_mlp))
             gate, up = both[:, : config.inner], both[:, config.inner :]
-            x += layer.down(functional.silu(gate).mul_(up), prompt)
+            x += product("down", layer.down, functional.silu(gate).mul_(up))
         return self._rms(x, self._norm)
 
     def logits(self, hidden: Tensor, prompt: int = 0) -> Tensor:
@@ -97,10 +104,11 @@ class Decoder:
         sizes = {"q": c.heads * c.head_dim, "k": c.kv_heads * c.head_dim, "v": c.kv_heads * c.head_dim}
         parts, biases = [], []
         for name, size in sizes.items():
-            pairs = name != "v"
-            parts.append(self._paired(weights.take(f"{attention}{name}_proj.weight", size, c.hidden), pairs))
+            part = weights.take(f"{attention}{name}_proj.weight", size, c.hidden)
+            parts.append(part if name == "v" else c.paired(part))
             if c.qkv_bias:
-                biases.append(self._paired(weights.take(f"{attention}{name}_proj.bias", size), pairs))
+                part = weights.take(f"{attention}{name}_proj.bias", size)
+                biases.append(part if name == "v" else c.paired(part))
 
         def bias(name: str, size: int, there: bool) -> Tensor | None:
             return weights.take(f"{name}.bias", size) if there else None
@@ -108,7 +116,7 @@ class Decoder:
         def norm(name: str) -> Tensor | None:
             if not c.qk_norm:
                 return None
-            return self._paired(weights.take(f"{attention}{name}.weight", c.head_dim), True).to(self._device)
+            return c.paired(weights.take(f"{attention}{name}.weight", c.head_dim)).to(self._device)
 
         gate_up = torch.cat([weights.take(f"{mlp}{name}_proj.weight", c.inner, c.hidden) for name in ("gate", "up")])
         gate_up_bias = [bias(f"{mlp}{name}_proj", c.inner, c.mlp_bias) for name in ("gate", "up")]
@@ -129,14 +137,6 @@ class Decoder:
                 weights.take(f"{mlp}down_proj.weight", c.hidden, c.inner), bias(f"{mlp}down_proj", c.hidden, c.mlp_bias)
             ),
         )
-
-    def _paired(self, rows: Tensor, pairs: bool) -> Tensor:
-        """Feature i of a head and feature i + half turn together: put them side by side, so that they are one complex
-        number. Queries and keys are reordered alike, which no score can tell."""
-        if not pairs:
-            return rows
-        dim = self._config.head_dim
-        return rows.view(-1, 2, dim // 2, rows.numel() // rows.shape[0]).transpose(1, 2).reshape(rows.shape)
 
     def _linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         bias = None if bias is None else bias.to(self._device, self.dtype)

@@ -20,6 +20,7 @@ class Stream:
     asked: int  # tokens of the prompt
     key: bytes  # where the chain of its blocks' keys begins
     constraint: Constraint | None = None
+    adapter: str | None = None
     block: int = BLOCK  # tokens
     blocks: list[int] = field(default_factory=list)
     done: int = 0

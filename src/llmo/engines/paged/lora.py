@@ -1,0 +1,173 @@
+"""Reads one LoRA adapter as peft saves it, checks that all of it applies, and fuses it as the base is fused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmo.engines.folder import require
+from llmo.engines.paged.config import Config
+from llmo.errors import ModelError
+
+GROUPS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "out": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.lora_(A|B)\.weight")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+# What changes the arithmetic beyond two matrices and a factor, with the value that leaves it out.
+_PLAIN = {
+    "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None, "fan_in_fan_out": False,
+    "rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None, "target_parameters": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Per group of fused modules, for all layers at once: `down` `[layers, rank, in]`, `up` `[layers, rank, out]`, the
+    scale within `up`. The rank of a group is the sum of its modules'."""
+
+    down: Mapping[str, Tensor]
+    up: Mapping[str, Tensor]
+
+    def rank(self, group: str) -> int:
+        return self.down[group].shape[1] if group in self.down else 0
+
+
+def group_sizes(config: Config) -> dict[str, tuple[int, int]]:
+    """Features in and out of each group."""
+    sizes = _sizes(config)
+    return {group: (sizes[names[0]][0], sum(sizes[name][1] for name in names)) for group, names in GROUPS.items()}
+
+
+def read_lora(folder: Path, config: Config, dtype: torch.dtype, device: torch.device) -> Lora:
+    """Raises ModelError for an adapter of another kind or shape, one not all of whose modules apply, or one that
+    changes nothing."""
+    settings = _settings(folder)
+    tensors = _tensors(folder)
+    scale = _scale(settings, folder)
+    layers = range(config.layers)
+    modules = _modules(tensors, settings, config, folder)
+    down, up = {}, {}
+    for group, names in GROUPS.items():
+        present = [name for name in names if name in modules]
+        if present:
+            parts = [_fused(tensors, layer, group, present, config, folder) for layer in layers]
+            down[group] = torch.stack([part[0] for part in parts]).to(device, dtype)
+            up[group] = torch.stack([part[1] * scale for part in parts]).to(device, dtype)
+    if not any((down[group].any() and up[group].any()) for group in down):
+        raise _unfit("the adapter changes nothing: its matrices are zero", folder, "train it before it is deployed")
+    return Lora(down, up)
+
+
+def _fused(
+    tensors: Mapping[tuple[int, str, str], Tensor],
+    layer: int,
+    group: str,
+    names: list[str],
+    config: Config,
+    folder: Path,
+) -> tuple[Tensor, Tensor]:
+    """One layer's `down` and `up` of a group: modules one below the other, each reaching only its own outputs."""
+    sizes = _sizes(config)
+    downs, ups = [], []
+    for name in names:
+        wide, out = sizes[name]
+        a, b = tensors[layer, name, "A"], tensors[layer, name, "B"]
+        if a.shape != (a.shape[0], wide) or b.shape != (out, a.shape[0]):
+            raise _unfit(
+                f"layer {layer}'s {name} is {list(b.shape)} x {list(a.shape)}, the base has {out} x {wide}", folder
+            )
+        if not torch.isfinite(a.sum() + b.sum()):
+            raise _unfit(f"layer {layer}'s {name} is not finite", folder)
+        if name in ("q_proj", "k_proj"):
+            b = config.paired(b)
+        before = sum(sizes[other][1] for other in GROUPS[group][: GROUPS[group].index(name)])
+        after = group_sizes(config)[group][1] - before - out
+        downs.append(a)
+        ups.append(torch.nn.functional.pad(b.T, (before, after)))
+    return torch.cat(downs), torch.cat(ups)
+
+
+def _modules(
+    tensors: Mapping[tuple[int, str, str], Tensor], settings: Mapping[str, Any], config: Config, folder: Path
+) -> set[str]:
+    """The modules it changes, which must be the same in every layer, and all that its settings name."""
+    found = {name for _, name, _ in tensors}
+    named = settings.get("target_modules")
+    wanted = found | ({str(name).rsplit(".", 1)[-1] for name in named} if isinstance(named, list) else set())
+    needed = {(layer, name, side) for layer in range(config.layers) for name in wanted for side in "AB"}
+    missing, extra = sorted(needed - tensors.keys()), sorted(tensors.keys() - needed)
+    if missing or extra or not wanted:
+        layer, name, side = (missing or extra or [(0, "?", "?")])[0]
+        what = f"{len(missing)} of its {len(needed)} matrices are missing" if missing else "it has layers of its own"
+        raise _unfit(f"not all of the adapter applies: {what}, such as layer {layer}'s {name} lora_{side}", folder)
+    return wanted
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = require(folder, "adapter_config.json")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _unfit(f"adapter_config.json is not valid JSON: {error}", path) from error
+    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
+        raise _unfit("the adapter is not a LoRA", path, "merge it into its base, and deploy that")
+    for name, plain in _PLAIN.items():
+        if settings.get(name) not in (plain, None, [], {}, False):
+            raise _unfit(f"the torch engine cannot apply {name}={settings[name]!r}", path, "merge it into its base")
+    return settings
+
+
+def _scale(settings: Mapping[str, Any], folder: Path) -> float:
+    try:
+        rank, alpha = float(settings["r"]), float(settings["lora_alpha"])
+        return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise _unfit(f"adapter_config.json lacks its rank or alpha: {error}", folder) from error
+
+
+def _tensors(folder: Path) -> dict[tuple[int, str, str], Tensor]:
+    """`(layer, module, "A" or "B")` to the fp32 matrix."""
+    path = require(folder, "adapter_model.safetensors")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _unfit(f"{path.name} is no whole safetensors file: {error}", path) from error
+    found = {}
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        place = match and (match[2] == "self_attn") == (match[3] in _ATTENTION)
+        if match is None or not place or tensor.dim() != 2:
+            raise _unfit(f"not all of the adapter applies: this base has no place for {name}", path)
+        found[int(match[1]), match[3], match[4]] = tensor.float()
+    return found
+
+
+def _sizes(config: Config) -> dict[str, tuple[int, int]]:
+    """Features in and out of each module."""
+    wide, narrow = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    return {
+        "q_proj": (config.hidden, wide),
+        "k_proj": (config.hidden, narrow),
+        "v_proj": (config.hidden, narrow),
+        "o_proj": (wide, config.hidden),
+        "gate_proj": (config.hidden, config.inner),
+        "up_proj": (config.hidden, config.inner),
+        "down_proj": (config.inner, config.hidden),
+    }
+
+
+def _unfit(what: str, path: Path, hint: str = "train it on this very base, or merge it into its own") -> ModelError:
+    return ModelError(what, hint=hint, where=str(path))
