@@ -130,6 +130,19 @@ class GenerationEngine(Protocol):
     def close(self) -> None: ...
 
 
+class AdapterEngine(GenerationEngine, Protocol):
+    """An engine whose `abilities` hold "adapters": LoRA adapters of its base by name, many of them in one batch.
+
+    `add_adapter` takes a folder as peft saves it and raises ConflictError for a name in use, and ModelError for an
+    adapter that does not fit the base in every module, or changes nothing. After `remove_adapter` no prompt may name
+    it (NotFoundError where it is not loaded); streams that run with it end as they would have.
+    """
+
+    def add_adapter(self, name: str, folder: Path) -> None: ...
+
+    def remove_adapter(self, name: str) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
     """How much an engine may take: `streams` at once, `cache_bytes` for keys and values, `context` tokens (None: the
