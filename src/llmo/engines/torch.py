@@ -32,7 +32,7 @@ class TorchEngine:
         self._pad_id = 0
 
     def load(self, model: Path, device: Device) -> None:
-        self._device = _torch_device(device)
+        self._device = torch_device(device)
         torch.set_num_threads(device.cores)
         self._pad_id = pad_token_id(read_config(model))
         self._model = open_model(model).to(self._device)
@@ -116,7 +116,8 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _torch_device(device: Device) -> torch.device:
+def torch_device(device: Device) -> torch.device:
+    """The device in torch's words. Raises EnvironmentProblem when this build cannot use it."""
     if device.kind == "cpu":
         return torch.device("cpu")
     if device.kind == "cuda" and torch.cuda.is_available():

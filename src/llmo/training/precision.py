@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llmo.engines.torch import torch_device
 from llmo.errors import EnvironmentProblem
 from llmo.types import Device
 
@@ -28,7 +29,7 @@ class Precision:
 
 def choose(asked: str, device: Device) -> Precision:
     """`asked` is auto, fp32 or bf16. Raises EnvironmentProblem when the device cannot do what was asked."""
-    place = _torch_device(device)
+    place = torch_device(device)
     native, why = _bf16(place)
     if asked == "bf16" and not native:
         raise EnvironmentProblem(f"precision bf16 was asked for, and {why}", hint="set train.precision to auto or fp32")
@@ -40,17 +41,6 @@ def choose(asked: str, device: Device) -> Precision:
 def exact(chosen: Precision) -> Precision:
     """fp32 on the same device: what the saved model is measured in."""
     return Precision("fp32", chosen.device, "the saved model is fp32")
-
-
-def _torch_device(device: Device) -> torch.device:
-    if device.kind == "cpu":
-        return torch.device("cpu")
-    if device.kind == "cuda" and torch.cuda.is_available():
-        return torch.device(device.name if ":" in device.name else "cuda")
-    raise EnvironmentProblem(
-        f"this torch cannot use the device '{device.name}' ({device.kind})",
-        hint="install a torch build for it, or run on the CPU; see `llmo doctor`",
-    )
 
 
 def _bf16(place: torch.device) -> tuple[bool, str]:
