@@ -21,6 +21,7 @@ from llmo.errors import InputError, ModelError
 
 Row = NDArray[np.float32]
 MAX_LOGPROBS = 100
+LEAST_TEMPERATURE = 1e-4  # what is colder overflows, and draws the likeliest all the same
 RANGES = {
     "max_tokens": (1, math.inf),
     "temperature": (0.0, 100.0),
@@ -98,7 +99,8 @@ class Sampler:
 
     def _draw(self, logits: Row, best: np.float32) -> int:
         settings = self._sampling
-        weights = np.exp((logits - best) / np.float32(settings.temperature))  # the likeliest has weight 1
+        warmth = np.float32(max(settings.temperature, LEAST_TEMPERATURE))
+        weights = np.exp((logits - best) / warmth)  # the likeliest has weight 1
         if settings.min_p > 0:
             weights[weights < np.float32(settings.min_p)] = 0
         if 0 < settings.top_k < weights.size:

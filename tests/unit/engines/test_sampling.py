@@ -38,6 +38,7 @@ def drawn(sampling: Sampling, logits: np.ndarray = LOGITS, count: int = 600) -> 
         ({"top_k": 3, "top_p": 0.5}, {0, 1}),  # 0.4 / 0.85 is below a half
         ({"min_p": 0.2, "top_k": 5, "top_p": 0.99}, {0, 1, 2, 3}),
         ({"temperature": 0.01}, {0}),
+        ({"temperature": 1e-320}, {0}),
     ],
 )
 def test_filters_keep_what_they_say(change: dict[str, float], kept: set[int]) -> None:
