@@ -69,9 +69,7 @@ def plan(project: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -
         steps.append(Step("compress", "compress", f"{name}-compressed", project["compress"], needs, title))
         final = "step:compress"
         needs = {"data": inputs["data"], "model": final}
-        steps.append(
-            Step("evaluate", "evaluate", f"{name}-report", EVALUATION, needs, "measure what will be served")
-        )
+        steps.append(Step("evaluate", "evaluate", f"{name}-report", EVALUATION, needs, "measure what will be served"))
     needs = {"model": final, "reference": "step:train"}
     steps.append(Step("verify", "verify", f"{name}-verify", {}, needs, "verify it against the training graph"))
     if project["deploy"] is not None:
