@@ -86,8 +86,7 @@ class PagedEngine(Batching):
             hidden = self._hidden(ids, pieces, self._cache)
             if not rows:
                 return np.empty((0, self.vocabulary), np.float32)
-            filled = rows + [0] * max(0, model.least_rows - len(rows))
-            return model.logits(hidden[self._tensor(filled)])[: len(rows)].cpu().numpy()
+            return model.logits(hidden[self._tensor(rows)]).cpu().numpy()
 
     def _score(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """By chunks, over a cache of its own."""
