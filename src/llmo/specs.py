@@ -81,8 +81,8 @@ class DataSpec(Spec):
     id: str | None = Field(None, description="the column that identifies a row; default: found by name, else numbered")
     split_column: str | None = Field(None, description="a column that says train, dev or test; default: found by name")
     label_separator: str | None = Field(None, description="splits a label cell into several labels (multi-label)")
-    clean: CleanSpec = Field(default_factory=CleanSpec)
-    split: SplitSpec = Field(default_factory=SplitSpec)
+    clean: CleanSpec = Field(default_factory=CleanSpec, description="what is mended, dropped and compared")
+    split: SplitSpec = Field(default_factory=SplitSpec, description="the shares of dev and test rows, and their seed")
 
 
 LONG_TASKS = ("generation",)
@@ -148,7 +148,7 @@ class TrainSpec(Spec):
     )
     beta: Annotated[Number, Field(gt=0)] = Field(0.1, description="preference: how far from the start (DPO's beta)")
     last_n: Positive = Field(2, description="layers trained by method last-n")
-    lora: LoraSpec = Field(default_factory=LoraSpec)
+    lora: LoraSpec = Field(default_factory=LoraSpec, description="the adapter's rank, scale and modules")
     checkpoint_seconds: Annotated[Number, Field(gt=0)] = Field(30.0, description="time between checkpoints")
     seed: int = Field(13, description="of initialisation, order and dropout")
 

@@ -352,7 +352,7 @@ def test_parts_may_be_laid_out_differently(tmp_path, import_):
 def test_the_profile_is_what_the_import_finds(chats, tmp_path):
     got = chats(PLAIN["openai"])
     seen = profile(DataSpec(source=str(tmp_path / "a.jsonl")), TaskSpec(name="generation"))
-    assert sorted(seen.texts) == sorted(got.texts())
+    assert sorted(row["text"] for row in seen.records) == sorted(got.texts())
     assert seen.samples == got.data.info["samples"]
     assert seen.samples[0]["text"].startswith("user: ")
     assert seen.longest == len("user: What is AI?\nassistant: Machines that think.")
