@@ -60,7 +60,8 @@ class Llmo:
                 waiting, flying = waiting + 1, flying + 1
             for delta in self.engine.step():
                 now, i = time.perf_counter(), delta.id - base
-                firsts[i] = firsts[i] or now - handed[i]
+                if delta.tokens:  # none while its prompt is still being computed
+                    firsts[i] = firsts[i] or now - handed[i]
                 if delta.finish is not None:
                     ends[i], flying = now - handed[i], flying - 1
         return firsts, ends
@@ -124,21 +125,27 @@ class GenAI:
         self._pipe = openvino_genai.ContinuousBatchingPipeline(str(folder / "openvino"), scheduler, "CPU", settings)
 
     def answer(self, work: Work, tenant: str) -> Times:
-        firsts, ends, handles = [0.0] * len(work), [0.0] * len(work), []
-        began = time.perf_counter()
-        for number, (ids, length) in enumerate(work):
-            config = self._genai.GenerationConfig()
-            config.max_new_tokens, config.ignore_eos, config.do_sample = length, True, False
-            handles.append(self._pipe.add_request(number, self._openvino.Tensor(np.array([ids], np.int64)), config))
-        left = [length for _, length in work]
-        while self._pipe.has_non_finished_requests():
+        """At most STREAMS in flight, as for the other engines."""
+        firsts, ends, handed = [0.0] * len(work), [0.0] * len(work), [0.0] * len(work)
+        flying: dict[int, Any] = {}
+        left, waiting = [length for _, length in work], 0
+        while flying or waiting < len(work):
+            while len(flying) < STREAMS and waiting < len(work):
+                ids, length = work[waiting]
+                config = self._genai.GenerationConfig()
+                config.max_new_tokens, config.ignore_eos, config.do_sample = length, True, False
+                handed[waiting] = time.perf_counter()
+                prompt = self._openvino.Tensor(np.array([ids], np.int64))
+                flying[waiting] = self._pipe.add_request(waiting, prompt, config)
+                waiting += 1
             self._pipe.step()
-            now = time.perf_counter() - began
-            for i, handle in enumerate(handles):
-                if handle.can_read():
-                    left[i] -= sum(len(found.generated_ids) for found in handle.read().values())
-                    firsts[i] = firsts[i] or now
-                    ends[i] = now
+            now = time.perf_counter()
+            for i in [i for i, handle in flying.items() if handle.can_read()]:
+                left[i] -= sum(len(found.generated_ids) for found in flying[i].read().values())
+                firsts[i] = firsts[i] or now - handed[i]
+                if left[i] <= 0:
+                    ends[i] = now - handed[i]
+                    del flying[i]
         return firsts, ends
 
 
