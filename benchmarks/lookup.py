@@ -7,6 +7,7 @@ must be the same. Run: python benchmarks/lookup.py [--engine openvino] [--precis
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -37,7 +38,7 @@ def prompts(folder: Path) -> tuple[Asked, Asked]:
     spec = DataSpec(source="package:chatterbot-corpus/chatterbot_corpus/data/english")
     built = build(sources.resolve(spec.source), spec, TaskSpec(name="generation"), NullContext())
     rows = [{c.name: c.value(row) for c in built.stored} for row in built.splits["test"]]
-    talks = [[message["content"] for message in row["messages"]] for row in rows]
+    talks = [[message["content"] for message in json.loads(row["messages"])] for row in rows]
     texts = sorted({text for talk in talks for text in talk if len(text) > 60})
     paragraphs = [" ".join(texts[i * 3 : i * 3 + 3]) for i in range(STREAMS)]
     questions = sorted({talk[0] for talk in talks if talk[0].endswith("?")})[:STREAMS]
