@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -25,6 +26,7 @@ from llmo.tasks.generation import Generation
 from llmo.training.base import run as fetch
 from llmo.types import Device
 
+DOCS = Path(__file__).parents[1] / "docs"
 CORES = 2
 STREAMS = 8
 TOKENS = 96
@@ -34,13 +36,14 @@ Asked = list[list[int]]
 
 
 def prompts(folder: Path) -> tuple[Asked, Asked]:
-    """Eight paragraphs to repeat and eight questions, out of chatterbot's conversations."""
+    """Eight paragraphs of our documentation to repeat, and eight questions out of chatterbot's conversations."""
+    texts = [text for path in sorted(DOCS.glob("*.md")) for text in path.read_text("utf-8").split("\n\n")]
+    texts = [" ".join(text.replace("`", "").split()) for text in texts if not re.search(r"[|#*<\[]|^[- {}]|```", text)]
+    paragraphs = [text for text in texts if 250 < len(text) < 420][:STREAMS]
     spec = DataSpec(source="package:chatterbot-corpus/chatterbot_corpus/data/english")
     built = build(sources.resolve(spec.source), spec, TaskSpec(name="generation"), NullContext())
     rows = [{c.name: c.value(row) for c in built.stored} for row in built.splits["test"]]
     talks = [[message["content"] for message in json.loads(row["messages"])] for row in rows]
-    texts = sorted({text for talk in talks for text in talk if len(text) > 60})
-    paragraphs = [" ".join(texts[i * 3 : i * 3 + 3]) for i in range(STREAMS)]
     questions = sorted({talk[0] for talk in talks if talk[0].endswith("?")})[:STREAMS]
     tokenizer, task = load_tokenizer(folder), Generation((), 256, **Generation.of_base(folder))
 
