@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 KEY = 3  # tokens that must be the same
 MOST = 15  # guesses of one stream in one step
+_TOGETHER = 128  # guesses of all: each has a row of the vocabulary's size to be read
 _FIRST_CHANCE = 0.3  # before a stream has shown how it goes
 _NEWEST_GUESS = 0.2  # weight of the newest guess in a stream's share
 _NEWEST_STEP = 0.05  # weight of the newest step in what a row costs
@@ -89,7 +90,7 @@ def worth(chances: Sequence[float], rows: int, costs: Costs) -> list[int]:
     counts = [0] * len(chances)
     price, seconds, tokens = _GAIN * costs.row, costs.of(rows), float(rows)
     offers = ((chance**n, i) for i, chance in enumerate(chances) if chance for n in range(1, MOST + 1))
-    for right, i in sorted(offers, reverse=True):
+    for right, i in sorted(offers, reverse=True)[:_TOGETHER]:
         if right * seconds <= price * tokens:
             break
         counts[i] += 1
