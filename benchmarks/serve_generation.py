@@ -44,7 +44,8 @@ class Llmo:
 
         self.engine: GenerationEngine = plugins.load("llmo.generators", engine)()
         device = Device("cpu", "cpu", memory=0, free=0, cores=CORES)
-        self.engine.load(folder / engine, device, GenerationOptions(streams=STREAMS, precision=precision))
+        options = GenerationOptions(streams=STREAMS, precision=precision, lookup=False)  # random words repeat nothing
+        self.engine.load(folder / engine, device, options)
         self._count = 0
 
     def answer(self, work: Work, tenant: str) -> Times:

@@ -33,7 +33,11 @@ def main(argv: list[str]) -> int:
     def load() -> GenerationEngine:
         engine: GenerationEngine = plugins.load("llmo.generators", name)()
         options = GenerationOptions(
-            streams=len(work["prompts"]), cache_bytes=CACHE_BYTES, context=work["context"], precision=precision
+            streams=len(work["prompts"]),
+            cache_bytes=CACHE_BYTES,
+            context=work["context"],
+            precision=precision,
+            lookup=False,  # answers are written past their end, where they repeat themselves more than real ones
         )
         engine.load(Path(model), Device("cpu", "cpu", memory=0, free=0, cores=int(cores)), options)
         return engine

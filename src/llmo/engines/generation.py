@@ -74,9 +74,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one step added to one stream; no `tokens` while its prompt is still being computed. The last one says how it
-    `finish`ed: "stop" at an end token (which is not among `tokens`) or where a grammar is fulfilled, "length" at
-    `max_tokens` or the end of the context. `cached` prompt tokens were not computed."""
+    """What one step added to one stream: no `tokens` while its prompt is still being computed, then one or several. The
+    last one says how it `finish`ed: "stop" at an end token (which is not among `tokens`) or where a grammar is
+    fulfilled, "length" at `max_tokens` or the end of the context. `cached` prompt tokens were not computed."""
 
     id: int
     tokens: Sequence[int]
@@ -125,7 +125,8 @@ class GenerationEngine(Protocol):
     def score(self, sequences: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]: ...
 
     def stats(self) -> Mapping[str, Any]:
-        """Numbers for metrics: `running`, `waiting`, `cache_tokens`, `cache_hits` (tokens), `free_tokens`."""
+        """Numbers for metrics: `running`, `waiting`, `cache_tokens`, `cache_hits` (tokens), `free_tokens`; where tokens
+        are guessed, `drafted` and how many of them were `accepted`."""
 
     def close(self) -> None: ...
 
@@ -147,10 +148,12 @@ class AdapterEngine(GenerationEngine, Protocol):
 class GenerationOptions:
     """How much an engine may take: `streams` at once, `cache_bytes` for keys and values, `context` tokens (None: the
     model's own), `chunk` prompt tokens computed in one step beside the running streams, and `precision`
-    (fp32, bf16 or int8; None: as the model folder's card says)."""
+    (fp32, bf16 or int8; None: as the model folder's card says). `lookup` allows it to compute several tokens of an
+    answer in one step, guessed from the text so far, where that is faster; answers are the same."""
 
     streams: int = 16
     cache_bytes: int = 1 << 30
     context: int | None = None
     chunk: int = 256
     precision: str | None = None
+    lookup: bool = True

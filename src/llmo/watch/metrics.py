@@ -34,6 +34,8 @@ _COUNTERS = {
     "prompt_tokens": ("llmo_prompt_tokens", "tokens of the prompts that were answered"),
     "cached_tokens": ("llmo_prompt_cached_tokens", "of those, the ones that were found in the cache"),
     "completion_tokens": ("llmo_completion_tokens", "tokens written"),
+    "engine_drafted": ("llmo_drafted_tokens", "tokens of answers that were guessed and computed"),
+    "engine_accepted": ("llmo_accepted_tokens", "of those, the ones that were right"),
     "steps": ("llmo_steps", "steps of the engines that generate"),
     "cancelled": ("llmo_cancelled_requests", "requests whose client went before the answer was complete"),
 }

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmo.engines.generation import Delta, GenerationOptions, Prompt, Sampling
+from llmo.engines.generation import Delta, GenerationOptions, Prompt, Sampling, TokenLogprob
 from llmo.errors import BusyError, DeadlineError, GateRefused, InputError, JobFailed, LLMOError, UnreachableError
 from llmo.serve.ask import Ask, Input
 from llmo.serve.calls import Call, Heard, Part, Usage
@@ -26,7 +26,7 @@ CONTEXT = 64
 
 
 class Stepped:
-    """An engine that writes `says` to every prompt, one token a step, and steps only as often as it is let."""
+    """An engine that writes `says` to every prompt, `at_once` tokens a step, and steps only as often as it is let."""
 
     name: ClassVar[str] = "stepped"
     abilities: ClassVar[frozenset[str]] = frozenset({"generate"})
@@ -38,6 +38,7 @@ class Stepped:
         self.added: list[Prompt] = []
         self.running: dict[int, int] = {}
         self.free = 10_000
+        self.at_once = 1
         self.prefill = 0  # steps that a prompt takes before the first token
         self.steps = 0
         self.cancelled_at: dict[int, int] = {}
@@ -71,9 +72,12 @@ class Stepped:
                 deltas.append(Delta(id, []))
                 self.running[id] = at + 1
                 continue
-            last = at + 1 >= min(len(self.says), prompt.sampling.max_tokens)
-            deltas.append(Delta(id, [self.says[at]], finish="length" if last else None, cached=at and 0))
-            self.running[id] = at + 1
+            end = min(len(self.says), prompt.sampling.max_tokens)
+            written = self.says[at : min(at + self.at_once, end)]
+            logprobs = [TokenLogprob(token, -1.0) for token in written] if prompt.sampling.logprobs is not None else []
+            self.running[id] = at + len(written)
+            last = self.running[id] >= end
+            deltas.append(Delta(id, written, logprobs, finish="length" if last else None, cached=at and 0))
             if last:
                 del self.running[id]
         return deltas
@@ -207,6 +211,23 @@ def test_a_stop_string_ends_the_answer_and_the_engine_is_told(engine: Stepped, p
     engine.let(1)  # the step that had begun already
     eventually(lambda: engine.cancelled_at, "the engine forgets it")
     assert not engine.running
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 8])
+def test_answers_are_the_same_however_many_tokens_a_step_writes(
+    engine: Stepped, pipeline: GenerationPipeline, at_once: int
+) -> None:
+    engine.at_once = at_once
+    engine.let(100)
+    plain, cut = (
+        Asked(pipeline, stream=True, stop=stop, token_ids=True, max_tokens=7, sampling=Sampling(logprobs=0))
+        for stop in ((), ("de",))
+    )
+    usage = plain.end(), cut.end()
+    assert (plain.text(), plain.parts()[-1].finish, usage[0].completion) == ("abcdefg", "length", 7)
+    assert (cut.text(), cut.parts()[-1].finish, usage[1].completion) == ("abc", "stop", 5)
+    assert [one["token"] for part in cut.parts() for one in part.logprobs or []] == ["a", "b", "c"]
+    assert cut.parts()[-1].token_ids == engine.says[:5]
 
 
 def test_cancelling_frees_the_slot_before_the_next_step(engine: Stepped, pipeline: GenerationPipeline) -> None:

@@ -83,8 +83,8 @@ def _rows(piece: Piece) -> list[Row]:
     if piece.of_prompt:
         return [_prompt_row(stream.ids, piece.start, end, stream.blocks, wanted=int(piece.last))]
     return [
-        Row(stream.ids[at : at + 1], at, stream.blocks[: at // BLOCK + 1], wanted=int(piece.last and at + 1 == end))
-        for at in range(piece.start, end)
+        Row((token,), at, stream.blocks[: at // BLOCK + 1], wanted=int(piece.last and at + 1 == end))
+        for at, token in enumerate(piece.tokens, piece.start)
     ]
 
 

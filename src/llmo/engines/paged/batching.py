@@ -6,7 +6,9 @@ An engine adds the computing: it says which numbers a list of pieces gives, and 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +19,7 @@ from llmo.engines.folder import read_config
 from llmo.engines.generation import Delta, Finish, GenerationOptions, Prompt, TokenLogprob
 from llmo.engines.grammar import Constraint, Grammars
 from llmo.engines.paged.blocks import Blocks, salt
+from llmo.engines.paged.lookup import Costs, Lookup, worth
 from llmo.engines.paged.scheduler import Scheduler
 from llmo.engines.paged.stream import Piece, Stream
 from llmo.engines.sampling import Sampler, token_logprob
@@ -34,11 +37,12 @@ class Batching:
         self._streams: dict[int, Stream] = {}
         self._failed: list[tuple[int, Exception]] = []
         self._grammars: Grammars | None = None
-        self._hits = 0
+        self._costs: Costs | None = None
+        self._hits = self._drafted = self._accepted = 0
         self._running = False
 
     def _compute(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
-        """Compute the pieces, prompts first; give the logits of those that are `last`, `[streams, vocabulary]`. What
+        """Compute the pieces, prompts first; give the logits of those that are `last`, `[pieces, vocabulary]`. What
         cannot be computed is a RuntimeError."""
         raise NotImplementedError
 
@@ -52,7 +56,8 @@ class Batching:
         self._ends = end_ids(folder)
         self._blocks = blocks
         self._scheduler = Scheduler(blocks, options.streams, options.chunk, share_answers)
-        self._hits = 0
+        self._costs = Costs() if options.lookup else None
+        self._hits = self._drafted = self._accepted = 0
         self._running = True
 
     def _stop(self) -> None:
@@ -98,26 +103,48 @@ class Batching:
         self._check_open()
         deltas: list[Delta] = []
         while self._streams and not deltas:  # again only where all that it computed failed
-            deltas = self._iterate(sorted(self._scheduler.plan(), key=_order))
+            deltas = self._iterate(self._guessed(sorted(self._scheduler.plan(), key=_order)))
         return deltas
+
+    def _guessed(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """The pieces, and behind the tokens of answers what may follow them, as far as it is worth its time."""
+        if self._costs is None:
+            return list(pieces)
+        for piece in pieces:
+            stream = piece.stream
+            if stream.decoding and stream.lookup is None and stream.constraint is None:
+                stream.lookup = Lookup(stream.ids)
+        answers = sum(_order(piece) == 2 for piece in pieces)
+        lookups = [piece.stream.lookup if piece.stream.decoding else None for piece in pieces]
+        counts = worth([0.0 if lookup is None else lookup.chance for lookup in lookups], answers, self._costs)
+        found = []
+        for piece, lookup, count in zip(pieces, lookups, counts, strict=True):
+            found.append(piece)
+            if lookup is not None and count:
+                stream = piece.stream
+                left = min(self.context, stream.asked + stream.prompt.sampling.max_tokens) - len(stream.ids) - 1
+                guesses = lookup.guesses(self._scheduler.spare(stream, min(count, left)))
+                found += [Piece(stream, len(stream.ids) + i, 1, guess) for i, guess in enumerate(guesses)]
+        return found
 
     def _iterate(self, pieces: Sequence[Piece]) -> list[Delta]:
         """Compute the pieces and choose the tokens that follow from them."""
+        streams = [(stream, list(own)) for stream, own in groupby(pieces, key=lambda piece: piece.stream)]
+        began = time.perf_counter()
         try:
             logits = iter(self._compute(pieces))
         except RuntimeError as error:  # memory, mostly; which stream it was cannot be told
-            for piece in pieces:
-                self._fail(piece.stream, ModelError(f"the step could not be computed: {str(error)[:200]}"))
+            for stream, _ in streams:
+                self._fail(stream, ModelError(f"the step could not be computed: {str(error)[:200]}"))
             return []
+        if self._costs is not None and _order(pieces[0]) == 2:
+            self._costs.saw(len(pieces), time.perf_counter() - began)
         deltas = []
-        for piece in pieces:
-            self._scheduler.computed(piece)
-        for piece in pieces:
+        for stream, own in streams:
             try:
-                last = piece.last
-                deltas.append(self._next(piece.stream, next(logits)) if last else Delta(piece.stream.prompt.id, ()))
+                deltas.append(self._advance(stream, own, list(islice(logits, sum(piece.last for piece in own)))))
             except LLMOError as error:
-                self._fail(piece.stream, error)
+                self._fail(stream, error)
         return deltas
 
     def failed(self) -> list[tuple[int, Exception]]:
@@ -145,35 +172,53 @@ class Batching:
             "cache_hits": self._hits,
             "free_tokens": blocks.free * blocks.size,
             "preempted": scheduler.preempted,
+            "drafted": self._drafted,
+            "accepted": self._accepted,
         }
 
-    def _next(self, stream: Stream, logits: NDArray[np.float32]) -> Delta:
-        """Choose the token that follows, and end the stream where it ends."""
-        sampling, constraint = stream.prompt.sampling, stream.constraint
+    def _advance(self, stream: Stream, pieces: Sequence[Piece], logits: Sequence[NDArray[np.float32]]) -> Delta:
+        """Choose the tokens that follow, as long as the next guess is what was chosen, and end the stream where it
+        ends. A guess that was wrong is computed over at the next step."""
+        if not logits:
+            self._scheduler.computed(pieces[0])
+            return Delta(stream.prompt.id, ())
         if len(stream.ids) == stream.asked:
             self._hits += stream.cached
-        token = stream.sampler.choose(logits, None if constraint is None else constraint.mask())
+        self._drafted += len(pieces) - 1
+        before = len(stream.ids)
         finish: Finish | None = None
-        tokens: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        for piece, row in zip(pieces, logits, strict=True):
+            if piece.guess is not None:
+                if piece.guess != stream.ids[-1]:
+                    break
+                self._accepted += 1
+            self._scheduler.computed(piece)
+            finish = self._choose(stream, row, logprobs)
+            if finish is not None:
+                self._streams.pop(stream.prompt.id)
+                self._scheduler.remove(stream)
+                break
+        return Delta(stream.prompt.id, stream.ids[before:], logprobs, finish, stream.cached)
+
+    def _choose(self, stream: Stream, logits: NDArray[np.float32], logprobs: list[TokenLogprob]) -> Finish | None:
+        """Add the token that follows to the stream; how it ends the answer, or that it does not."""
+        sampling, constraint = stream.prompt.sampling, stream.constraint
+        token = stream.sampler.choose(logits, None if constraint is None else constraint.mask())
         ended = token in self._ends and (constraint is not None or not sampling.ignore_end)
         if ended or token in sampling.stop_ids:
-            finish = "stop"
-        else:
-            tokens = [token]
-            stream.ids.append(token)
-            if constraint is not None:
-                constraint.accept(token)
-                finish = "stop" if constraint.complete else None
-            full = len(stream.ids) - stream.asked >= sampling.max_tokens or len(stream.ids) >= self.context
-            if finish is None and full:
-                finish = "length"
-        logprobs: list[TokenLogprob] = []
-        if tokens and sampling.logprobs is not None:
-            logprobs = [token_logprob(logits, token, sampling.logprobs)]
-        if finish is not None:
-            self._streams.pop(stream.prompt.id)
-            self._scheduler.remove(stream)
-        return Delta(stream.prompt.id, tokens, logprobs, finish, stream.cached)
+            return "stop"
+        stream.ids.append(token)
+        if stream.lookup is not None:
+            stream.lookup.grew()
+        if sampling.logprobs is not None:
+            logprobs.append(token_logprob(logits, token, sampling.logprobs))
+        if constraint is not None:
+            constraint.accept(token)
+            if constraint.complete:
+                return "stop"
+        full = len(stream.ids) - stream.asked >= sampling.max_tokens or len(stream.ids) >= self.context
+        return "length" if full else None
 
     def _fail(self, stream: Stream, error: Exception) -> None:
         self._streams.pop(stream.prompt.id)

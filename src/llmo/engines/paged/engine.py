@@ -79,7 +79,7 @@ class PagedEngine(Batching):
     def _compute(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
         """Run the step; only the rows that a token follows from are read out."""
         model = self._model
-        ids = [token for p in pieces for token in p.stream.ids[p.start : p.start + p.count]]
+        ids = [token for piece in pieces for token in piece.tokens]
         ends = np.cumsum([p.count for p in pieces]) - 1
         rows = [int(end) for end, piece in zip(ends, pieces, strict=True) if piece.last]
         with torch.inference_mode():

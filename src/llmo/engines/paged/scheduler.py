@@ -50,6 +50,13 @@ class Scheduler:
             left -= piece.count
         return pieces
 
+    def spare(self, stream: Stream, count: int) -> int:
+        """Take blocks for `count` tokens after the stream's own, but none that a running stream may need for its next;
+        for how many there is room."""
+        need = -(-(len(stream.ids) + count) // self._size) - len(stream.blocks)
+        stream.blocks += [self._blocks.take() for _ in range(min(need, self._blocks.free - len(self.running)))]
+        return min(count, len(stream.blocks) * self._size - len(stream.ids))
+
     def computed(self, piece: Piece) -> None:
         """Note that a piece's keys and values are in the cache, and let others find its full blocks."""
         stream = piece.stream
@@ -99,7 +106,7 @@ class Scheduler:
 
     def _missing(self, stream: Stream) -> int:
         """Blocks it still lacks for the tokens it has now."""
-        return -(-len(stream.ids) // self._size) - len(stream.blocks)
+        return max(0, -(-len(stream.ids) // self._size) - len(stream.blocks))
 
     def _free(self, stream: Stream) -> None:
         self._blocks.release(stream.blocks)

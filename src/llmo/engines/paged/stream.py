@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llmo.engines.generation import Prompt
 from llmo.engines.grammar import Constraint
 from llmo.engines.paged.blocks import BLOCK, chain
+from llmo.engines.paged.lookup import Lookup
 from llmo.engines.sampling import Sampler
 
 
@@ -21,6 +23,7 @@ class Stream:
     key: bytes  # where the chain of its blocks' keys begins
     constraint: Constraint | None = None
     adapter: str | None = None
+    lookup: Lookup | None = None
     block: int = BLOCK  # tokens
     blocks: list[int] = field(default_factory=list)
     done: int = 0
@@ -45,11 +48,17 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The tokens of one stream that one step computes: `ids[start : start + count]`, prompt or answer, never both."""
+    """The tokens of one stream that one step computes: `ids[start : start + count]`, prompt or answer, never both; or
+    one token that is only guessed, and of use if the stream's ids become what the guesses up to it say."""
 
     stream: Stream
     start: int
     count: int
+    guess: int | None = None
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        return self.stream.ids[self.start : self.start + self.count] if self.guess is None else (self.guess,)
 
     @property
     def of_prompt(self) -> bool:
@@ -58,4 +67,4 @@ class Piece:
     @property
     def last(self) -> bool:
         """Whether the next token follows from it."""
-        return self.start + self.count == len(self.stream.ids)
+        return self.guess is not None or self.start + self.count == len(self.stream.ids)

@@ -83,7 +83,7 @@ def test_company_changes_nothing_at_any_number_of_threads(folder: Path, precisio
 def test_logits_are_the_same_bits_in_any_company(folder: Path, precision: str) -> None:
     """Equal tokens could be luck; equal log-probabilities of every token, bit for bit, are not."""
     engine = loaded(folder, 2, precision=precision)
-    asked = prompts(5, 20, 100, 63)
+    asked = prompts(5, 20, 100, 63, 170, 400)
     sampling = Sampling(max_tokens=20, temperature=0.0, ignore_end=True, logprobs=20)
 
     def bits(batch: list[list[int]]) -> list[list[Any]]:
