@@ -128,7 +128,7 @@ class Router:
     ) -> None:
         self._load = load
         self._want = want
-        self._waking = Waking(woken)
+        self._waking = Waking(want, woken)
         self._asked: dict[str, _Asked] = {}
         self._refresh_seconds = refresh_seconds
         self._table: dict[str, Target] = {}
@@ -291,7 +291,7 @@ class Router:
             self._replicas.pop(address).close()
 
     def _read(self) -> Sequence[Endpoint]:
-        """The endpoints; those that are asleep though somebody waits for them are asked for."""
+        """The endpoints; one that fell asleep again before those who wait for it were answered is asked for again."""
         found = self._load()
         for endpoint in found:
             if endpoint.state == "asleep" and endpoint.name in self._waking:

@@ -24,9 +24,11 @@ class _Line:
 
 
 class Waking:
-    """`woken` is told each endpoint that came up, and how many seconds after the first request for it."""
+    """`want` says, in a thread, that an endpoint is to wake; `woken` is told each that came up, and how many seconds
+    after the first request for it."""
 
-    def __init__(self, woken: Callable[[str, float], None]) -> None:
+    def __init__(self, want: Callable[[str], None], woken: Callable[[str, float], None]) -> None:
+        self._want = want
         self._woken = woken
         self._lines: dict[str, _Line] = {}
         self._took: dict[str, float] = {}
@@ -38,9 +40,10 @@ class Waking:
     async def wait(self, endpoint: Endpoint, size: int, deadline: float) -> None:
         """Until `heard` says that it sleeps no more, for a call of `size` texts or prompts; `deadline` in unix seconds.
 
-        Raises BusyError when too many wait, DeadlineError when it takes too long.
+        Raises BusyError when too many wait, DeadlineError when it takes too long (it goes on waking then).
         """
         name, places = endpoint.name, int(endpoint.deploy.get("queue", _PLACES))
+        first = name not in self._lines
         line = self._lines.setdefault(name, _Line())
         if line.size and line.size + size > places:
             wait = self._took.get(name, _SUPPOSED_SECONDS)
@@ -52,6 +55,8 @@ class Waking:
         line.size += size
         try:
             async with asyncio.timeout(max(0.0, deadline - time.time())):
+                if first:
+                    await asyncio.to_thread(self._want, name)
                 await line.over.wait()
         except TimeoutError:
             raise DeadlineError(
