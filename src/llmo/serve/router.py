@@ -208,9 +208,9 @@ class Router:
         return Generating(model, stream)
 
     async def _ask(
-        self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int, deadline: float | None
+        self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int = 1, deadline: float | None = None
     ) -> tuple[str, T]:
-        """As `_answer`, while the endpoint is known to be asked."""
+        """As `_answer`, while the endpoint is known to be asked; `size` is what it counts while it waits for one."""
         if name not in self._table:
             await self._find(name)
         asked = self._asked.setdefault(name, _Asked())
