@@ -14,5 +14,7 @@ BASE_MODEL = Operation("base-model", "llmo.training.base:run", produces=Kind.MOD
 TRAIN = Operation("train", "llmo.training.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB), revision=2)
 EVALUATE = Operation("evaluate", "llmo.training.evaluate:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB))
 COMPRESS = Operation("compress", "llmo.compression.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB))
-VERIFY = Operation("verify", "llmo.verify.operation:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB))
+VERIFY = Operation(
+    "verify", "llmo.verify.operation:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB), makes_room=True
+)
 SERVE = Operation("serve", "llmo.serve.replica:run", service=True, needs=Needs(memory=_GIB))

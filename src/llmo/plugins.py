@@ -19,7 +19,8 @@ class Operation:
     `target` is `module:function`, a `run(spec, inputs, out, ctx) -> result` loaded inside the worker.
     `produces` names the kind of artifact that `out/` becomes; a `service` stays up; `cached` operations
     are skipped when the same spec and inputs are already done. `revision` is raised when the operation's
-    result for the same spec and inputs changes, so that older results are not taken for new ones.
+    result for the same spec and inputs changes, so that older results are not taken for new ones. Endpoints that
+    nobody uses give way to a service, and to what `makes_room`: it must be short, for it keeps them from waking.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Operation:
     cached: bool = True
     needs: Needs = field(default_factory=Needs)
     revision: int = 1
+    makes_room: bool = False
 
 
 @cache

@@ -16,6 +16,7 @@ VARIABLES = {
     "LLMO_DATABASE": "an SQLAlchemy URL instead of the SQLite file in LLMO_HOME",
     "LLMO_CORES": "how many CPU cores LLMO may use (default: all this process may use)",
     "LLMO_MEMORY": "how much memory LLMO may use, e.g. 16GiB (default: 90% of the machine's)",
+    "LLMO_SERVE_MEMORY": "how much of that endpoints may take together, e.g. 8GiB (default: all of it)",
 }
 
 
@@ -29,6 +30,7 @@ class Settings:
     database: str | None = None
     cores: int | None = None
     memory: int | None = None
+    serve_memory: int | None = None
 
     @classmethod
     def from_environment(cls) -> Settings:
@@ -39,7 +41,8 @@ class Settings:
             key=env.get("LLMO_KEY") or None,
             database=env.get("LLMO_DATABASE") or None,
             cores=_cores(env["LLMO_CORES"]) if env.get("LLMO_CORES") else None,
-            memory=parse_bytes(env["LLMO_MEMORY"], "LLMO_MEMORY") if env.get("LLMO_MEMORY") else None,
+            memory=_bytes("LLMO_MEMORY"),
+            serve_memory=_bytes("LLMO_SERVE_MEMORY"),
         )
 
 
@@ -50,6 +53,11 @@ def parse_bytes(text: str, where: str) -> int:
         raise SpecError(f"'{text}' is not an amount of memory", where=where, hint="write it like 512MiB or 16GiB")
     scale = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2].upper()]
     return int(float(match[1]) * (1 << scale))
+
+
+def _bytes(name: str) -> int | None:
+    text = os.environ.get(name)
+    return parse_bytes(text, name) if text else None
 
 
 def _cores(text: str) -> int:

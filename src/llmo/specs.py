@@ -181,6 +181,7 @@ class DeploySpec(Spec):
     deadline_seconds: Annotated[Number, Field(gt=0)] = Field(
         30.0, description="a request older than this is answered 504"
     )
+    pinned: bool = Field(False, description="stays up; others are put to sleep when another endpoint needs the room")
 
 
 def _task(value: Any) -> Any:

@@ -17,6 +17,7 @@ from llmo.errors import InputError, ModelError, NotFoundError, SpecError, Storag
 from llmo.kernel import service
 from llmo.kernel.devices import detect
 from llmo.kernel.local import LocalExecutor
+from llmo.kernel.paging import Usage
 from llmo.kernel.scheduler import Holder, Scheduler, SchedulerLock
 from llmo.kernel.submit import cache_key, submit
 from llmo.plugins import operation
@@ -46,6 +47,7 @@ class System:
         self.store = Store.open(self.settings.home, self.settings.database)
         self._devices = detect(self.settings)
         self.url: str | None = None  # where this process answers over HTTP, when it does
+        self.usage: Usage | None = None  # how endpoints are used; a server's scheduler lets idle ones give way
         self._mine: set[int] = set()
         self._made: set[int] = set()  # those of mine that were new, so that nobody else waits for them
         self._scheduler: _Driver | None = None
@@ -128,7 +130,10 @@ class System:
 
     def kill(self, id: int) -> Job:
         self.store.jobs.request_stop(id)
-        return self.store.jobs.get(id)
+        job = self.store.jobs.get(id)
+        if job.service and job.state.ended:  # it was asleep, so no worker ends that the scheduler would hear of
+            service.leave(self.store, job, "down", ended=True)
+        return job
 
     # -- data sets and models
 
@@ -172,7 +177,7 @@ class System:
         found = self.store.endpoints.list()
         if SchedulerLock(self.settings.home).holder() is None:  # as with jobs that were left
             return [replace(endpoint, state="down", address=None) for endpoint in found]
-        return found
+        return [self._dated(endpoint) for endpoint in found]
 
     def remove_endpoint(self, name: str) -> None:
         jobs = self.store.jobs.list(op="serve", states=ACTIVE, limit=None)
@@ -185,11 +190,11 @@ class System:
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         if not texts:
             raise InputError("there is no text to answer", hint="give one text at least")
-        return predict_once(self._replica(self._service(endpoint)), list(texts), logits=logits)
+        return predict_once(self._replica(endpoint), list(texts), logits=logits)
 
     def awake(self, endpoint: str) -> Endpoint:
         """The endpoint once it answers; its service starts here when no process runs it. Raises UnreachableError."""
-        self._replica(self._service(endpoint))
+        self._replica(endpoint)
         return self.store.endpoints.get(endpoint)
 
     # -- feedback
@@ -322,14 +327,12 @@ class System:
         found = self.store.catalog.find(digest) if digest else None
         return found.ref if found else None
 
-    def _service(self, endpoint: str) -> int:
-        """The job that answers for an endpoint."""
-        found = self.store.endpoints.get(endpoint)
-        if found.job is None:
-            raise UnreachableError(
-                f"the endpoint '{endpoint}' is down", hint=f"llmo deploy MODEL --endpoint {endpoint}"
-            )
-        return found.job
+    def _dated(self, endpoint: Endpoint) -> Endpoint:
+        """With the time from which on it is asleep."""
+        if endpoint.state != "asleep" or endpoint.job is None or not endpoint.waiting:
+            return endpoint
+        slept = self.store.events.last(endpoint.job, "state")
+        return replace(endpoint, since=slept.at if slept else None)
 
     def _digest_of(self, ref: str, endpoint: Endpoint) -> str:
         """The digest of the version that answered, which may not be the one of now; empty when it is none of ours."""
@@ -340,11 +343,17 @@ class System:
         except NotFoundError:
             return ""
 
-    def _replica(self, job: int) -> str:
-        """The address of a service, started here first when no process runs it."""
-        self.adopt(job)
-        found = wait_ready(self, job)
-        return found.address or ""
+    def _replica(self, endpoint: str) -> str:
+        """The address of an endpoint's service, which is started here first when no process runs it, and woken."""
+        found = self.store.endpoints.get(endpoint)
+        if found.job is None:
+            raise UnreachableError(
+                f"the endpoint '{endpoint}' is down", hint=f"llmo deploy MODEL --endpoint {endpoint}"
+            )
+        self.adopt(found.job)
+        if found.state == "asleep":
+            self.store.endpoints.want(endpoint)
+        return wait_ready(self, found.job).address or ""
 
 
 def _check_inputs(op: str, inputs: Mapping[str, str]) -> None:
@@ -398,7 +407,10 @@ class _Driver:
                 return
         system = self._system
         scope = system.is_mine if system.embedded else None
-        scheduler = Scheduler(system.store, LocalExecutor(), system.devices(), scope=scope, lock=self._lock)
+        usage = None if system.embedded else system.usage
+        scheduler = Scheduler(
+            system.store, LocalExecutor(), system.devices(), scope=scope, lock=self._lock, usage=usage
+        )
         self._scheduler = scheduler
         if self._closing.is_set():
             scheduler.stop()

@@ -66,6 +66,7 @@ class Device:
     usable: bool = True
     reason: str = ""
     features: tuple[str, ...] = ()
+    serve_memory: int = 0  # bytes that endpoints may take together; 0: all of `memory`
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,11 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A public name and the service job behind it. `state` is up | starting | down."""
+    """A public name and the service job behind it. `state` is up | starting | down | asleep | waking.
+
+    `deploy` is the section it was deployed with; `waiting` says why its service does not run now, and `since` (unix
+    seconds) from when on it is asleep.
+    """
 
     name: str
     state: str
@@ -169,6 +174,14 @@ class Endpoint:
     precision: str = ""
     address: str | None = None
     created_at: float = 0.0
+    deploy: Mapping[str, Any] = field(default_factory=dict)
+    waiting: str = ""
+    since: float | None = None
+
+    @property
+    def rests(self) -> bool:
+        """Whether it gave way to another and comes back when it is asked: requests wait for it."""
+        return self.state in ("asleep", "waking")
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,7 +172,7 @@ def serve(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: C
     """A service that says where it is and stays until it is stopped or the file `die` appears."""
     if spec.get("log"):
         record(spec["log"], f"serve {ctx.attempt}")
-    if spec.get("refuse"):
+    if spec.get("refuse") or Path(spec.get("fail_if", "")).is_file():
         raise DataError("this model cannot be served")
     ctx.ready(f"unix:/test/{os.getpid()}")
     while not ctx.should_stop():
@@ -199,6 +199,7 @@ OPERATIONS = {
         _op("babble"),
         _op("parent", cached=False, needs=Needs(cores=0, cores_max=0, memory=MIB)),
         _op("serve", service=True),
+        Operation("short", "support.ops:write", produces=Kind.MODEL, needs=Needs(memory=MIB), makes_room=True),
         Operation("missing", "support.no_such_module:run", needs=Needs(memory=MIB)),
     )
 }

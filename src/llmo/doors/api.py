@@ -93,6 +93,7 @@ def create_app(system: System) -> FastAPI:
     _machine(app, system)
     _keys(app, system)
     gateway = include_gateway(app, system.store)
+    system.usage = gateway.router.use
     _feedback(app, system, gateway.quotas)
     include_pages(app)
     for path in ("/docs", "/docs/oauth2-redirect", "/docs/static", "/openapi.json"):

@@ -43,25 +43,25 @@ class Books:
             self._family.end(job, stop=False)
             staging.tidy(self._store, job)
 
-    def settle(self, job: Job, outcome: Outcome) -> JobState:
-        """Another attempt, or an end without a result; returns the state that the job has now."""
+    def settle(self, job: Job, outcome: Outcome, why: str = "") -> JobState:
+        """Another attempt, or an end without a result, `why` in words; returns the state that the job has now."""
         if outcome.state is not JobState.QUEUED:
             ended: dict[str, Any] = {"state": outcome.state, "reason": outcome.reason, "error": outcome.error}
             self._store.jobs.update(job.id, job.attempt, **ended)
-            return self._settled(job, outcome.state, outcome)
+            return self._settled(job, outcome.state, outcome, why)
         if outcome.max_attempts != job.max_attempts:
             self._store.jobs.update(job.id, job.attempt, max_attempts=outcome.max_attempts)
         try:
             state = self._store.jobs.retry(job.id, job.attempt, outcome.reason).state
         except ConflictError:
             return self._store.jobs.get(job.id).state  # its row moved on without this scheduler
-        return self._settled(job, state, outcome)
+        return self._settled(job, state, outcome, why)
 
-    def _settled(self, job: Job, state: JobState, outcome: Outcome) -> JobState:
+    def _settled(self, job: Job, state: JobState, outcome: Outcome, why: str) -> JobState:
         reason = Reason.USER if state is JobState.STOPPED else outcome.reason
-        self._say(job, state, reason, str((outcome.error or {}).get("what", "")))
+        self._say(job, state, reason, why or str((outcome.error or {}).get("what", "")))
         again = state is JobState.QUEUED and outcome.reason is not Reason.PREEMPTED
-        service.leave(self._store, job, "starting" if again else "down")
+        service.leave(self._store, job, "starting" if again else "down", ended=state.ended)
         self._family.end(job, stop=state.ended)
         return state
 

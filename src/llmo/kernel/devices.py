@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llmo.kernel.placement import size
 from llmo.settings import Settings
 from llmo.types import Device
 
@@ -42,10 +43,13 @@ def cpu(settings: Settings, root: Path = Path("/")) -> Device:
             f"LLMO_CORES={settings.cores}" + (f", but only {there} are there" if settings.cores > there else "")
         )
     reasons.append("LLMO_MEMORY sets the memory" if settings.memory else "90% of the memory")
+    if settings.serve_memory:
+        reasons.append(f"endpoints may take {size(settings.serve_memory)} of it (LLMO_SERVE_MEMORY)")
     if limit and limit < table["MemTotal"]:
         reasons.append("the control group limits the memory")
     free = min(memory, table.get("MemAvailable", memory))
-    return Device("cpu", "cpu", memory, free, cores, reason="; ".join(reasons), features=features)
+    reason, serve_memory = "; ".join(reasons), min(settings.serve_memory or 0, memory)
+    return Device("cpu", "cpu", memory, free, cores, reason=reason, features=features, serve_memory=serve_memory)
 
 
 def gpus() -> list[Device]:

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from llmo.errors import NeedsError
 from llmo.kernel import service
 from llmo.kernel.live import Live, label
-from llmo.kernel.placement import Running, Wait, place
+from llmo.kernel.paging import ASLEEP, Pager, asleep
+from llmo.kernel.placement import Running, Wait, for_endpoints, place
 from llmo.plugins import Operation
 from llmo.store import Store
-from llmo.types import Device, Job, Placement
+from llmo.types import Device, Endpoint, Job, JobState, Placement
 
 _PATIENCE_SECONDS = 30.0
 _ELSEWHERE = "another command works in this store, on its own jobs only; this goes on after it, or with `llmo up`"
@@ -24,21 +26,36 @@ class Twin:
     job: Job
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """There is room once these endpoints, and what leaves already, have gone; until then the job waits."""
+
+    leaving: Sequence[Live]
+    reason: str
+
+
 class Line:
     """Oldest first. A later job may overtake one that does not fit, but not for ever."""
 
-    def __init__(self, store: Store, devices: Sequence[Device], allowed: Callable[[Job], bool]) -> None:
+    def __init__(self, store: Store, devices: Sequence[Device], allowed: Callable[[Job], bool], pager: Pager) -> None:
         self._store = store
         self._devices = devices
         self._allowed = allowed
+        self._pager = pager
+        self._endpoints: dict[str, Endpoint] = {}
+        self._promised: list[tuple[Job, Running]] = []  # room that is being made, to whom and how much
         self._done: set[str] = set()  # cache keys of what was done while others waited
         self._deaths: dict[int, int] = {}  # of services, in a row
         self._not_before: dict[int, float] = {}
         self._first: Job | None = None
 
-    def begin(self) -> None:
-        """A new pass over the line."""
-        self._first = None
+    def begin(self, rows: Sequence[Job]) -> list[Job]:
+        """A new pass over the line: the queued jobs among `rows` (oldest first), in the order of their turns."""
+        self._first, self._promised = None, []
+        queued = [job for job in rows if job.state is JobState.QUEUED]
+        if any(job.service for job in queued):
+            self._endpoints = {endpoint.name: endpoint for endpoint in self._store.endpoints.list()}
+        return self._pager.order(queued)
 
     def done(self, job: Job) -> None:
         """Those who wait to do the same work need not."""
@@ -56,8 +73,8 @@ class Line:
 
     def decide(
         self, job: Job, operation: Operation, live: Collection[Live], publishing: Collection[Job]
-    ) -> Placement | Twin | Wait:
-        """What may be done with a queued job now."""
+    ) -> Placement | Twin | Wait | Room:
+        """What may be done with a queued job now. Raises NeedsError when pinned endpoints leave it no room ever."""
         if not self._allowed(job):
             return Wait(_ELSEWHERE)
         if time.monotonic() < self._not_before.get(job.id, 0.0):
@@ -69,14 +86,59 @@ class Line:
             twin = self._twin(job)
             if twin is not None:
                 return Twin(twin)
-        ledger = [_entry(worker, job) for worker in live]
-        granted = place(self._devices, ledger, job.needs, job.service)
+        endpoint = self._endpoint(job)
+        if endpoint is not None and endpoint.state == "asleep":
+            return Wait(job.waiting if job.waiting.startswith(ASLEEP) else asleep(""))
+        granted = self._fit(job, live, self._promised)
         if isinstance(granted, Wait):
-            self._remember(job, live)
-            return granted
-        if self._first is not None and granted.cores > 0:
+            return self._otherwise(job, operation, live, granted)
+        woken = endpoint is not None and endpoint.rests
+        if self._first is not None and granted.cores > 0 and not woken:
             return Wait(f"waits for {label(self._first)}, which came first")
+        self._pager.placed(job)
         return granted
+
+    def _endpoint(self, job: Job) -> Endpoint | None:
+        """The endpoint of a service, if it points to it already."""
+        found = self._endpoints.get(service.endpoint_of(job) or "")
+        return found if found is not None and found.job == job.id else None
+
+    def _otherwise(self, job: Job, operation: Operation, live: Collection[Live], why: Wait) -> Wait | Room:
+        """What comes of a job that does not fit as things are."""
+        if operation.service or operation.makes_room:
+
+            def fits(staying: Sequence[Live]) -> bool:
+                return isinstance(self._fit(job, staying, self._promised), Placement)
+
+            leaving = self._pager.room(job, live, fits, urgent=operation.service)
+            if leaving is not None:
+                needed = Placement(job.needs.cores, job.needs.memory)
+                self._promised.append((job, (job.needs, needed, label(job))))
+                return Room(leaving, f"{why.reason}; room is being made")
+            self._refuse(job, live)
+        self._remember(job, live)
+        return why
+
+    def _refuse(self, job: Job, live: Collection[Live]) -> None:
+        """A new endpoint must not wait for ever for those that never give way."""
+        if not job.service or not self._pager.on or self._endpoint(job) is not None:
+            return
+        answer = self._fit(job, [worker for worker in live if service.pinned(worker.job) and not worker.stopping])
+        if isinstance(answer, Wait):
+            raise NeedsError(
+                f"there is no room beside the pinned endpoints: {answer.reason}",
+                hint="deploy one of them again without `pinned`, or take it down: llmo endpoints --remove NAME",
+            )
+
+    def _fit(self, job: Job, live: Collection[Live], promised: Sequence[tuple[Job, Running]] = ()) -> Placement | Wait:
+        """A place beside these workers and what was promised to others; for a service, within endpoints' memory."""
+        held = [(worker.job, _entry(worker, job)) for worker in live] + [one for one in promised if one[0].id != job.id]
+        if job.service:
+            within = [entry for other, entry in held if other.service]
+            answer = place(for_endpoints(self._devices), within, job.needs, True)
+            if isinstance(answer, Wait):
+                return answer
+        return place(self._devices, [entry for _, entry in held], job.needs, job.service)
 
     def _twin(self, job: Job) -> Job | None:
         if job.cache_key is None or job.cache_key not in self._done:

@@ -34,6 +34,7 @@ class Live:
     heard: float = field(default_factory=time.monotonic)
     ready: float | None = None
     stopping: bool = False
+    leaving: str = ""  # why, of an endpoint that was put to sleep and answers what it has
     silent: bool = False
 
     def has_pulse(self, limit: float) -> bool:
@@ -81,7 +82,7 @@ def label(job: Job) -> str:
     """What a job is called in a sentence."""
     endpoint = service.endpoint_of(job)
     if endpoint is not None:
-        return f"endpoint {endpoint} (job {job.id})"
+        return f"{'pinned ' if service.pinned(job) else ''}endpoint {endpoint} (job {job.id})"
     return f"job {job.id} ({job.op} {job.name})" if job.name else f"job {job.id} ({job.op})"
 
 

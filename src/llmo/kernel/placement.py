@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from llmo.errors import NeedsError
 from llmo.types import Device, Needs, Placement
 
+T = TypeVar("T")
 Running = tuple[Needs, Placement, str]  # what was asked, what was granted, and what to call it in a sentence
 
 
@@ -42,6 +44,28 @@ def place(devices: Sequence[Device], running: Sequence[Running], needs: Needs, s
     return Placement(min(cores, _most(devices, needs, service)), needs.memory, tuple(gpus[: needs.gpus]))
 
 
+def make_room(movable: Sequence[T], fits: Callable[[Sequence[T]], bool]) -> list[T] | None:
+    """Which of `movable` must leave, those at its beginning before those at its end; none more than must.
+
+    `fits` says whether there is room when only so many of them stay; None when there is none even without them all.
+    """
+    staying: list[T] = []
+    if not fits(staying):
+        return None
+    leaving: list[T] = []
+    for one in reversed(movable):
+        if fits([*staying, one]):
+            staying.append(one)
+        else:
+            leaving.insert(0, one)
+    return leaving
+
+
+def for_endpoints(devices: Sequence[Device]) -> list[Device]:
+    """The machine as large as endpoints together may take it."""
+    return [replace(d, memory=min(d.memory, d.serve_memory or d.memory)) for d in devices]
+
+
 def refuse(devices: Sequence[Device], needs: Needs) -> None:
     """Raises NeedsError when the job would not fit even on the empty machine."""
     cores, memory, gpus = _free(devices, [])
@@ -53,7 +77,8 @@ def refuse(devices: Sequence[Device], needs: Needs) -> None:
     if needs.memory > memory and not _only_waits(needs):
         raise NeedsError(
             f"needs {size(needs.memory)} of memory; LLMO may use {size(memory)} on this machine",
-            hint="use a smaller model or batch, or raise LLMO_MEMORY (see `llmo devices`)",
+            hint="use a smaller model or batch, or raise LLMO_MEMORY or, for endpoints, LLMO_SERVE_MEMORY "
+            "(see `llmo devices`)",
         )
     if needs.gpus > len(gpus):
         why = "; ".join(f"{d.name}: {d.reason}" for d in devices if d.kind != "cpu" and not d.usable)

@@ -19,10 +19,11 @@ from llmo.kernel import jobdir, staging, tail
 from llmo.kernel.books import Books
 from llmo.kernel.executor import FAILED, Executor, Exit
 from llmo.kernel.family import Family
-from llmo.kernel.line import Line, Twin
+from llmo.kernel.line import Line, Room, Twin
 from llmo.kernel.live import Live, Made, Publishing, device_for, passes
 from llmo.kernel.lock import Holder, SchedulerLock
 from llmo.kernel.outcome import HEARTBEAT_SECONDS, LOST_CODE, Ending, Outcome, judge
+from llmo.kernel.paging import Pager, Usage, asleep
 from llmo.kernel.placement import Wait
 from llmo.kernel.service import announce
 from llmo.kernel.submit import Lookup, register
@@ -44,8 +45,9 @@ class Scheduler:
     """Runs the jobs of `store` on `executor`, which `shutdown` closes. One thread calls it; any may `stop` and `wake`.
 
     `scope` limits it to the jobs it says yes to, and to what those wait for. `grace` is the time in seconds that
-    a worker has to stop by itself, `heartbeat` the silence after which it counts as lost. `trouble` says what
-    keeps everything from going on (a full disk), or is empty.
+    a worker has to stop by itself, `heartbeat` the silence after which it counts as lost. `usage` says how replicas are
+    used; without it no endpoint gives way to another. `trouble` says what keeps everything from going on (a full
+    disk), or is empty.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Scheduler:
         lookup: Lookup = plugins.operation,
         grace: float = GRACE_SECONDS,
         heartbeat: float = HEARTBEAT_SECONDS,
+        usage: Usage | None = None,
     ) -> None:
         self.lock = lock or SchedulerLock(store.home)
         self.trouble = ""
@@ -74,7 +77,8 @@ class Scheduler:
         self._publishing: dict[int, Publishing] = {}
         self._family = Family(store, devices, lookup)
         self._books = Books(store, self._family)
-        self._line = Line(store, self._devices, self._allowed)
+        self._pager = Pager(store, usage)
+        self._line = Line(store, self._devices, self._allowed, self._pager)
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._stopping = threading.Event()
         self._closing = False
@@ -188,19 +192,18 @@ class Scheduler:
             if end is not None:
                 while self._hear(live):
                     pass
-                self._end(live, live.ending(end, interrupted=self._closing))
+                self._end(live, live.ending(end, interrupted=self._closing or bool(live.leaving)))
 
     def _end(self, live: Live, ending: Ending) -> None:
         job = self._store.jobs.get(live.job.id)
         outcome = judge(job, ending)
         if outcome.state is JobState.DONE:
             self._publish(job, live.operation)
-        elif (
-            self._books.settle(job, outcome) is JobState.QUEUED
-            and outcome.reason is not Reason.PREEMPTED
-            and job.service
-        ):
-            self._line.died(job, earned=ending.earned)
+        elif self._books.settle(job, outcome, live.leaving) is JobState.QUEUED and job.service:
+            if outcome.reason is not Reason.PREEMPTED:
+                self._line.died(job, earned=ending.earned)
+            elif live.leaving:
+                self._store.jobs.waiting(job.id, asleep(live.leaving))
         del self._live[job.id]
 
     def _recover(self, rows: Sequence[Job]) -> None:
@@ -274,7 +277,7 @@ class Scheduler:
 
     def _stop_asked(self, rows: Sequence[Job]) -> None:
         for job in rows:
-            if job.stop_requested and job.id in self._live:
+            if job.id in self._live and (job.stop_requested or self._pager.left(self._live[job.id])):
                 self._ask(self._live[job.id])
 
     def _ask(self, live: Live) -> None:
@@ -285,9 +288,8 @@ class Scheduler:
     # -- place
 
     def _place(self, rows: Sequence[Job]) -> None:
-        self._line.begin()
-        for job in rows:
-            if job.state is JobState.QUEUED and not self._closing:
+        for job in self._line.begin(rows):
+            if not self._closing:
                 why = self._place_one(job)
                 if why and why != job.waiting:
                     self._store.jobs.waiting(job.id, why)
@@ -299,6 +301,10 @@ class Scheduler:
             publishing = [made.job for made in self._publishing.values()]
             answer = self._line.decide(job, operation, self._live.values(), publishing)
             if isinstance(answer, Wait):
+                return answer.reason
+            if isinstance(answer, Room):
+                for worker in answer.leaving:
+                    self._pager.put_to_sleep(worker, job)
                 return answer.reason
             if isinstance(answer, Twin):
                 register(self._store, operation, answer.job.output, job.name or job.op)

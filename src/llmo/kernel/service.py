@@ -19,14 +19,29 @@ def endpoint_of(job: Job) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def pinned(job: Job) -> bool:
+    """Whether its endpoint never gives way to another."""
+    return bool(job.spec.get("pinned"))
+
+
+def memory_of(store: Store, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> int:
+    """Bytes that a service needs for its model: the weights and, where it generates, the cache it may fill."""
+    artifact = store.catalog.find(inputs.get("model", ""))
+    if artifact is None:
+        return 0
+    generates = _task_of(artifact.card) == "generation"
+    return artifact.size + (int(spec.get("cache_mib", 0)) << 20 if generates else 0)
+
+
 def announce(store: Store, job: Job) -> None:
-    """A service begins: an endpoint that is new, or whose service this is, says `starting`."""
+    """A service begins: an endpoint that is new, or whose service this is, says `starting` (`waking` if it slept)."""
     name = endpoint_of(job)
     if name is None:
         return
     known = find(store, name)
     if known is None or known.job == job.id:
-        store.endpoints.set(name, state="starting", address=None, **_described(store, job))
+        state = "waking" if known is not None and known.rests else "starting"
+        store.endpoints.set(name, state=state, address=None, **_described(store, job))
 
 
 def take_over(store: Store, job: Job, address: str) -> None:
@@ -47,18 +62,29 @@ def take_over(store: Store, job: Job, address: str) -> None:
             store.jobs.request_stop(other.id)
 
 
-def leave(store: Store, job: Job, state: str) -> None:
-    """The service answers no more; its endpoint, unless another service has it, is `down` or `starting`."""
+def sleep(store: Store, job: Job) -> None:
+    """The service gives way: requests are to wait for its endpoint from now on, and wake it."""
     name = endpoint_of(job)
     known = find(store, name) if name is not None else None
     if known is not None and known.job == job.id:
+        store.endpoints.point(known.name, job.id, state="asleep", address=None)
+
+
+def leave(store: Store, job: Job, state: str, *, ended: bool) -> None:
+    """The service answers no more; its endpoint, unless another service has it, is `down` or `starting`.
+
+    One that is asleep or waking stays so until its service answers or has `ended`.
+    """
+    name = endpoint_of(job)
+    known = find(store, name) if name is not None else None
+    if known is not None and known.job == job.id and (ended or not known.rests):
         store.endpoints.point(known.name, job.id, state=state, address=None)
 
 
 def bring_down(store: Store) -> None:
     """No service runs any more, because the process that ran them ended: no endpoint is up."""
     for known in store.endpoints.list():
-        if known.state != "down":
+        if known.state != "down" and not known.rests:
             store.endpoints.point(known.name, known.job, state="down", address=None)
 
 
@@ -78,12 +104,16 @@ def _described(store: Store, job: Job) -> dict[str, Any]:
     digest = job.inputs.get("model", "")
     artifact = store.catalog.find(digest) if digest else None
     card: Mapping[str, Any] = artifact.card if artifact is not None else {}
-    task = card.get("task")
     return {
         "job": job.id,
         "model": digest,
         "model_ref": artifact.ref if artifact is not None else "",
-        "task": str(task.get("task", "")) if isinstance(task, Mapping) else str(task or ""),
+        "task": _task_of(card),
         "engine": str(card.get("engine", "")),
         "precision": str(card.get("precision", "")),
     }
+
+
+def _task_of(card: Mapping[str, Any]) -> str:
+    task = card.get("task")
+    return str(task.get("task", "")) if isinstance(task, Mapping) else str(task or "")

@@ -11,7 +11,8 @@ from typing import Any
 from llmo import __version__, plugins
 from llmo.errors import NotFoundError, SpecError
 from llmo.files import digest_of_value
-from llmo.kernel.placement import refuse
+from llmo.kernel import service
+from llmo.kernel.placement import for_endpoints, refuse
 from llmo.plugins import Operation
 from llmo.store import Store
 from llmo.types import Device, Job, JobState, Needs, Reason
@@ -45,8 +46,8 @@ def submit(
     """
     operation = lookup(op)
     _check(store, operation, spec, inputs, name)
-    wanted = _needs(operation, spec, needs)
-    refuse(devices, wanted)
+    wanted = _needs(store, operation, spec, inputs, needs)
+    refuse(for_endpoints(devices) if operation.service else devices, wanted)
     key = cache_key(operation, spec, inputs)
     made: dict[str, Any] = {
         "op": op,
@@ -94,12 +95,14 @@ def _same(active: Job, operation: Operation, parent: int | None, name: str) -> b
     return parent is None and active.parent is None and (operation.produces is None or active.name == name)
 
 
-def _needs(operation: Operation, spec: Mapping[str, Any], needs: Needs | None) -> Needs:
-    wanted = needs or operation.needs
+def _needs(
+    store: Store, operation: Operation, spec: Mapping[str, Any], inputs: Mapping[str, str], needs: Needs | None
+) -> Needs:
+    if needs is not None or not operation.service:
+        return needs or operation.needs
+    wanted = replace(operation.needs, memory=operation.needs.memory + service.memory_of(store, spec, inputs))
     cores = spec.get("cores")
-    if needs is None and operation.service and isinstance(cores, int):
-        return replace(wanted, cores=cores, cores_max=cores)
-    return wanted
+    return replace(wanted, cores=cores, cores_max=cores) if isinstance(cores, int) else wanted
 
 
 def _check(store: Store, operation: Operation, spec: Mapping[str, Any], inputs: Mapping[str, str], name: str) -> None:

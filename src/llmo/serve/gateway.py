@@ -233,8 +233,9 @@ def include_gateway(
         found = [job.state for job in store.jobs.list(states=active, limit=100_000)]
         return {state.value: found.count(state) for state in active}
 
-    access = Access(store.keys.find)
-    gateway = Gateway(Router(store.endpoints.list), access, quotas=quotas, jobs=jobs, body_limit=body_limit)
+    access, metrics = Access(store.keys.find), Metrics()
+    router = Router(store.endpoints.list, want=store.endpoints.want, woken=metrics.woken)
+    gateway = Gateway(router, access, metrics=metrics, quotas=quotas, jobs=jobs, body_limit=body_limit)
     app.state.access = access
     app.add_exception_handler(LLMOError, _on_error)
     app.include_router(gateway.routes())

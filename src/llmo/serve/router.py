@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
+from llmo.kernel.paging import Use
 from llmo.serve.ask import Ask
 from llmo.serve.protocol import Link, ReplicaGone
 from llmo.serve.stream import Stream
+from llmo.serve.waking import Waking, patience
 from llmo.types import Endpoint
 
 T = TypeVar("T")
@@ -99,16 +101,35 @@ class Target:
         return self.endpoint.model_ref or self.endpoint.model
 
 
+@dataclass(slots=True)
+class _Asked:
+    """How many calls ask an endpoint or wait for it, and when the last one came or went (monotonic clock)."""
+
+    now: int = 0
+    at: float = 0.0
+
+
 class Router:
     """Sends a call to the replica of an endpoint that has the fewest outstanding.
 
     `load` reads the endpoints (`store.endpoints.list`); it is called in a thread, every `refresh_seconds` and
     when a replica has gone. An endpoint's `address` may hold several, separated by commas. A replica that left
-    the table is closed once its last call is answered, so a swap fails nobody.
+    the table is closed once its last call is answered, so a swap fails nobody. Calls to an endpoint that is asleep
+    wait for it; `want` says in that thread that it is to wake, and `woken` is told when it did, after how many seconds.
     """
 
-    def __init__(self, load: Callable[[], Sequence[Endpoint]], *, refresh_seconds: float = 0.2) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Sequence[Endpoint]],
+        *,
+        refresh_seconds: float = 0.2,
+        want: Callable[[str], None] = lambda name: None,
+        woken: Callable[[str, float], None] = lambda name, seconds: None,
+    ) -> None:
         self._load = load
+        self._want = want
+        self._waking = Waking(want, woken)
+        self._asked: dict[str, _Asked] = {}
         self._refresh_seconds = refresh_seconds
         self._table: dict[str, Target] = {}
         self._replicas: dict[str, Replica] = {}
@@ -141,9 +162,17 @@ class Router:
             if self._began > asked:
                 return
             began = time.monotonic()
-            self._apply(await asyncio.to_thread(self._load))
+            self._apply(await asyncio.to_thread(self._read))
             self._began = began
             self.ready = True
+
+    def use(self, name: str, address: str) -> Use:
+        """How the replica of an endpoint is used, for whoever decides which one gives way; any thread may ask."""
+        target, replica = self._table.get(name), self._replicas.get(address)
+        asked = self._asked.get(name, _Asked())
+        if replica is None:
+            return Use(asked=asked.now, at=asked.at)
+        return Use(target is not None and replica in target.replicas, asked.now, replica.outstanding, asked.at)
 
     def endpoints(self) -> list[Endpoint]:
         """What the table holds, by name."""
@@ -168,17 +197,33 @@ class Router:
         A call whose replica goes before it answers is sent once more to another one: predicting twice is harmless.
         """
         body = {"op": "predict", "texts": texts, "deadline": deadline, "logits": logits, "tenant": tenant}
-        model, answers = await self._ask(name, lambda replica: replica.call(body))
+        model, answers = await self._ask(name, lambda replica: replica.call(body), len(texts), deadline)
         return Reply(model, answers)
 
     async def generate(self, name: str, ask: Ask, *, tenant: str = "", deadline: float | None = None) -> Generating:
         """The beginning of an answer of the endpoint's model. Raises as `predict`; once it has begun, a replica that
         goes ends the stream with ReplicaGone, for nobody else can go on with it."""
         body = {"op": "generate", "ask": ask.to_json(), "deadline": deadline, "tenant": tenant}
-        model, stream = await self._ask(name, lambda replica: replica.open(body))
+        model, stream = await self._ask(name, lambda replica: replica.open(body), ask.choices, deadline)
         return Generating(model, stream)
 
-    async def _ask(self, name: str, ask: Callable[[Replica], Awaitable[T]]) -> tuple[str, T]:
+    async def _ask(
+        self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int = 1, deadline: float | None = None
+    ) -> tuple[str, T]:
+        """As `_answer`, while the endpoint is known to be asked; `size` is what it counts while it waits for one."""
+        if name not in self._table:
+            await self._find(name)
+        asked = self._asked.setdefault(name, _Asked())
+        asked.now += 1
+        try:
+            return await self._answer(name, ask, size, deadline)
+        finally:
+            asked.now -= 1
+            asked.at = time.monotonic()
+
+    async def _answer(
+        self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int, deadline: float | None
+    ) -> tuple[str, T]:
         """What the least busy replica says to `ask`, or another one when it is gone or full; and its model."""
         tried: list[Replica] = []
         looked_again = False
@@ -186,6 +231,11 @@ class Router:
         while len(tried) < _TRIES:
             target = self._table.get(name) or await self._find(name)
             replica = min((r for r in target.replicas if r not in tried), key=lambda r: r.outstanding, default=None)
+            if replica is None and target.endpoint.rests:
+                deadline = deadline or time.time() + patience(target.endpoint)
+                await self._waking.wait(target.endpoint, size, deadline)
+                tried.clear()
+                continue
             if replica is None and not tried and not looked_again:
                 # Whoever was told a moment ago that it is up must not hear from an older table that it is not.
                 looked_again = True
@@ -235,9 +285,18 @@ class Router:
             replicas = tuple(self._replicas.setdefault(a, Replica(a)) for a in addresses if a)
             table[endpoint.name] = Target(endpoint, replicas)
         self._table = table
+        self._waking.heard({name: target.endpoint for name, target in table.items()})
         used = {r.address for target in table.values() for r in target.replicas}
         for address in [a for a, r in self._replicas.items() if a not in used and r.outstanding == 0]:
             self._replicas.pop(address).close()
+
+    def _read(self) -> Sequence[Endpoint]:
+        """The endpoints; one that fell asleep again before those who wait for it were answered is asked for again."""
+        found = self._load()
+        for endpoint in found:
+            if endpoint.state == "asleep" and endpoint.name in self._waking:
+                self._want(endpoint.name)
+        return found
 
     async def _keep_fresh(self) -> None:
         while True:

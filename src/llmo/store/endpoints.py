@@ -11,14 +11,16 @@ from sqlalchemy.exc import IntegrityError
 from llmo.errors import NotFoundError, nearest
 from llmo.store.db import Database
 from llmo.store.schema import endpoints as table
+from llmo.store.schema import jobs
 from llmo.types import Endpoint
 
 _List = list[Endpoint]
+_SHOWN = select(table, jobs.c.spec.label("deploy"), jobs.c.waiting).outerjoin(jobs, jobs.c.id == table.c.job)
 _CHANGEABLE = {c.name for c in table.columns} - {"name", "created_at"}
 
 
 class Endpoints:
-    """The gateway reads this table; the scheduler writes it."""
+    """The gateway reads this table; the scheduler writes it, and whoever asks an endpoint that is asleep says so."""
 
     def __init__(self, database: Database) -> None:
         self._db = database
@@ -67,7 +69,7 @@ class Endpoints:
     def list(self) -> _List:
         """All endpoints by name."""
         with self._db.read() as connection:
-            return [_decode(row) for row in connection.execute(select(table).order_by(table.c.name)).mappings()]
+            return [_decode(row) for row in connection.execute(_SHOWN.order_by(table.c.name)).mappings()]
 
     def point(self, name: str, job: int | None, **changes: Any) -> Endpoint:
         """Move the endpoint to another job, and set its other fields with it, in one transaction.
@@ -81,6 +83,12 @@ class Endpoints:
             connection.execute(update(table).where(table.c.name == name).values(job=job, **changes))
             return _one(connection, name)
 
+    def want(self, name: str) -> None:
+        """An endpoint that is asleep is to wake, because somebody asks it."""
+        here = (table.c.name == name, table.c.state == "asleep")
+        with self._db.write() as connection:
+            connection.execute(update(table).where(*here).values(state="waking"))
+
     def remove(self, name: str) -> None:
         """Raises NotFoundError."""
         with self._db.write() as connection:
@@ -89,7 +97,7 @@ class Endpoints:
 
 
 def _one(connection: Connection, name: str) -> Endpoint:
-    row = connection.execute(select(table).where(table.c.name == name)).mappings().one_or_none()
+    row = connection.execute(_SHOWN.where(table.c.name == name)).mappings().one_or_none()
     if row is None:
         known = list(connection.execute(select(table.c.name).order_by(table.c.name)).scalars())
         hint = f"known: {', '.join(known[:10])}" if known else "deploy a model first: `llmo deploy MODEL`"
@@ -98,4 +106,4 @@ def _one(connection: Connection, name: str) -> Endpoint:
 
 
 def _decode(row: RowMapping) -> Endpoint:
-    return Endpoint(**row)
+    return Endpoint(**{**row, "deploy": row["deploy"] or {}, "waiting": row["waiting"] or ""})

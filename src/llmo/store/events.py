@@ -63,6 +63,13 @@ class Events:
         with self._db.read() as connection:
             return [_decode(row) for row in connection.execute(query).mappings()]
 
+    def last(self, job: int, kind: str) -> Event | None:
+        """The newest event of that kind of a job."""
+        query = select(table).where(table.c.job == job, table.c.kind == kind).order_by(table.c.id.desc()).limit(1)
+        with self._db.read() as connection:
+            row = connection.execute(query).mappings().one_or_none()
+        return None if row is None else _decode(row)
+
 
 def _offset(connection: Connection, job: int, attempt: int) -> int | None:
     query = select(tails.c.offset).where(tails.c.job == job, tails.c.attempt == attempt)

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_WAKE = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _BATCH = ("1", "2", "4", "8", "16", "32", "64", "128", "+Inf")
 _FIRST_TOKEN = ("0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "2.5", "5.0", "10.0", "30.0", "+Inf")
 # Encoders' replicas and those that generate have numbers of their own; an endpoint is shown where it has them.
@@ -56,6 +57,13 @@ class Metrics:
             registry=self._registry,
         )
         self._open = Gauge("llmo_open_requests", "predict requests being handled", registry=self._registry)
+        self._wakes = Histogram(
+            "llmo_wake_seconds",
+            "time from the first request to an endpoint that was asleep until it was up",
+            ["endpoint"],
+            buckets=_WAKE,
+            registry=self._registry,
+        )
         self._counts: dict[tuple[str, int], Counter] = {}
         self._timers: dict[str, Histogram] = {}
 
@@ -74,6 +82,10 @@ class Metrics:
             if timer is None:
                 timer = self._timers[endpoint] = self._seconds.labels(endpoint)
             timer.observe(seconds)
+
+    def woken(self, endpoint: str, seconds: float) -> None:
+        """An endpoint that was asleep is up, so long after somebody asked for it."""
+        self._wakes.labels(endpoint).observe(seconds)
 
     def text(self, replicas: ReplicaStats, jobs: Mapping[str, int]) -> bytes:
         """The scrape, in Prometheus' text format: the gateway's own numbers, the replicas' and the jobs'."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmo.errors import BusyError, InputError, NotFoundError, StorageError, UnreachableError
+from llmo.errors import BusyError, DeadlineError, InputError, NotFoundError, StorageError, UnreachableError
 from llmo.serve.ask import Ask, Input
 from llmo.serve.protocol import Frames, ReplicaGone, answers_frame, error_frame, frame
 from llmo.serve.router import Router
@@ -82,15 +84,26 @@ class World:
     def __init__(self) -> None:
         self.rows: list[Endpoint] = []
         self.failure: Exception | None = None
+        self.wanted = 0
+        self.woken: list[str] = []
 
     def load(self) -> list[Endpoint]:
         if self.failure is not None:
             raise self.failure
         return self.rows
 
-    def point(self, *fakes: Fake, ref: str = "m@1", state: str = "up") -> None:
+    def want(self, name: str) -> None:
+        """As the store does; the scheduler of a test then says when it is up."""
+        self.wanted += 1
+        self.rows = [replace(row, state="waking") if row.state == "asleep" else row for row in self.rows]
+
+    def came_up(self, name: str, seconds: float) -> None:
+        assert seconds >= 0
+        self.woken.append(name)
+
+    def point(self, *fakes: Fake, ref: str = "m@1", state: str = "up", **deploy: Any) -> None:
         address = ",".join(f.address for f in fakes) or None
-        self.rows = [Endpoint("topics", state, "sha256:0", ref, 3, address=address)]
+        self.rows = [Endpoint("topics", state, "sha256:0", ref, 3, address=address, deploy=deploy)]
 
 
 @asynccontextmanager
@@ -102,7 +115,7 @@ async def world(tmp_path: Path, refresh_seconds: float = 0.02) -> AsyncIterator[
         for fake in fakes:
             path = fake.address.removeprefix("unix:")
             await stack.enter_async_context(await loop.create_unix_server(fake.session, path))
-        router = Router(made.load, refresh_seconds=refresh_seconds)
+        router = Router(made.load, refresh_seconds=refresh_seconds, want=made.want, woken=made.came_up)
         made.point(fakes[0])
         await stack.enter_async_context(router.running())
         yield made, router, fakes[0], fakes[1]
@@ -270,3 +283,100 @@ async def test_a_replica_that_goes_in_mid_stream_ends_it(tmp_path: Path) -> None
             await router.predict("topics", ["x"])
         with pytest.raises(ReplicaGone):
             await generating.stream.next()
+
+
+async def test_requests_wait_for_an_endpoint_that_is_asleep_and_are_answered(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, a, b):
+        made.point(state="asleep")
+        await router.refresh()
+        calls = [asyncio.create_task(router.predict("topics", ["x"])) for _ in range(5)]
+        streams = [asyncio.create_task(router.generate("topics", ASK)) for _ in range(2)]
+        await until(lambda: made.rows[0].state == "waking")
+        assert router.use("topics", b.address).asked == 7
+        await router.refresh()
+        wanted = made.wanted
+        for _ in range(3):
+            await router.refresh()
+        assert made.wanted == wanted, "it is asked for once, not as long as they wait"
+        assert not any(call.done() for call in calls)
+        made.point(b, ref="m@2")
+        assert {(reply.model, reply.answers) for reply in await asyncio.gather(*calls)} == {("m@2", b'["b"]')}
+        generating = await asyncio.gather(*streams)
+        assert router.use("topics", b.address).asked == 0
+        assert (router.use("topics", b.address).open, router.use("topics", b.address).outstanding) == (True, 2)
+        for one in generating:
+            one.stream.close()
+        assert router.use("topics", b.address).idle
+        assert made.woken == ["topics"]
+        assert a.asked == 0
+
+
+async def test_a_request_that_meets_a_replica_as_it_leaves_waits_for_the_next(tmp_path: Path) -> None:
+    async with world(tmp_path, refresh_seconds=0.05) as (made, router, a, b):
+        a.mood = "leave"
+        made.point(state="asleep")  # the router does not know yet
+        call = asyncio.create_task(router.predict("topics", ["x"]))
+        await until(lambda: made.rows[0].state == "waking")
+        assert a.asked == 1
+        made.point(state="asleep")  # it slept again before anybody was answered: it is asked for once more
+        await until(lambda: made.rows[0].state == "waking")
+        made.point(b)
+        assert (await call).answers == b'["b"]'
+
+
+async def test_an_endpoint_that_leaves_is_known_to_have_left_when_its_last_answer_is_given(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, a, _):
+        generating = await router.generate("topics", ASK)
+        made.point(state="asleep")
+        await router.refresh()
+        assert not router.use("topics", a.address).left
+        generating.stream.close()
+        assert router.use("topics", a.address).left
+        used = router.use("topics", a.address).at
+        await router.refresh()
+        assert router.use("topics", a.address).left, "also once nobody is connected there"
+        assert router.use("topics", a.address).at == used > 0
+
+
+async def test_waiting_for_an_endpoint_is_bounded_in_time_and_in_number(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, a, _):
+        made.point(state="asleep", queue=4, deadline_seconds=0.05)
+        await router.refresh()
+        began = time.time()
+        with pytest.raises(DeadlineError, match="was asleep") as late:
+            await router.predict("topics", ["x"], deadline=began + 0.1)
+        assert late.value.status == 504
+        assert time.time() - began >= 0.1
+        with pytest.raises(DeadlineError):
+            await router.generate("topics", ASK)
+        made.point(state="asleep", queue=4)
+        await router.refresh()
+        first = asyncio.create_task(router.predict("topics", ["x"] * 3))
+        await until(lambda: router.use("topics", a.address).asked == 1)
+        with pytest.raises(BusyError, match="3 texts or prompts wait") as full:
+            await router.predict("topics", ["x"] * 2)
+        assert full.value.extra["retry_after"] > 0
+        second = asyncio.create_task(router.predict("topics", ["x"]))
+        await until(lambda: router.use("topics", a.address).asked == 2)
+        second.cancel()
+        await until(lambda: router.use("topics", a.address).asked == 1)
+        made.point(a)
+        assert (await first).answers == b'["a"]'
+
+
+@pytest.mark.parametrize(("state", "error"), [("down", UnreachableError), ("", NotFoundError)])
+async def test_an_endpoint_that_does_not_come_back_is_not_waited_for(
+    tmp_path: Path, state: str, error: type[Exception]
+) -> None:
+    async with world(tmp_path) as (made, router, _, _):
+        made.point(state="asleep")
+        await router.refresh()
+        call = asyncio.create_task(router.predict("topics", ["x"]))
+        await until(lambda: made.rows[0].state == "waking")
+        if state:
+            made.point(state=state)
+        else:
+            made.rows = []
+        with pytest.raises(error):
+            await call
+        assert made.woken == []

@@ -131,11 +131,14 @@ def _picture(api: Api) -> Group:
 def endpoints_table(endpoints: list[Endpoint]) -> RenderableType:
     if not endpoints:
         return "no endpoints; make one with: llmo deploy MODEL"
-    rows = [
-        (e.name, e.state, e.model_ref or e.model[:19], f"{e.engine} {e.precision}".strip(), e.job or "-")
-        for e in endpoints
-    ]
-    return grid_of(["endpoint", "state", "model", "engine", "job>"], rows)
+    rows = []
+    for e in endpoints:
+        slept = f" for {seconds(time.time() - e.since)}" if e.state == "asleep" and e.since else ""
+        state = f"{e.state}{slept}{', pinned' if e.deploy.get('pinned') else ''}"
+        why = "" if e.state == "up" else shorten(e.waiting.removeprefix("asleep").lstrip(":; "), 100)
+        engine = f"{e.engine} {e.precision}".strip()
+        rows.append((e.name, state, e.model_ref or e.model[:19], engine, e.job or "-", why))
+    return grid_of(["endpoint", "state", "model", "engine", "job>", "why"], rows)
 
 
 def logs(

@@ -240,6 +240,7 @@ def verify(
 def deploy(
     model: Model,
     endpoint: Annotated[str | None, typer.Option(help="The public name; default: the model's.")] = None,
+    pinned: Annotated[bool, typer.Option("--pinned", help="Never put it to sleep for another endpoint.")] = False,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -250,7 +251,8 @@ def deploy(
     with closing(flow.connect()) as api:
         artifact = api.artifact(model, Kind.MODEL)
         name = endpoint or artifact.name.removesuffix("-compressed")
-        job = api.submit("serve", {"endpoint": name, **assignments(settings)}, {"model": artifact.digest})
+        spec = {"endpoint": name, **({"pinned": True} if pinned else {}), **assignments(settings)}
+        job = api.submit("serve", spec, {"model": artifact.digest})
         _do(api, job, as_json)
         found = next(e for e in api.endpoints() if e.name == name)
     emit(
