@@ -183,6 +183,13 @@ class DeploySpec(Spec):
     )
 
 
+class AdapterSpec(Spec):
+    """An adapter of an endpoint: `model` names the version that holds it."""
+
+    name: Name
+    model: str
+
+
 def _task(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 

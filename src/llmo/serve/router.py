@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
+from llmo.serve.adapters import Ready
 from llmo.serve.ask import Ask
 from llmo.serve.protocol import Link, ReplicaGone
 from llmo.serve.stream import Stream
-from llmo.types import Endpoint
+from llmo.types import Adapter, Endpoint
 
 T = TypeVar("T")
 
@@ -93,6 +94,7 @@ class Target:
 
     endpoint: Endpoint
     replicas: tuple[Replica, ...]
+    adapters: Mapping[str, Ready]
 
     @property
     def model(self) -> str:
@@ -102,13 +104,20 @@ class Target:
 class Router:
     """Sends a call to the replica of an endpoint that has the fewest outstanding.
 
-    `load` reads the endpoints (`store.endpoints.list`); it is called in a thread, every `refresh_seconds` and
-    when a replica has gone. An endpoint's `address` may hold several, separated by commas. A replica that left
+    `load` reads the endpoints (`store.endpoints.list`) and `adapters` what else they answer with (`AdapterTable.load`);
+    they are called in a thread, every `refresh_seconds` and when a replica has gone. An endpoint's `address` may hold several, separated by commas. A replica that left
     the table is closed once its last call is answered, so a swap fails nobody.
     """
 
-    def __init__(self, load: Callable[[], Sequence[Endpoint]], *, refresh_seconds: float = 0.2) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Sequence[Endpoint]],
+        adapters: Callable[[Sequence[Endpoint]], Mapping[str, Mapping[str, Ready]]] = lambda _: {},
+        *,
+        refresh_seconds: float = 0.2,
+    ) -> None:
         self._load = load
+        self._load_adapters = adapters
         self._refresh_seconds = refresh_seconds
         self._table: dict[str, Target] = {}
         self._replicas: dict[str, Replica] = {}
@@ -141,13 +150,55 @@ class Router:
             if self._began > asked:
                 return
             began = time.monotonic()
-            self._apply(await asyncio.to_thread(self._load))
+            self._apply(*await asyncio.to_thread(self._read))
             self._began = began
             self.ready = True
+
+    def _read(self) -> tuple[Sequence[Endpoint], Mapping[str, Mapping[str, Ready]]]:
+        endpoints = self._load()
+        return endpoints, self._load_adapters(endpoints)
 
     def endpoints(self) -> list[Endpoint]:
         """What the table holds, by name."""
         return [self._table[name].endpoint for name in sorted(self._table)]
+
+    def adapters(self, name: str) -> list[Adapter]:
+        """What an endpoint also answers with, by name; nothing for one that is not in the table."""
+        target = self._table.get(name)
+        return [] if target is None else [ready.adapter for _, ready in sorted(target.adapters.items())]
+
+    async def find(self, model: str) -> tuple[str, str | None]:
+        """The endpoint, and its adapter if it is one, that `model` names: ENDPOINT, ENDPOINT:ADAPTER, or the version
+        NAME@VERSION of either. Raises NotFoundError."""
+        found = self._named(model)
+        if found is None:
+            await self._refresh_quietly()
+            found = self._named(model)
+        if found is not None:
+            return found
+        name, colon, adapter = model.partition(":")
+        known = self._table[name].adapters if colon and name in self._table else None
+        if known is None:
+            await self._find(name)
+        raise NotFoundError(
+            f"the endpoint '{name}' has no adapter '{adapter}'{nearest(adapter, known or ())}",
+            hint=f"it has: {', '.join(sorted(known)) if known else 'none'}",
+        )
+
+    def _named(self, model: str) -> tuple[str, str | None] | None:
+        if model in self._table:
+            return model, None
+        name, colon, adapter = model.partition(":")
+        if colon:
+            target = self._table.get(name)
+            return (name, adapter) if target is not None and adapter in target.adapters else None
+        for name, target in sorted(self._table.items()):
+            if target.endpoint.model_ref == model:
+                return name, None
+            for ready in target.adapters.values():
+                if ready.adapter.model_ref == model:
+                    return name, ready.adapter.name
+        return None
 
     async def endpoint(self, name: str) -> Endpoint:
         """Raises NotFoundError."""
@@ -171,12 +222,25 @@ class Router:
         model, answers = await self._ask(name, lambda replica: replica.call(body))
         return Reply(model, answers)
 
-    async def generate(self, name: str, ask: Ask, *, tenant: str = "", deadline: float | None = None) -> Generating:
-        """The beginning of an answer of the endpoint's model. Raises as `predict`; once it has begun, a replica that
-        goes ends the stream with ReplicaGone, for nobody else can go on with it."""
+    async def generate(
+        self, name: str, ask: Ask, *, adapter: str | None = None, tenant: str = "", deadline: float | None = None
+    ) -> Generating:
+        """The beginning of an answer of the endpoint's model, or of one of its adapters. Raises as `predict`; once it
+        has begun, a replica that goes ends the stream with ReplicaGone, for nobody else can go on with it."""
         body = {"op": "generate", "ask": ask.to_json(), "deadline": deadline, "tenant": tenant}
-        model, stream = await self._ask(name, lambda replica: replica.open(body))
-        return Generating(model, stream)
+        if adapter is None:
+            return Generating(*await self._ask(name, lambda replica: replica.open(body)))
+        answering: list[Ready] = []
+
+        async def opened(replica: Replica) -> Stream:
+            ready = self._table[name].adapters.get(adapter)  # of the very table that named the replica
+            if ready is None:
+                raise NotFoundError(f"the endpoint '{name}' has no adapter '{adapter}' any more")
+            answering[:] = [ready]
+            return await replica.open({**body, "adapter": ready.folder})
+
+        _, stream = await self._ask(name, opened)
+        return Generating(answering[0].adapter.model_ref, stream)
 
     async def _ask(self, name: str, ask: Callable[[Replica], Awaitable[T]]) -> tuple[str, T]:
         """What the least busy replica says to `ask`, or another one when it is gone or full; and its model."""
@@ -228,12 +292,12 @@ class Router:
             )
         return target
 
-    def _apply(self, endpoints: Sequence[Endpoint]) -> None:
+    def _apply(self, endpoints: Sequence[Endpoint], adapters: Mapping[str, Mapping[str, Ready]]) -> None:
         table: dict[str, Target] = {}
         for endpoint in endpoints:
             addresses = (endpoint.address or "").split(",") if endpoint.state != "down" else []
             replicas = tuple(self._replicas.setdefault(a, Replica(a)) for a in addresses if a)
-            table[endpoint.name] = Target(endpoint, replicas)
+            table[endpoint.name] = Target(endpoint, replicas, adapters.get(endpoint.name, {}))
         self._table = table
         used = {r.address for target in table.values() for r in target.replicas}
         for address in [a for a, r in self._replicas.items() if a not in used and r.outstanding == 0]:

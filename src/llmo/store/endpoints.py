@@ -10,6 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from llmo.errors import NotFoundError, nearest
 from llmo.store.db import Database
+from llmo.store.schema import adapters
 from llmo.store.schema import endpoints as table
 from llmo.types import Endpoint
 
@@ -82,9 +83,10 @@ class Endpoints:
             return _one(connection, name)
 
     def remove(self, name: str) -> None:
-        """Raises NotFoundError."""
+        """With its adapters. Raises NotFoundError."""
         with self._db.write() as connection:
             _one(connection, name)
+            connection.execute(delete(adapters).where(adapters.c.endpoint == name))
             connection.execute(delete(table).where(table.c.name == name))
 
 
