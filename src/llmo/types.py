@@ -173,7 +173,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA that an endpoint also answers with, as the model `ENDPOINT:NAME`; `base` is the model it was trained on."""
+    """A LoRA that an endpoint also answers with, as the model `ENDPOINT:NAME`; `base` is what it was trained on."""
 
     endpoint: str
     name: str

@@ -70,7 +70,7 @@ def trained(store: Store, artifact: Artifact) -> Artifact:
 
 
 def folder_of(store: Store, model: str, ref: str) -> str:
-    """The folder with the adapter of a stored model. Raises ModelError for one without, StorageError when it is gone."""
+    """The folder with a stored model's adapter. Raises ModelError for one without, StorageError when it is gone."""
     folder = store.catalog.path(model) / FOLDER
     if not folder.is_dir():
         raise ModelError(f"{ref} has no adapter beside its weights", hint="train it with `method: lora`")

@@ -51,7 +51,8 @@ class GenerationPipeline:
     """Bounded, fair between tenants, and fair to each call: what is wrong with one fails that one only.
 
     `queue` bounds what waits (see PromptQueue), `streams` what the engine works on; `takes_tools` says whether the
-    model's template prints tools. `submit`, `cancel`, `expire`, `load_adapter` and `stats` may be called from any thread.
+    model's template prints tools. `submit`, `cancel`, `expire`, `load_adapter` and `stats` may be called from any
+    thread.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The adapters that a replica's engine holds, by their folder: loaded when first asked for, given back when long idle."""
+"""The adapters that a replica's engine holds, by folder: loaded when first asked for, given back when long idle."""
 
 from __future__ import annotations
 

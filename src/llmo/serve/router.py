@@ -104,9 +104,10 @@ class Target:
 class Router:
     """Sends a call to the replica of an endpoint that has the fewest outstanding.
 
-    `load` reads the endpoints (`store.endpoints.list`) and `adapters` what else they answer with (`AdapterTable.load`);
-    they are called in a thread, every `refresh_seconds` and when a replica has gone. An endpoint's `address` may hold several, separated by commas. A replica that left
-    the table is closed once its last call is answered, so a swap fails nobody.
+    `load` reads the endpoints (`store.endpoints.list`), and `adapters` what else they answer with
+    (`AdapterTable.load`), in a thread, every `refresh_seconds` and when a replica has gone. An endpoint's `address`
+    may hold several, separated by commas. A replica that left the table is closed once its last call is answered, so
+    a swap fails nobody.
     """
 
     def __init__(

@@ -176,7 +176,7 @@ class Chat:
             if answer.text:
                 self._said += [asked[-1], {"role": "assistant", "content": answer.text}]
                 told = {"content": answer.text, **({"model": answer.model} if answer.model else {})}
-                self._last = {"endpoint": self._endpoint, "messages": asked, "answers": [told]}
+                self._last = {"endpoint": self._served, "messages": asked, "answers": [told]}
             if not self._as_json and (answer.text or not stopped):
                 sys.stdout.write("\n")
         self._tell(question, answer, time.monotonic() - began)
