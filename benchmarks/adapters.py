@@ -57,7 +57,7 @@ def adapter(folder: Path, config: dict[str, int], modules: Sequence[str], seed: 
 
 
 class Runner:
-    """Asks an engine, at most STREAMS at once; each round is a tenant of its own, so that none finds cached prefixes."""
+    """Asks an engine, STREAMS at once at most; each round is a tenant of its own, to find no prefix cached."""
 
     def __init__(self, engine: PagedEngine) -> None:
         self.engine = engine

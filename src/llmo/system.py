@@ -193,7 +193,8 @@ class System:
         validate({"name": name, "model": model}, AdapterSpec)
         artifact = trained(self.store, self.artifact(model, Kind.MODEL))
         folder = folder_of(self.store, artifact.digest, artifact.ref)
-        addresses = self._replica(self._service(endpoint))
+        up = next((known.address for known in self.endpoints() if known.name == endpoint), None)
+        addresses = up or self._replica(self._service(endpoint))
         base = check_base(self.store, artifact, self.store.endpoints.get(endpoint).model, endpoint)
         for address in addresses.split(","):
             load_adapter(address, folder)
