@@ -35,7 +35,8 @@ class LoadedAdapters:
         if _ABILITY not in self._engine.abilities:
             raise ModelError(
                 f"the {self._engine.name} engine takes no adapters",
-                hint=f"deploy with an engine that does: {', '.join(_able()) or 'none is installed'}",
+                hint="deploy the model as it was trained, or a variant for an engine that takes them: "
+                f"{', '.join(_able()) or 'none is installed'}",
             )
         with self._lock:
             if folder not in self._used:
@@ -52,12 +53,16 @@ class LoadedAdapters:
         now = time.monotonic()
         if now - self._looked < min(_LOOK_SECONDS, self._idle_seconds):
             return
+        if not self._lock.acquire(blocking=False):
+            return  # one is being loaded: there is no hurry
         self._looked = now
-        with self._lock:
+        try:
             self._used |= dict.fromkeys(self._used.keys() & set(busy), now)
             for folder in [folder for folder, used in self._used.items() if now - used > self._idle_seconds]:
                 del self._used[folder]
                 cast(AdapterEngine, self._engine).remove_adapter(folder)
+        finally:
+            self._lock.release()
 
 
 def _able() -> list[str]:

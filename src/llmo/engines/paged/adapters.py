@@ -46,14 +46,14 @@ class Bags:
 class Side:
     """For one group, the rows of prompts: their adapters side by side, and which of them each row sees."""
 
-    down: Tensor  # [layers, in, adapters * parts * rank]
+    down: Tensor  # [layers, adapters * parts * rank, in]
     up: Tensor  # [layers, parts, adapters * rank, out / parts]
     sees: Tensor  # [rows, adapters, 1, 1]
 
     def add(self, layer: int, x: Tensor, out: Tensor) -> None:
         up = self.up[layer]
         rows, adapters, parts = len(x), self.sees.shape[1], len(up)
-        inner = torch.mm(x, self.down[layer]).view(rows, adapters, parts, -1).mul_(self.sees)
+        inner = torch.nn.functional.linear(x, self.down[layer]).view(rows, adapters, parts, -1).mul_(self.sees)
         made = torch.bmm(inner.permute(2, 0, 1, 3).reshape(parts, rows, -1), up)
         out.unflatten(1, (parts, -1)).add_(made.transpose(0, 1))
 
@@ -103,8 +103,9 @@ class Adapters:
         self._lora: dict[str, Lora] = {}
         self._slot: dict[str, int] = {}
         self._ranks = dict.fromkeys(GROUPS, 0)
-        self._down: dict[str, Tensor] = {}
-        self._up: dict[str, Tensor] = {}
+        self._down: dict[str, Tensor] = {}  # [layers, slots, in, parts * rank]
+        self._below: dict[str, Tensor] = {}  # the same as prompts need it, [layers, slots, parts * rank, in]
+        self._up: dict[str, Tensor] = {}  # [layers, slots, parts, rank, out / parts]
         self._layers: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
     def names(self) -> list[str]:
@@ -171,8 +172,8 @@ class Adapters:
         used = self._tensor(sorted(set(rows) - {self._slots}))
         sees = (self._tensor(rows)[:, None] == used).to(self._dtype)[:, :, None, None]
         found = {}
-        for group, down in self._down.items():
-            beside = down.index_select(1, used).transpose(1, 2).flatten(2)
+        for group, down in self._below.items():
+            beside = down.index_select(1, used).flatten(1, 2)
             above = self._up[group].index_select(1, used).transpose(1, 2).flatten(2, 3)
             found[group] = Side(beside, above, sees)
         return found
@@ -220,6 +221,7 @@ class Adapters:
         if rank:
             down.unflatten(2, (up.shape[1], -1))[..., :rank] = lora.down[group]
             up[:, :, :rank] = lora.up[group]
+        self._below[group][:, slot] = down.transpose(1, 2)
 
     def _make_room(self) -> None:
         """New matrices, for a rank grew; slots are filled again when they are needed."""
@@ -230,6 +232,7 @@ class Adapters:
                 shape = (self._config.layers, self._slots + 1)
                 options = {"dtype": self._dtype, "device": self._device}
                 self._down[group] = torch.zeros((*shape, wide, parts * rank), **options)
+                self._below[group] = torch.zeros((*shape, parts * rank, wide), **options)
                 self._up[group] = torch.zeros((*shape, parts, rank, out), **options)
                 self._layers[group] = (
                     list(self._down[group].flatten(1, 2).unbind()),
