@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from llmo.types import Artifact, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs
+from llmo.types import Adapter, Artifact, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs
 
 
 class Api(Protocol):
@@ -64,6 +64,17 @@ class Api(Protocol):
     def endpoints(self) -> list[Endpoint]: ...
 
     def remove_endpoint(self, name: str) -> None: ...
+
+    def adapters(self, endpoint: str) -> list[Adapter]:
+        """What an endpoint answers beside its own model, as `ENDPOINT:NAME`."""
+
+    def add_adapter(self, endpoint: str, name: str, model: str) -> Adapter:
+        """Let a running endpoint answer with the adapter of `model`, a version that was trained with LoRA on what the
+        endpoint serves. Raises ModelError for one that does not fit or does nothing, ConflictError for a name in use.
+        """
+
+    def remove_adapter(self, endpoint: str, name: str) -> None:
+        """Answers that have begun end as they would have."""
 
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         """Answers in the order of the texts."""

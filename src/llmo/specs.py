@@ -184,6 +184,13 @@ class DeploySpec(Spec):
     pinned: bool = Field(False, description="stays up; others are put to sleep when another endpoint needs the room")
 
 
+class AdapterSpec(Spec):
+    """An adapter of an endpoint: `model` names the version that holds it."""
+
+    name: Name
+    model: str
+
+
 def _task(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 

@@ -21,13 +21,15 @@ from llmo.kernel.paging import Usage
 from llmo.kernel.scheduler import Holder, Scheduler, SchedulerLock
 from llmo.kernel.submit import cache_key, submit
 from llmo.plugins import operation
-from llmo.serve.protocol import predict_once
+from llmo.serve.adapters import check_base, folder_of, trained
+from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
 from llmo.specfile import validate
-from llmo.specs import INPUTS, OPERATIONS, DeploySpec, ProjectSpec
+from llmo.specs import INPUTS, OPERATIONS, AdapterSpec, DeploySpec, ProjectSpec
 from llmo.store import Store
+from llmo.store.adapters import taken
 from llmo.store.feedback import parse as parse_feedback
-from llmo.types import Artifact, Device, Endpoint, Event, Feedback, Job, JobState, Key, Kind, Needs, to_json
+from llmo.types import Adapter, Artifact, Device, Endpoint, Event, Feedback, Job, JobState, Key, Kind, Needs, to_json
 
 INPUT_KINDS = {"data": Kind.DATASET, "model": Kind.MODEL, "reference": Kind.MODEL}
 ACTIVE = [state for state in JobState if not state.ended]
@@ -186,6 +188,26 @@ class System:
             self.store.jobs.request_stop(id)
         if not serving or any(endpoint.name == name for endpoint in self.store.endpoints.list()):
             self.store.endpoints.remove(name)  # one that only waits to start has no row yet
+
+    def adapters(self, endpoint: str) -> list[Adapter]:
+        return self.store.adapters.list(self.store.endpoints.get(endpoint).name)
+
+    def add_adapter(self, endpoint: str, name: str, model: str) -> Adapter:
+        if any(known.name == name for known in self.adapters(endpoint)):
+            raise taken(endpoint, name)
+        validate({"name": name, "model": model}, AdapterSpec)
+        artifact = trained(self.store, self.artifact(model, Kind.MODEL))
+        folder = folder_of(self.store, artifact.digest, artifact.ref)
+        up = next((known.address for known in self.endpoints() if known.name == endpoint), None)
+        addresses = up or self._replica(endpoint)
+        base = check_base(self.store, artifact, self.store.endpoints.get(endpoint).model, endpoint)
+        for address in addresses.split(","):
+            load_adapter(address, folder)
+        return self.store.adapters.add(endpoint, name, model=artifact.digest, model_ref=artifact.ref, base=base)
+
+    def remove_adapter(self, endpoint: str, name: str) -> None:
+        self.store.endpoints.get(endpoint)
+        self.store.adapters.remove(endpoint, name)
 
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         if not texts:

@@ -185,6 +185,18 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA that an endpoint also answers with, as the model `ENDPOINT:NAME`; `base` is what it was trained on."""
+
+    endpoint: str
+    name: str
+    model: str  # digest of the version that holds it
+    model_ref: str
+    base: str  # digest
+    created_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Key:
     """An API key as it is kept: never the secret, only its SHA-256."""
 

@@ -80,6 +80,34 @@ def tiny_chat_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def tiny_adapter(folder: Path, seed: int = 0, *, rank: int = 4, scale: float = 0.15, layers: int = LAYERS) -> Path:
+    """A LoRA of that model in every module, as peft saves it, large enough to change its answers."""
+    wide, narrow = HIDDEN, HIDDEN // HEADS * KV_HEADS
+    sizes = {
+        "self_attn.q_proj": (HIDDEN, wide),
+        "self_attn.k_proj": (HIDDEN, narrow),
+        "self_attn.v_proj": (HIDDEN, narrow),
+        "self_attn.o_proj": (wide, HIDDEN),
+        "mlp.gate_proj": (HIDDEN, INNER),
+        "mlp.up_proj": (HIDDEN, INNER),
+        "mlp.down_proj": (INNER, HIDDEN),
+    }
+    rng = np.random.default_rng(seed)
+    tensors = {
+        f"base_model.model.model.layers.{i}.{name}.lora_{side}.weight": rng.normal(0.0, 1.0, shape).astype(np.float32)
+        * (0.15 if side == "A" else scale)
+        for i in range(layers)
+        for name, (into, out) in sizes.items()
+        for side, shape in (("A", (rank, into)), ("B", (out, rank)))
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    modules = sorted(name.partition(".")[2] for name in sizes)
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules}
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
 def _weights(vocabulary: int, layers: int, seed: int) -> dict[str, np.ndarray]:
     """Large enough that greedy text differs between prompts and does not stand still."""
     wide, narrow = HIDDEN, HIDDEN // HEADS * KV_HEADS

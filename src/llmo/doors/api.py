@@ -73,6 +73,13 @@ class FeedbackBody(Body):
     comment: str = ""
 
 
+class AdapterBody(Body):
+    """`model` is a version that was trained with LoRA on what the endpoint serves; `name` what it is asked for by."""
+
+    name: str
+    model: str
+
+
 class KeyBody(Body):
     owner: Annotated[str, Field(min_length=1, max_length=200)]
     role: str = "predict"
@@ -91,6 +98,7 @@ def create_app(system: System) -> FastAPI:
     _artifacts(app, system)
     _uploads(app, system)
     _machine(app, system)
+    _adapters(app, system)
     _keys(app, system)
     gateway = include_gateway(app, system.store)
     system.usage = gateway.router.use
@@ -310,6 +318,25 @@ def _machine(app: FastAPI, system: System) -> None:
     def remove_endpoint(name: str) -> None:
         """Take an endpoint down and forget it."""
         system.remove_endpoint(name)
+
+
+def _adapters(app: FastAPI, system: System) -> None:
+    writes = [Depends(require("endpoints.write"))]
+
+    @app.get("/v1/endpoints/{name}/adapters", dependencies=[Depends(require("endpoints.read"))])
+    def adapters(name: str) -> Any:
+        """What an endpoint answers beside its own model; each is asked for as the model ENDPOINT:NAME."""
+        return to_json(system.adapters(name))
+
+    @app.post("/v1/endpoints/{name}/adapters", dependencies=writes, status_code=201)
+    def add_adapter(name: str, body: AdapterBody) -> Any:
+        """Let a running endpoint answer with one more adapter."""
+        return to_json(system.add_adapter(name, body.name, body.model))
+
+    @app.delete("/v1/endpoints/{name}/adapters/{adapter}", dependencies=writes, status_code=204)
+    def remove_adapter(name: str, adapter: str) -> None:
+        """Take an adapter away; answers that have begun are finished."""
+        system.remove_adapter(name, adapter)
 
 
 def _feedback(app: FastAPI, system: System, quotas: Quotas) -> None:

@@ -16,7 +16,7 @@ import httpx
 from llmo import sources
 from llmo.doors.talk import refusal
 from llmo.errors import SpecError, UnauthorizedError, UnreachableError
-from llmo.types import Artifact, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs, to_json
+from llmo.types import Adapter, Artifact, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs, to_json
 from llmo.types import from_json as record
 
 PAGE = 1000  # rows, or jobs, that the server sends at most at once
@@ -112,6 +112,16 @@ class Client:
 
     def remove_endpoint(self, name: str) -> None:
         self._request("DELETE", f"/v1/endpoints/{_part(name)}")
+
+    def adapters(self, endpoint: str) -> list[Adapter]:
+        return [record(Adapter, adapter) for adapter in self._get(f"/v1/endpoints/{_part(endpoint)}/adapters")]
+
+    def add_adapter(self, endpoint: str, name: str, model: str) -> Adapter:
+        body = {"name": name, "model": model}
+        return record(Adapter, self._post(f"/v1/endpoints/{_part(endpoint)}/adapters", body))
+
+    def remove_adapter(self, endpoint: str, name: str) -> None:
+        self._request("DELETE", f"/v1/endpoints/{_part(endpoint)}/adapters/{_part(name)}")
 
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         body = {"texts": list(texts)} | ({"logits": True} if logits else {})

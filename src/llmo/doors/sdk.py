@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.errors import SpecError
-from llmo.types import Artifact, Kind
+from llmo.types import Adapter, Artifact, Kind
 
 if TYPE_CHECKING:
     from llmo.doors.gateway import Door
@@ -122,6 +122,19 @@ class Deployed:
         if isinstance(texts, str):
             return self.api.predict(self.name, [texts])[0]
         return self.api.predict(self.name, texts)
+
+    def adapters(self) -> list[Adapter]:
+        """What it answers beside its own model, each as the model `ENDPOINT:NAME` in OpenAI's protocol."""
+        return self.api.adapters(self.name)
+
+    def add_adapter(self, name: str, model: Model) -> Adapter:
+        """Answer with the adapter of a model that was trained with LoRA on what is served, at once and without a
+        restart. Raises ModelError for one that does not fit or does nothing, ConflictError for a name in use."""
+        return self.api.add_adapter(self.name, name, model.artifact.digest)
+
+    def remove_adapter(self, name: str) -> None:
+        """Raises NotFoundError. Answers that have begun are finished."""
+        self.api.remove_adapter(self.name, name)
 
 
 def train(data: Dataset, *, model: str | Path | Model, name: str | None = None, **spec: Any) -> Model:

@@ -136,7 +136,8 @@ class AdapterEngine(GenerationEngine, Protocol):
 
     `add_adapter` takes a folder as peft saves it and raises ConflictError for a name in use, and ModelError for an
     adapter that does not fit the base in every module, or changes nothing. After `remove_adapter` no prompt may name
-    it (NotFoundError where it is not loaded); streams that run with it end as they would have.
+    it (NotFoundError where it is not loaded); streams that run with it end as they would have. Both may be called from
+    any thread while another one steps.
     """
 
     def add_adapter(self, name: str, folder: Path) -> None: ...

@@ -28,6 +28,7 @@ from llmo.errors import (
 )
 from llmo.guard.access import Access, require
 from llmo.guard.limits import BODY_LIMIT, BodyLimit, Quotas
+from llmo.serve.adapters import AdapterTable
 from llmo.serve.body import MAX_TEXTS, PredictBody, parse
 from llmo.serve.http import CLIENT_GONE, UNKNOWN, Handled, gone, read_body, send_json
 from llmo.serve.openai.door import Door
@@ -234,7 +235,7 @@ def include_gateway(
         return {state.value: found.count(state) for state in active}
 
     access, metrics = Access(store.keys.find), Metrics()
-    router = Router(store.endpoints.list, want=store.endpoints.want, woken=metrics.woken)
+    router = Router(store.endpoints.list, AdapterTable(store).load, want=store.endpoints.want, woken=metrics.woken)
     gateway = Gateway(router, access, metrics=metrics, quotas=quotas, jobs=jobs, body_limit=body_limit)
     app.state.access = access
     app.add_exception_handler(LLMOError, _on_error)

@@ -18,6 +18,7 @@ from llmo.errors import DeadlineError, InputError, JobFailed, LLMOError, ModelEr
 from llmo.serve.answer import AnswerText, TokenPieces
 from llmo.serve.ask import Ask, Input, Message
 from llmo.serve.calls import Call, Part, Stream, Usage
+from llmo.serve.loaded import LoadedAdapters
 from llmo.serve.paces import Paces
 from llmo.serve.waiting import PromptQueue
 
@@ -50,7 +51,8 @@ class GenerationPipeline:
     """Bounded, fair between tenants, and fair to each call: what is wrong with one fails that one only.
 
     `queue` bounds what waits (see PromptQueue), `streams` what the engine works on; `takes_tools` says whether the
-    model's template prints tools. `submit`, `cancel`, `expire` and `stats` may be called from any thread.
+    model's template prints tools. `submit`, `cancel`, `expire`, `load_adapter` and `stats` may be called from any
+    thread.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class GenerationPipeline:
         self._tokenizer = tokenizer
         self._engine = engine
         self._load = load
+        self._adapters = LoadedAdapters(engine)
         self._most = streams
         self._takes_tools = takes_tools
         self.paces = Paces()
@@ -132,8 +135,13 @@ class GenerationPipeline:
         """Answer every call whose deadline has passed and that has not begun, or is strict."""
         with self._changed:
             late = [c for c in self._calls if c.deadline <= now and (c.strict or not c.begun)]
+            self._adapters.give_back({c.adapter for c in self._calls if c.adapter is not None})
         for call in late:
             self._end(call, DeadlineError("the deadline passed before the answer was ready", hint="allow it more time"))
+
+    def load_adapter(self, folder: str) -> None:
+        """Have an adapter in the engine before it is asked for. Raises ModelError for one that does not fit."""
+        self._adapters.need(folder)
 
     def drain(self, timeout: float) -> bool:
         """Refuse new calls and wait until the accepted ones are answered; False when some were not in time."""
@@ -186,6 +194,8 @@ class GenerationPipeline:
                     return
                 call = self._queue.take_call()
             try:
+                if call.adapter is not None:
+                    self._adapters.need(call.adapter)
                 prompts = [self._ids_of(one, call.ask) for one in call.ask.inputs]
             except LLMOError as error:
                 self._end(call, error)

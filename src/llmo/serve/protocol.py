@@ -2,10 +2,11 @@
 
 On connection the replica says hello: `{"hello": 1, "deadline_seconds": s}`. Then, multiplexed by `id`:
 `{"id", "op": "predict", "texts", "deadline" (unix seconds or null), "logits", "tenant"}` is answered
-`{"id", "answers": [...]}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant"}` is answered
-`{"id", "delta": [Part.to_json(), ...]}` any number of times and then `{"id", "done": Usage.to_json()}`; either may be
-answered `{"id", "error": LLMOError.to_json()}`, which ends it. `{"op": "cancel", "id"}` has no answer;
-`{"id", "op": "stats"}` is answered `{"id", "stats": {...}}`.
+`{"id", "answers": [...]}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant", "adapter" (its folder,
+or null)}` is answered `{"id", "delta": [Part.to_json(), ...]}` any number of times and then
+`{"id", "done": Usage.to_json()}`; either may be answered `{"id", "error": LLMOError.to_json()}`, which ends it.
+`{"op": "cancel", "id"}` has no answer; `{"id", "op": "stats"}` is answered `{"id", "stats": {...}}`, and
+`{"id", "op": "adapter", "folder"}`, which loads one, `{"id", "loaded": folder}` or an error.
 """
 
 from __future__ import annotations
@@ -226,24 +227,33 @@ def predict_once(
     Raises UnreachableError when it is not there or goes away, DeadlineError after `timeout` seconds, and what
     the replica raises.
     """
-    body = {"id": 1, "op": "predict", "texts": list(texts), "deadline": time.time() + timeout, "logits": logits}
+    body = {"op": "predict", "texts": list(texts), "deadline": time.time() + timeout, "logits": logits}
+    answers: list[dict[str, Any]] = _once(address, body, timeout)["answers"]
+    return answers
+
+
+def load_adapter(address: str, folder: str, *, timeout: float = 60.0) -> None:
+    """Have a replica load the adapter in `folder`. Raises as `predict_once`, and what the replica says against it."""
+    _once(address, {"op": "adapter", "folder": folder}, timeout)
+
+
+def _once(address: str, body: Mapping[str, Any], timeout: float) -> dict[str, Any]:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(timeout)
             connection.connect(socket_path(address))
             with connection.makefile("rwb") as stream:
                 _read_frame(stream.read)  # the hello
-                stream.write(frame(body))
+                stream.write(frame({"id": 1, **body}))
                 stream.flush()
                 answer = _read_frame(stream.read)
     except TimeoutError:
-        raise DeadlineError("the replica did not answer in time", hint="send fewer texts at once") from None
+        raise DeadlineError("the replica did not answer in time", hint="ask for less at once") from None
     except OSError as error:
         raise UnreachableError(f"no replica answers at {address}: {error}", hint="see `llmo endpoints`") from None
     if "error" in answer:
         raise from_json(answer["error"])
-    answers: list[dict[str, Any]] = answer["answers"]
-    return answers
+    return answer
 
 
 def _read_frame(read: Callable[[int], bytes]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 
 from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
 from llmo.kernel.paging import Use
+from llmo.serve.adapters import Ready
 from llmo.serve.ask import Ask
 from llmo.serve.protocol import Link, ReplicaGone
 from llmo.serve.stream import Stream
 from llmo.serve.waking import Waking, patience
-from llmo.types import Endpoint
+from llmo.types import Adapter, Endpoint
 
 T = TypeVar("T")
 
@@ -95,6 +96,7 @@ class Target:
 
     endpoint: Endpoint
     replicas: tuple[Replica, ...]
+    adapters: Mapping[str, Ready]
 
     @property
     def model(self) -> str:
@@ -112,21 +114,24 @@ class _Asked:
 class Router:
     """Sends a call to the replica of an endpoint that has the fewest outstanding.
 
-    `load` reads the endpoints (`store.endpoints.list`); it is called in a thread, every `refresh_seconds` and
-    when a replica has gone. An endpoint's `address` may hold several, separated by commas. A replica that left
-    the table is closed once its last call is answered, so a swap fails nobody. Calls to an endpoint that is asleep
-    wait for it; `want` says in that thread that it is to wake, and `woken` is told when it did, after how many seconds.
+    `load` reads the endpoints (`store.endpoints.list`), and `adapters` what else they answer with
+    (`AdapterTable.load`), in a thread, every `refresh_seconds` and when a replica has gone. An endpoint's `address`
+    may hold several, separated by commas. A replica that left the table is closed once its last call is answered, so
+    a swap fails nobody. Calls to an endpoint that is asleep wait for it; `want` says in that thread that it is to
+    wake, and `woken` is told when it did, after how many seconds.
     """
 
     def __init__(
         self,
         load: Callable[[], Sequence[Endpoint]],
+        adapters: Callable[[Sequence[Endpoint]], Mapping[str, Mapping[str, Ready]]] = lambda _: {},
         *,
         refresh_seconds: float = 0.2,
         want: Callable[[str], None] = lambda name: None,
         woken: Callable[[str, float], None] = lambda name, seconds: None,
     ) -> None:
         self._load = load
+        self._load_adapters = adapters
         self._want = want
         self._waking = Waking(want, woken)
         self._asked: dict[str, _Asked] = {}
@@ -162,7 +167,7 @@ class Router:
             if self._began > asked:
                 return
             began = time.monotonic()
-            self._apply(await asyncio.to_thread(self._read))
+            self._apply(*await asyncio.to_thread(self._read))
             self._began = began
             self.ready = True
 
@@ -177,6 +182,44 @@ class Router:
     def endpoints(self) -> list[Endpoint]:
         """What the table holds, by name."""
         return [self._table[name].endpoint for name in sorted(self._table)]
+
+    def adapters(self, name: str) -> list[Adapter]:
+        """What an endpoint also answers with, by name; nothing for one that is not in the table."""
+        target = self._table.get(name)
+        return [] if target is None else [ready.adapter for _, ready in sorted(target.adapters.items())]
+
+    async def find(self, model: str) -> tuple[str, str | None]:
+        """The endpoint, and its adapter if it is one, that `model` names: ENDPOINT, ENDPOINT:ADAPTER, or the version
+        NAME@VERSION of either. Raises NotFoundError."""
+        found = self._named(model)
+        if found is None:
+            await self._refresh_quietly()
+            found = self._named(model)
+        if found is not None:
+            return found
+        name, colon, adapter = model.partition(":")
+        known = self._table[name].adapters if colon and name in self._table else None
+        if known is None:
+            await self._find(name)
+        raise NotFoundError(
+            f"the endpoint '{name}' has no adapter '{adapter}'{nearest(adapter, sorted(known or ()))}",
+            hint=f"it has: {', '.join(sorted(known)) if known else 'none'}",
+        )
+
+    def _named(self, model: str) -> tuple[str, str | None] | None:
+        if model in self._table:
+            return model, None
+        name, colon, adapter = model.partition(":")
+        if colon:
+            target = self._table.get(name)
+            return (name, adapter) if target is not None and adapter in target.adapters else None
+        for name, target in sorted(self._table.items()):
+            if target.endpoint.model_ref == model:
+                return name, None
+            for ready in target.adapters.values():
+                if ready.adapter.model_ref == model:
+                    return name, ready.adapter.name
+        return None
 
     async def endpoint(self, name: str) -> Endpoint:
         """Raises NotFoundError."""
@@ -200,12 +243,26 @@ class Router:
         model, answers = await self._ask(name, lambda replica: replica.call(body), len(texts), deadline)
         return Reply(model, answers)
 
-    async def generate(self, name: str, ask: Ask, *, tenant: str = "", deadline: float | None = None) -> Generating:
-        """The beginning of an answer of the endpoint's model. Raises as `predict`; once it has begun, a replica that
-        goes ends the stream with ReplicaGone, for nobody else can go on with it."""
+    async def generate(
+        self, name: str, ask: Ask, *, adapter: str | None = None, tenant: str = "", deadline: float | None = None
+    ) -> Generating:
+        """The beginning of an answer of the endpoint's model, or of one of its adapters. Raises as `predict`; once it
+        has begun, a replica that goes ends the stream with ReplicaGone, for nobody else can go on with it."""
         body = {"op": "generate", "ask": ask.to_json(), "deadline": deadline, "tenant": tenant}
-        model, stream = await self._ask(name, lambda replica: replica.open(body), ask.choices, deadline)
-        return Generating(model, stream)
+        if adapter is None:
+            answer = await self._ask(name, lambda replica: replica.open(body), ask.choices, deadline)
+            return Generating(*answer)
+        answering: list[Ready] = []
+
+        async def opened(replica: Replica) -> Stream:
+            ready = self._table[name].adapters.get(adapter)  # of the very table that named the replica
+            if ready is None:
+                raise NotFoundError(f"the endpoint '{name}' has no adapter '{adapter}' any more")
+            answering[:] = [ready]
+            return await replica.open({**body, "adapter": ready.folder})
+
+        _, stream = await self._ask(name, opened, ask.choices, deadline)
+        return Generating(answering[0].adapter.model_ref, stream)
 
     async def _ask(
         self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int = 1, deadline: float | None = None
@@ -278,25 +335,26 @@ class Router:
             )
         return target
 
-    def _apply(self, endpoints: Sequence[Endpoint]) -> None:
+    def _apply(self, endpoints: Sequence[Endpoint], adapters: Mapping[str, Mapping[str, Ready]]) -> None:
         table: dict[str, Target] = {}
         for endpoint in endpoints:
             addresses = (endpoint.address or "").split(",") if endpoint.state != "down" else []
             replicas = tuple(self._replicas.setdefault(a, Replica(a)) for a in addresses if a)
-            table[endpoint.name] = Target(endpoint, replicas)
+            table[endpoint.name] = Target(endpoint, replicas, adapters.get(endpoint.name, {}))
         self._table = table
         self._waking.heard({name: target.endpoint for name, target in table.items()})
         used = {r.address for target in table.values() for r in target.replicas}
         for address in [a for a, r in self._replicas.items() if a not in used and r.outstanding == 0]:
             self._replicas.pop(address).close()
 
-    def _read(self) -> Sequence[Endpoint]:
-        """The endpoints; one that fell asleep again before those who wait for it were answered is asked for again."""
+    def _read(self) -> tuple[Sequence[Endpoint], Mapping[str, Mapping[str, Ready]]]:
+        """The endpoints with their adapters; one that fell asleep again before those who wait for it were answered is
+        asked for again."""
         found = self._load()
         for endpoint in found:
             if endpoint.state == "asleep" and endpoint.name in self._waking:
                 self._want(endpoint.name)
-        return found
+        return found, self._load_adapters(found)
 
     async def _keep_fresh(self) -> None:
         while True:

@@ -37,6 +37,12 @@ class Served(Protocol):
     def stats(self) -> dict[str, Any]: ...
 
 
+class Generates(Served, Protocol):
+    """A pipeline that takes adapters."""
+
+    def load_adapter(self, folder: str) -> None: ...
+
+
 class Session(Frames):
     """What every connection does, whatever the model: says hello, hears cancels, tells the numbers.
 
@@ -79,12 +85,17 @@ class Session(Frames):
                     self._pipeline.cancel(call)
             case "stats":
                 self.transport.write(frame({"id": number, "stats": self._pipeline.stats()}))
+            case "adapter":
+                self.load_adapter(number, body["folder"])
             case other:
                 self.transport.write(error_frame(number, InputError(f"a replica does not know '{other}'")))
 
     def call(self, op: str, number: int, body: Mapping[str, Any]) -> Any:
         """The pipeline's call for a frame. Raises LLMOError for one that this model cannot answer."""
         raise NotImplementedError
+
+    def load_adapter(self, number: int, folder: str) -> None:
+        self.transport.write(error_frame(number, InputError("a model that does not generate takes no adapters")))
 
     def answer(self, number: int, data: bytes) -> None:
         """The last frame of a call; nothing is sent for one that was cancelled."""
@@ -127,8 +138,9 @@ class GenerationSession(Session):
     read, it waits here, bounded by what the calls in flight can say and by UNSENT_EVENTS.
     """
 
-    def __init__(self, pipeline: Served, deadline_seconds: float, sessions: set[Session]) -> None:
+    def __init__(self, pipeline: Generates, deadline_seconds: float, sessions: set[Session]) -> None:
         super().__init__(pipeline, deadline_seconds, sessions)
+        self._generating = pipeline
         self._heard: deque[tuple[int, calls.Heard]] = deque()
         self._due = False
         self._paused = False
@@ -156,8 +168,25 @@ class GenerationSession(Session):
         if op == "predict":
             self._whole[number] = []
         return calls.Call(
-            ask, hear, self.deadline(body), strict=body.get("deadline") is not None, tenant=body.get("tenant", "")
+            ask,
+            hear,
+            self.deadline(body),
+            strict=body.get("deadline") is not None,
+            tenant=body.get("tenant", ""),
+            adapter=body.get("adapter"),
         )
+
+    def load_adapter(self, number: int, folder: str) -> None:
+        loading = self._loop.run_in_executor(None, self._generating.load_adapter, folder)
+
+        def tell(done: asyncio.Future[None]) -> None:
+            if done.cancelled() or self.transport.is_closing():
+                return
+            error = done.exception()
+            loaded = frame({"id": number, "loaded": folder})
+            self.transport.write(error_frame(number, error) if isinstance(error, LLMOError) else loaded)
+
+        loading.add_done_callback(tell)
 
     def answer(self, number: int, data: bytes) -> None:
         self._whole.pop(number, None)

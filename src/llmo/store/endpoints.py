@@ -10,8 +10,8 @@ from sqlalchemy.exc import IntegrityError
 
 from llmo.errors import NotFoundError, nearest
 from llmo.store.db import Database
+from llmo.store.schema import adapters, jobs
 from llmo.store.schema import endpoints as table
-from llmo.store.schema import jobs
 from llmo.types import Endpoint
 
 _List = list[Endpoint]
@@ -90,9 +90,10 @@ class Endpoints:
             connection.execute(update(table).where(*here).values(state="waking"))
 
     def remove(self, name: str) -> None:
-        """Raises NotFoundError."""
+        """With its adapters. Raises NotFoundError."""
         with self._db.write() as connection:
             _one(connection, name)
+            connection.execute(delete(adapters).where(adapters.c.endpoint == name))
             connection.execute(delete(table).where(table.c.name == name))
 
 

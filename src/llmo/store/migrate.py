@@ -13,7 +13,7 @@ from llmo.store.db import Database
 from llmo.store.lock import file_lock
 
 # Every revision this code can read, oldest first. Kept here because asking Alembic costs its import.
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 HEAD = REVISIONS[-1]
 
 

@@ -139,6 +139,17 @@ endpoints = Table(
     Column("created_at", Double, nullable=False),
 )
 
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("endpoint", String(100), primary_key=True),
+    Column("name", String(100), primary_key=True),
+    Column("model", String(100), nullable=False),
+    Column("model_ref", Text, nullable=False),
+    Column("base", String(100), nullable=False),
+    Column("created_at", Double, nullable=False),
+)
+
 feedback = Table(
     "feedback",
     metadata,

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Column, Connection, func, select
 
 from llmo.files import make_home
+from llmo.store.adapters import Adapters
 from llmo.store.blobs import Blobs
 from llmo.store.catalog import Catalog
 from llmo.store.db import Database, url_of
@@ -33,6 +34,7 @@ class Store:
         self.events = Events(database)
         self.keys = Keys(database)
         self.endpoints = Endpoints(database)
+        self.adapters = Adapters(database)
         self.feedback = FeedbackLog(database)
 
     @classmethod

@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
 
 
 def chat(
-    endpoint: Annotated[str, typer.Argument(help="The endpoint's name.")],
+    endpoint: Annotated[str, typer.Argument(help="The endpoint, or one of its adapters as ENDPOINT:NAME.")],
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     once: Annotated[str | None, typer.Option(help="One question, then end; '-' reads it from standard input.")] = None,
     settings: Set = None,
@@ -57,7 +57,7 @@ def chat(
 
     given = checked(assignments(settings))
     with closing(flow.connect()) as api:
-        _prepare(api, endpoint)
+        _prepare(api, endpoint.partition(":")[0])
         with gateway(api) as door:
             talk = Chat(api, (door.url, door.key), endpoint, system, given, as_json)
             if once is not None:
@@ -114,6 +114,7 @@ class Chat:
         self._api = api
         self._door = door
         self._endpoint = endpoint
+        self._served = endpoint.partition(":")[0]
         self._system = system
         self._settings = settings
         self._as_json = as_json
@@ -175,7 +176,7 @@ class Chat:
             if answer.text:
                 self._said += [asked[-1], {"role": "assistant", "content": answer.text}]
                 told = {"content": answer.text, **({"model": answer.model} if answer.model else {})}
-                self._last = {"endpoint": self._endpoint, "messages": asked, "answers": [told]}
+                self._last = {"endpoint": self._served, "messages": asked, "answers": [told]}
             if not self._as_json and (answer.text or not stopped):
                 sys.stdout.write("\n")
         self._tell(question, answer, time.monotonic() - began)

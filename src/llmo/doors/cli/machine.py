@@ -11,11 +11,12 @@ from llmo.doors import doctor as doctor_checks
 from llmo.doors import flow
 from llmo.doors.cli.server import endpoints_table
 from llmo.doors.cli.show import Json, ago, console, emit, figure, size, table
+from llmo.errors import InputError
 from llmo.types import Artifact, Kind
 
 
 def register(app: typer.Typer) -> None:
-    for command in (devices, models, endpoints, doctor):
+    for command in (devices, models, endpoints, adapters, doctor):
         app.command()(command)
 
 
@@ -99,6 +100,32 @@ def endpoints(
             api.remove_endpoint(remove)
         found = api.endpoints()
     emit(found, as_json, lambda: console.print(endpoints_table(found)))
+
+
+def adapters(
+    endpoint: Annotated[str, typer.Argument(help="An endpoint that generates.")],
+    add: Annotated[
+        str | None, typer.Option(metavar="NAME=MODEL", help="Answer with the adapter of this model too, at once.")
+    ] = None,
+    remove: Annotated[str | None, typer.Option(help="Take the adapter of this name away.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List an endpoint's adapters; each is asked for as the model ENDPOINT:NAME.
+
+    Example: llmo adapters assistant --add formal=formal@2
+    """
+    name, _, model = (add or "").partition("=")
+    if add is not None and not (name and model):
+        raise InputError(f"'{add}' names no adapter and model", hint="write it like --add formal=formal@2")
+    with closing(flow.connect()) as api:
+        if remove is not None:
+            api.remove_adapter(endpoint, remove)
+        if add is not None:
+            api.add_adapter(endpoint, name, model)
+        found = api.adapters(endpoint)
+    rows = [(f"{a.endpoint}:{a.name}", a.model_ref, ago(a.created_at)) for a in found]
+    empty = f"no adapters; add one with: llmo adapters {endpoint} --add NAME=MODEL"
+    emit(found, as_json, lambda: table("", ["model", "version", "added"], rows, empty=empty))
 
 
 def doctor(as_json: Json = False) -> None:

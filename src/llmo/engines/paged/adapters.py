@@ -1,13 +1,16 @@
 """LoRA adapters over one base: each checked when it is loaded, and any number of them mixed in one batch.
 
-The adapters of a step lie side by side as one wide adapter, each row of the batch seeing only its own part: two
-products a layer, however many adapters there are. Parts of other adapters are multiplied by zero, which is exact, so
-an answer is the same alone and in a mixed batch.
+Adapters that run hold a slot each. A token of an answer gathers the rows of its own adapter and sums them up, which is
+what a bag of embeddings does: no row of the batch sees another, and the cost is that of one adapter a row. The tokens
+of prompts are many and of few adapters: at half precision the adapters of all prompts lie side by side as one, each row
+seeing only its own part. Parts of others are multiplied by zero, which is exact. So an answer is the same alone and in
+a mixed batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,38 +19,94 @@ from torch import Tensor
 
 from llmo.engines.paged.config import Config
 from llmo.engines.paged.lora import GROUPS, Lora, group_sizes, read_lora
+from llmo.engines.paged.stream import Piece
 from llmo.errors import ConflictError, NotFoundError
+
+LEAST_ROWS = 2  # of a product whose rows are to be the same in any number of rows: see linear.py
+_STEP = 2  # of ranks: half-precision products sum up in pairs
+
+
+@dataclass(frozen=True, slots=True)
+class Bags:
+    """For one group, the rows of answers: what each gathers from the slots of each layer, and where each bag begins."""
+
+    down: Sequence[Tensor]  # of each layer, [slots * in, parts * rank]
+    down_rows: Tensor
+    down_starts: Tensor
+    up: Sequence[Tensor]  # of each layer, [slots * parts * rank, out / parts]
+    up_rows: Tensor
+    up_starts: Tensor
+
+    def add(self, layer: int, x: Tensor, out: Tensor) -> None:
+        inner = _bag(self.down[layer], self.down_rows, self.down_starts, x)
+        out.add_(_bag(self.up[layer], self.up_rows, self.up_starts, inner).view(out.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """For one group, the rows of prompts: their adapters side by side, and which of them each row sees."""
+
+    down: Tensor  # [layers, adapters * parts * rank, in]
+    up: Tensor  # [layers, parts, adapters * rank, out / parts]
+    sees: Tensor  # [rows, adapters, 1, 1]
+
+    def add(self, layer: int, x: Tensor, out: Tensor) -> None:
+        up = self.up[layer]
+        rows, adapters, parts = len(x), self.sees.shape[1], len(up)
+        inner = torch.nn.functional.linear(x, self.down[layer]).view(rows, adapters, parts, -1).mul_(self.sees)
+        made = torch.bmm(inner.permute(2, 0, 1, 3).reshape(parts, rows, -1), up)
+        out.unflatten(1, (parts, -1)).add_(made.transpose(0, 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """The adapters of one step: wide matrices of all layers, and which columns each row may see."""
+    """The adapters of one step: those of prompts in the rows up to `sides_end`, those of answers from `start` to
+    `stop`."""
 
-    down: Mapping[str, Tensor]  # [layers, width, in]
-    up: Mapping[str, Tensor]  # [layers, width, out]
-    sees: Mapping[str, Tensor]  # [rows, width]
+    sides: Mapping[str, Side]
+    sides_end: int
+    bags: Mapping[str, Bags]
+    start: int
+    stop: int
 
     def add(self, layer: int, group: str, x: Tensor, out: Tensor) -> None:
         """Add to `out` (`[rows, out]`, in place) what each row's adapter makes of `x` (`[rows, in]`)."""
-        seen = torch.nn.functional.linear(x, self.down[group][layer]).mul_(self.sees[group])
-        out.add_(torch.mm(seen, self.up[group][layer]))
+        if group in self.sides:
+            self.sides[group].add(layer, x[: self.sides_end], out[: self.sides_end])
+        bags = self.bags.get(group)
+        if bags is not None and self.stop - self.start == len(x):
+            bags.add(layer, x, out)
+        elif bags is not None:
+            bags.add(layer, x[self.start : self.stop], out[self.start : self.stop])
+
+
+def _bag(matrix: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """The sums of `matrix[rows]` times `weights`, one for every start."""
+    summed: Tensor = torch._embedding_bag_forward_only(matrix, rows, starts, False, 0, False, weights.view(-1), True)[0]
+    return summed
 
 
 class Adapters:
-    """Adapters by name. A removed one stays as long as a stream uses it; a name that comes back is another one."""
+    """Adapters by name. A removed one stays as long as a stream uses it; a name that comes back is another one.
+
+    `add`, `remove`, `names` and `key` may be called from any thread; the rest is the engine's own.
+    """
 
     def __init__(self, config: Config, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self._config = config
-        self._slots = 1 << (slots - 1).bit_length()
-        self._step = 16 if dtype == torch.float32 else 2  # of ranks: MKL's products are steady only at such widths
+        self._sizes = group_sizes(config)
+        self._slots = slots
         self._dtype, self._device = dtype, device
+        self._lock = threading.Lock()
         self._loaded = 0
         self._key: dict[str, str] = {}
         self._lora: dict[str, Lora] = {}
         self._slot: dict[str, int] = {}
         self._ranks = dict.fromkeys(GROUPS, 0)
-        self._down: dict[str, Tensor] = {}
-        self._up: dict[str, Tensor] = {}
+        self._down: dict[str, Tensor] = {}  # [layers, slots, in, parts * rank]
+        self._below: dict[str, Tensor] = {}  # the same as prompts need it, [layers, slots, parts * rank, in]
+        self._up: dict[str, Tensor] = {}  # [layers, slots, parts, rank, out / parts]
+        self._layers: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
     def names(self) -> list[str]:
         return sorted(self._key)
@@ -58,66 +117,128 @@ class Adapters:
 
     def add(self, name: str, folder: Path) -> None:
         """Raises ConflictError for a name in use, ModelError for an adapter that does not fit or does nothing."""
-        if name in self._key:
-            raise ConflictError(f"an adapter named '{name}' is loaded", hint="remove it first, or take another name")
         lora = read_lora(folder, self._config, self._dtype, self._device)
-        self._loaded += 1
-        key = f"{name}#{self._loaded}"
-        self._key[name], self._lora[key] = key, lora
-        ranks = {g: max(rank, -(-lora.rank(g) // self._step) * self._step) for g, rank in self._ranks.items()}
+        with self._lock:
+            if name in self._key:
+                raise ConflictError(
+                    f"an adapter named '{name}' is loaded", hint="remove it first, or take another name"
+                )
+            self._loaded += 1
+            key = f"{name}#{self._loaded}"
+            self._lora[key] = lora
+            self._key[name] = key
+
+    def remove(self, name: str) -> None:
+        """Forget the name; streams that run with it keep it. Raises NotFoundError."""
+        with self._lock:
+            if self._key.pop(name, None) is None:
+                raise NotFoundError(f"no adapter named '{name}'", hint=f"loaded: {', '.join(self.names()) or 'none'}")
+
+    def drop(self, used: Iterable[str | None]) -> None:
+        """Free what has no name any more, except for the keys `used` by streams."""
+        if len(self._lora) > len(self._key):
+            with self._lock:
+                for key in self._lora.keys() - self._key.values() - set(used):
+                    del self._lora[key]
+
+    def mix(self, pieces: Sequence[Piece]) -> Mixed | None:
+        """What a step of these pieces, prompts first, needs; None where no piece has an adapter."""
+        wanted = {piece.stream.adapter for piece in pieces if piece.stream.adapter is not None}
+        if not wanted:
+            return None
+        with self._lock:
+            self._place({key: self._lora[key] for key in wanted})
+        slots = {None: self._slots} | self._slot  # the one beyond them is empty
+        rows = [
+            (slots[p.stream.adapter], p.of_prompt and self._dtype != torch.float32)
+            for p in pieces
+            for _ in range(p.count)
+        ]
+        prompts = [slot for slot, of_prompt in rows if of_prompt]
+        answers = [slot for slot, of_prompt in rows if not of_prompt]
+        start = len(prompts)
+        while answers and answers[-1] == self._slots:
+            answers.pop()
+        if any(slot != self._slots for slot in prompts):
+            prompts += [self._slots] * (LEAST_ROWS - len(prompts))
+        else:
+            prompts = []
+        sides = self._sides(prompts) if prompts else {}
+        bags = self._bags(answers) if answers else {}
+        return Mixed(sides, len(prompts), bags, start, start + len(answers))
+
+    def _sides(self, rows: Sequence[int]) -> dict[str, Side]:
+        """For prompts whose rows have these slots."""
+        used = self._tensor(sorted(set(rows) - {self._slots}))
+        sees = (self._tensor(rows)[:, None] == used).to(self._dtype)[:, :, None, None]
+        found = {}
+        for group, down in self._below.items():
+            beside = down.index_select(1, used).flatten(1, 2)
+            above = self._up[group].index_select(1, used).transpose(1, 2).flatten(2, 3)
+            found[group] = Side(beside, above, sees)
+        return found
+
+    def _bags(self, rows: Sequence[int]) -> dict[str, Bags]:
+        """For answers whose rows have these slots."""
+        own = self._tensor(rows)[:, None]
+        found = {}
+        for group, (wide, parts, _) in self._sizes.items():
+            rank = self._ranks[group]
+            if rank:
+                down, up = ((own * of + self._count(of)).flatten() for of in (wide, parts * rank))
+                starts = self._count(len(rows) * parts + 1)
+                layers = self._layers[group]
+                found[group] = Bags(layers[0], down, starts[: len(rows) + 1] * wide, layers[1], up, starts * rank)
+        return found
+
+    def _count(self, end: int) -> Tensor:
+        return torch.arange(end, dtype=torch.int32, device=self._device)
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self._device)
+
+    def _place(self, wanted: Mapping[str, Lora]) -> None:
+        """Give each wanted adapter a slot, and fill those that are new."""
+        ranks = {g: max(rank, *(_even(lora.rank(g)) for lora in wanted.values())) for g, rank in self._ranks.items()}
         if ranks != self._ranks:
             self._ranks = ranks
             self._make_room()
+        kept = {key: slot for key, slot in self._slot.items() if key in wanted}
+        held = {slot: key for key, slot in self._slot.items()}
+        free = sorted(set(range(self._slots)) - set(kept.values()), key=lambda slot: (slot in held, slot))
+        for key, slot in zip(sorted(wanted.keys() - kept.keys()), free, strict=False):
+            self._slot.pop(held.get(slot, ""), None)
+            self._slot[key] = slot
+            for group in self._down:
+                self._fill(group, slot, wanted[key])
 
-    def remove(self, name: str, used: frozenset[str]) -> None:
-        """Forget the name. `used` are the keys of running streams, which keep theirs; those of no one are dropped."""
-        if self._key.pop(name, None) is None:
-            raise NotFoundError(f"no adapter named '{name}'", hint=f"loaded: {', '.join(self.names()) or 'none'}")
-        keep = used | set(self._key.values())
-        self._lora = {key: lora for key, lora in self._lora.items() if key in keep}
-        self._slot = {key: slot for key, slot in self._slot.items() if key in keep}
-
-    def mix(self, keys: Sequence[str | None], counts: Sequence[int], pad: int) -> Mixed | None:
-        """What a step needs whose pieces of `counts` rows belong to `keys`, and then `pad` rows of filling; None where
-        no piece has an adapter."""
-        wanted = {key for key in keys if key is not None}
-        if not wanted:
-            return None
-        parts = 1 << (self._place(wanted) - 1).bit_length()
-        slots = [-1 if key is None else self._slot[key] for key in keys] + [-1]
-        own = torch.tensor(slots).repeat_interleave(torch.tensor([*counts, pad])).to(self._device)
-        used = [group for group in GROUPS if self._ranks[group]]
-        columns = {group: torch.arange(parts * self._ranks[group], device=self._device) for group in used}
-        return Mixed(
-            down={group: self._down[group][:, : len(columns[group])] for group in used},
-            up={group: self._up[group][:, : len(columns[group])] for group in used},
-            sees={g: (columns[g][None] // self._ranks[g] == own[:, None]).to(self._dtype) for g in used},
-        )
-
-    def _place(self, wanted: set[str]) -> int:
-        """Give each wanted adapter a slot, the lowest that no other needs now; the number of slots to look at."""
-        high = max((self._slot[key] for key in wanted if key in self._slot), default=0) + 1
-        if high >= 4 * len(wanted):
-            self._slot.clear()  # few are left of many: move them down, where a step costs less
-        free = iter(sorted(set(range(self._slots)) - {self._slot[key] for key in wanted if key in self._slot}))
-        for key in sorted(wanted - self._slot.keys()):
-            slot = next(free)
-            self._slot = {other: place for other, place in self._slot.items() if place != slot} | {key: slot}
-            for group, rank in self._ranks.items():
-                if rank:
-                    self._fill(group, slice(slot * rank, (slot + 1) * rank), self._lora[key])
-        return max(self._slot[key] for key in wanted) + 1
-
-    def _fill(self, group: str, place: slice, lora: Lora) -> None:
-        for matrix, parts in ((self._down[group], lora.down), (self._up[group], lora.up)):
-            matrix[:, place] = 0
-            if group in parts:
-                matrix[:, place][:, : lora.rank(group)] = parts[group]
+    def _fill(self, group: str, slot: int, lora: Lora) -> None:
+        down, up = self._down[group][:, slot], self._up[group][:, slot]
+        rank = lora.rank(group)
+        if rank < self._ranks[group]:
+            down.zero_()
+            up.zero_()
+        if rank:
+            down.unflatten(2, (up.shape[1], -1))[..., :rank] = lora.down[group]
+            up[:, :, :rank] = lora.up[group]
+        self._below[group][:, slot] = down.transpose(1, 2)
 
     def _make_room(self) -> None:
-        """New wide matrices, for a rank grew; slots are filled again when they are needed."""
+        """New matrices, for a rank grew; slots are filled again when they are needed."""
         self._slot.clear()
-        for group, (wide, out) in group_sizes(self._config).items():
-            shape = (self._config.layers, self._slots * self._ranks[group])
-            self._down[group] = torch.zeros((*shape, wide), dtype=self._dtype, device=self._device)
-            self._up[group] = torch.zeros((*shape, out), dtype=self._dtype, device=self._device)
+        for group, (wide, parts, out) in self._sizes.items():
+            rank = self._ranks[group]
+            if rank:
+                shape = (self._config.layers, self._slots + 1)
+                options = {"dtype": self._dtype, "device": self._device}
+                self._down[group] = torch.zeros((*shape, wide, parts * rank), **options)
+                self._below[group] = torch.zeros((*shape, parts * rank, wide), **options)
+                self._up[group] = torch.zeros((*shape, parts, rank, out), **options)
+                self._layers[group] = (
+                    list(self._down[group].flatten(1, 2).unbind()),
+                    list(self._up[group].flatten(1, 3).unbind()),
+                )
+
+
+def _even(rank: int) -> int:
+    return -(-rank // _STEP) * _STEP

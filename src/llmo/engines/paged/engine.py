@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from llmo.engines.generation import GenerationOptions, Prompt, Sampling
-from llmo.engines.paged.adapters import Adapters
+from llmo.engines.paged.adapters import LEAST_ROWS, Adapters
 from llmo.engines.paged.attention import Cache
 from llmo.engines.paged.batching import Batching, card_precision, check_options
 from llmo.engines.paged.blocks import BLOCK, Blocks
@@ -67,7 +67,7 @@ class PagedEngine(Batching):
     def remove_adapter(self, name: str) -> None:
         """Take no more prompts for it; streams that run with it end as they would have. Raises NotFoundError."""
         self._check_open()
-        self._adapters.remove(name, frozenset(s.adapter for s in self._streams.values() if s.adapter is not None))
+        self._adapters.remove(name)
 
     def close(self) -> None:
         if self._running:
@@ -104,11 +104,9 @@ class PagedEngine(Batching):
         return np.concatenate(found)
 
     def _hidden(self, ids: Sequence[int], pieces: Sequence[Piece], cache: Cache) -> torch.Tensor:
-        adapters = [piece.stream.adapter for piece in pieces]
-        pad = max(0, self._model.least_rows - len(ids))
-        if any(adapters) and self._model.dtype == torch.float32:
-            pad = -len(ids) % 16  # MKL's products, which the adapters go through, are steady only in such steps
-        mixed = self._adapters.mix(adapters, [piece.count for piece in pieces], pad)
+        self._adapters.drop(stream.adapter for stream in self._streams.values())
+        mixed = self._adapters.mix(pieces)
+        pad = max(0, (self._model.least_rows if mixed is None else LEAST_ROWS) - len(ids))
         return self._model.hidden(self._tensor([*ids, *[0] * pad]), cache, cache.batch(pieces, pad), mixed)
 
     def _adapter(self, name: str | None) -> str | None:

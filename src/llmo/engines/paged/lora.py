@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,20 +35,26 @@ _PLAIN = {
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Per group of fused modules, for all layers at once: `down` `[layers, rank, in]`, `up` `[layers, rank, out]`, the
-    scale within `up`. The rank of a group is the sum of its modules'."""
+    """Per group of fused modules, for all layers at once: `down` `[layers, in, parts, rank]`, `up` `[layers, parts,
+    rank, out]`, the scale within `up`. Each part reaches its own outputs; where modules differ in size they are one
+    part, whose rank is the sum of theirs."""
 
     down: Mapping[str, Tensor]
     up: Mapping[str, Tensor]
 
     def rank(self, group: str) -> int:
-        return self.down[group].shape[1] if group in self.down else 0
+        return self.down[group].shape[3] if group in self.down else 0
 
 
-def group_sizes(config: Config) -> dict[str, tuple[int, int]]:
-    """Features in and out of each group."""
+def group_sizes(config: Config) -> dict[str, tuple[int, int, int]]:
+    """Features in, parts, and features out of each part, of each group."""
     sizes = _sizes(config)
-    return {group: (sizes[names[0]][0], sum(sizes[name][1] for name in names)) for group, names in GROUPS.items()}
+    found = {}
+    for group, names in GROUPS.items():
+        outs = [sizes[name][1] for name in names]
+        parts = len(outs) if len(set(outs)) == 1 else 1
+        found[group] = (sizes[names[0]][0], parts, sum(outs) // parts)
+    return found
 
 
 def read_lora(folder: Path, config: Config, dtype: torch.dtype, device: torch.device) -> Lora:
@@ -56,16 +62,19 @@ def read_lora(folder: Path, config: Config, dtype: torch.dtype, device: torch.de
     changes nothing."""
     settings = _settings(folder)
     tensors = _tensors(folder)
-    scale = _scale(settings, folder)
+    rank, scale = _scale(settings, folder)
     layers = range(config.layers)
     modules = _modules(tensors, settings, config, folder)
     down, up = {}, {}
-    for group, names in GROUPS.items():
-        present = [name for name in names if name in modules]
+    for group, (_, parts, _) in group_sizes(config).items():
+        present = [name for name in GROUPS[group] if name in modules]
         if present:
-            parts = [_fused(tensors, layer, group, present, config, folder) for layer in layers]
-            down[group] = torch.stack([part[0] for part in parts]).to(device, dtype)
-            up[group] = torch.stack([part[1] * scale for part in parts]).to(device, dtype)
+            names = GROUPS[group] if parts > 1 else present
+            fused = [_fused(tensors, layer, group, names, rank, config, folder) for layer in layers]
+            below = torch.stack([pair[0] for pair in fused]).to(device, dtype)
+            down[group] = below.unflatten(1, (parts, -1)).permute(0, 3, 1, 2).contiguous()
+            above = torch.stack([pair[1] for pair in fused]) * scale
+            up[group] = above.to(device, dtype).unflatten(1, (parts, -1))
     if not any((down[group].any() and up[group].any()) for group in down):
         raise _unfit("the adapter changes nothing: its matrices are zero", folder, "train it before it is deployed")
     return Lora(down, up)
@@ -75,28 +84,36 @@ def _fused(
     tensors: Mapping[tuple[int, str, str], Tensor],
     layer: int,
     group: str,
-    names: list[str],
+    names: Sequence[str],
+    rank: int,
     config: Config,
     folder: Path,
 ) -> tuple[Tensor, Tensor]:
-    """One layer's `down` and `up` of a group: modules one below the other, each reaching only its own outputs."""
+    """One layer's `down` `[ranks, in]` and `up` `[ranks, out]` of a group: modules one below the other, each reaching
+    only its own outputs. A module that the adapter leaves alone is zero."""
     sizes = _sizes(config)
+    parts = group_sizes(config)[group][1]
     downs, ups = [], []
     for name in names:
         wide, out = sizes[name]
-        a, b = tensors[layer, name, "A"], tensors[layer, name, "B"]
-        if a.shape != (a.shape[0], wide) or b.shape != (out, a.shape[0]):
+        a = tensors.get((layer, name, "A"), torch.zeros(rank, wide))
+        b = tensors.get((layer, name, "B"), torch.zeros(out, rank))
+        if a.shape != (rank, wide) or b.shape != (out, rank):
             raise _unfit(
-                f"layer {layer}'s {name} is {list(b.shape)} x {list(a.shape)}, the base has {out} x {wide}", folder
+                f"layer {layer}'s {name} is {list(b.shape)} x {list(a.shape)}, it should be {out} x {rank} x {wide}",
+                folder,
             )
         if not torch.isfinite(a.sum() + b.sum()):
             raise _unfit(f"layer {layer}'s {name} is not finite", folder)
         if name in ("q_proj", "k_proj"):
             b = config.paired(b)
-        before = sum(sizes[other][1] for other in GROUPS[group][: GROUPS[group].index(name)])
-        after = group_sizes(config)[group][1] - before - out
         downs.append(a)
-        ups.append(torch.nn.functional.pad(b.T, (before, after)))
+        if parts > 1:
+            ups.append(b.T)
+            continue
+        outs = [sizes[other][1] for other in GROUPS[group]]
+        place = GROUPS[group].index(name)
+        ups.append(torch.nn.functional.pad(b.T, (sum(outs[:place]), sum(outs[place + 1 :]))))
     return torch.cat(downs), torch.cat(ups)
 
 
@@ -130,10 +147,11 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _scale(settings: Mapping[str, Any], folder: Path) -> float:
+def _scale(settings: Mapping[str, Any], folder: Path) -> tuple[int, float]:
+    """The rank of every module, and the factor of its product."""
     try:
-        rank, alpha = float(settings["r"]), float(settings["lora_alpha"])
-        return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+        return rank, alpha / (rank**0.5 if settings.get("use_rslora") else rank)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise _unfit(f"adapter_config.json lacks its rank or alpha: {error}", folder) from error
 

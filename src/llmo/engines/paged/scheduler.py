@@ -61,7 +61,7 @@ class Scheduler:
         """Note that a piece's keys and values are in the cache, and let others find its full blocks."""
         stream = piece.stream
         first, stream.done = piece.start // self._size, piece.start + piece.count
-        shared = stream.done if self._share_answers else min(stream.done, stream.asked)
+        shared = stream.done if self._shares_answer(stream) else min(stream.done, stream.asked)
         for index in range(first, shared // self._size):
             self._blocks.publish(stream.blocks[index], stream.key_of(index))
 
@@ -93,7 +93,7 @@ class Scheduler:
     def _match(self, stream: Stream) -> None:
         """Take over full blocks that hold the stream's next tokens already; the last token is always computed."""
         limit = len(stream.ids) - 1
-        if not self._share_answers:
+        if not self._shares_answer(stream):
             limit = min(limit, stream.asked)
         while stream.done == len(stream.blocks) * self._size and stream.done + self._size <= limit:
             block = self._blocks.share(stream.key_of(stream.done // self._size))
@@ -103,6 +103,10 @@ class Scheduler:
             stream.done += self._size
             if len(stream.ids) == stream.asked:
                 stream.cached += self._size
+
+    def _shares_answer(self, stream: Stream) -> bool:
+        """With an adapter, tokens of an answer are not computed as those of a prompt are."""
+        return self._share_answers and stream.adapter is None
 
     def _missing(self, stream: Stream) -> int:
         """Blocks it still lacks for the tokens it has now."""

@@ -26,7 +26,7 @@ from llmo.serve.openai.request import Shape, Wanted, model_of
 from llmo.serve.protocol import ReplicaGone
 from llmo.serve.router import Router
 from llmo.serve.stream import Stream
-from llmo.types import Endpoint, Key
+from llmo.types import Adapter, Endpoint, Key
 from llmo.watch.metrics import Metrics
 
 BODY_LIMIT = 8 << 20  # bytes: a long conversation with its history; what no model can read is refused by the replica
@@ -106,7 +106,8 @@ class Door:
                     await answering
 
     async def _answer(self, wanted: Wanted, key: Key, out: _Out) -> None:
-        generating = await self._router.generate(wanted.model, wanted.ask, tenant=key.id)
+        out.model, adapter = await self._router.find(wanted.model)
+        generating = await self._router.generate(out.model, wanted.ask, adapter=adapter, tenant=key.id)
         shape: Shape = wanted.shape(generating.model)
         try:
             if wanted.ask.stream:
@@ -129,15 +130,21 @@ class Door:
 
     async def _models(self, scope: Scope, receive: Receive, out: _Out) -> None:
         await self._access.check(scope["headers"], "predict")
-        found = [_model(endpoint) for endpoint in self._router.endpoints() if endpoint.task == "generation"]
+        found = []
+        for endpoint in self._router.endpoints():
+            if endpoint.task == "generation":
+                adapters = self._router.adapters(endpoint.name)
+                found += [_model(endpoint), *(_model(endpoint, adapter) for adapter in adapters)]
         await out.json(200, {"object": "list", "data": found}, {})
 
     async def _model(self, name: str, scope: Scope, receive: Receive, out: _Out) -> None:
         await self._access.check(scope["headers"], "predict")
-        endpoint = await self._router.endpoint(name)
+        found, adapter = await self._router.find(name)
+        endpoint = await self._router.endpoint(found)
         if endpoint.task != "generation":
-            raise NotFoundError(f"the endpoint '{name}' does not generate", hint="see GET /v1/models")
-        await out.json(200, _model(endpoint), {})
+            raise NotFoundError(f"the endpoint '{found}' does not generate", hint="see GET /v1/models")
+        known = [other for other in self._router.adapters(found) if other.name == adapter]
+        await out.json(200, _model(endpoint, *known), {})
 
     def routes(self) -> APIRouter:
         """The routes with their declarations and documentation, to include in an application."""
@@ -202,8 +209,9 @@ class _Out:
             await self._send({"type": "http.response.body", "body": b"".join(events), "more_body": not last})
 
 
-def _model(endpoint: Endpoint) -> dict[str, Any]:
-    return {"id": endpoint.name, "object": "model", "created": int(endpoint.created_at), "owned_by": "llmo"}
+def _model(endpoint: Endpoint, adapter: Adapter | None = None) -> dict[str, Any]:
+    id = endpoint.name if adapter is None else f"{endpoint.name}:{adapter.name}"
+    return {"id": id, "object": "model", "created": int((adapter or endpoint).created_at), "owned_by": "llmo"}
 
 
 _ABOUT = {
@@ -212,7 +220,7 @@ _ABOUT = {
     "/v1/completions": "A text completion: the prompt is gone on with as it is, without a template.",
     "/v1/responses": "A response, as far as creating and streaming one goes; nothing is stored.",
     _EMBEDDINGS: "Embeddings, for endpoints that offer them.",
-    _MODELS: "The endpoints that generate.",
+    _MODELS: "The endpoints that generate, and their adapters as ENDPOINT:ADAPTER.",
     f"{_MODELS}/{{model}}": "One of them.",
 }
 

@@ -1,0 +1,78 @@
+"""The adapters that a replica's engine holds, by folder: loaded when first asked for, given back when long idle."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, cast
+
+from llmo import plugins
+from llmo.engines.generation import AdapterEngine, GenerationEngine
+from llmo.errors import LLMOError, ModelError
+
+_ABILITY = "adapters"
+_IDLE_SECONDS = 600.0
+_LOOK_SECONDS = 10.0
+
+
+class LoadedAdapters:
+    """What is not loaded yet is loaded by whoever needs it, so a replica that was started again needs no telling."""
+
+    def __init__(self, engine: GenerationEngine, idle_seconds: float = _IDLE_SECONDS) -> None:
+        self._engine = engine
+        self._idle_seconds = idle_seconds
+        self._lock = threading.Lock()
+        self._used: dict[str, float] = {}
+        self._looked = 0.0
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    def need(self, folder: str) -> None:
+        """Have it loaded. Raises ModelError for an engine that takes none, and for an adapter that does not fit."""
+        if _ABILITY not in self._engine.abilities:
+            raise ModelError(
+                f"the {self._engine.name} engine takes no adapters",
+                hint="deploy the model as it was trained, or a variant for an engine that takes them: "
+                f"{', '.join(_able()) or 'none is installed'}",
+            )
+        with self._lock:
+            if folder not in self._used:
+                try:
+                    cast(AdapterEngine, self._engine).add_adapter(folder, Path(folder))
+                except LLMOError:
+                    raise
+                except Exception as error:  # an engine is a plugin, and its library raises what it likes
+                    raise ModelError(f"the adapter cannot be loaded: {error}", where=folder) from error
+            self._used[folder] = time.monotonic()
+
+    def give_back(self, busy: Collection[str]) -> None:
+        """Drop what nobody asked for in a long while; `busy` are those of open calls."""
+        now = time.monotonic()
+        if now - self._looked < min(_LOOK_SECONDS, self._idle_seconds):
+            return
+        if not self._lock.acquire(blocking=False):
+            return  # one is being loaded: there is no hurry
+        self._looked = now
+        try:
+            self._used |= dict.fromkeys(self._used.keys() & set(busy), now)
+            for folder in [folder for folder, used in self._used.items() if now - used > self._idle_seconds]:
+                del self._used[folder]
+                cast(AdapterEngine, self._engine).remove_adapter(folder)
+        finally:
+            self._lock.release()
+
+
+def _able() -> list[str]:
+    """The installed engines that take adapters."""
+    found = []
+    for name in plugins.names("llmo.generators"):
+        try:
+            engine: Any = plugins.load("llmo.generators", name)
+        except LLMOError:
+            continue
+        if _ABILITY in engine.abilities:
+            found.append(name)
+    return found
