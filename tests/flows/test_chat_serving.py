@@ -276,8 +276,9 @@ def test_models_are_the_endpoints_that_generate(site: Site, ask: openai.OpenAI, 
                 ask.models.retrieve(name)
         with pytest.raises(openai.BadRequestError, match="does not generate"):
             whole(ask, model="topics")
-        with pytest.raises(openai.BadRequestError, match="no embeddings"):
-            ask.embeddings.create(model="topics", input="hi")
+        with pytest.raises(openai.BadRequestError, match="no embeddings") as refused:
+            ask.embeddings.create(model="chat", input="hi")
+        assert (refused.value.param, refused.value.code) == ("model", "unsupported_model")
         site.store.endpoints.remove("topics")
 
 

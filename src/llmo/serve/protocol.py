@@ -2,7 +2,8 @@
 
 On connection the replica says hello: `{"hello": 1, "deadline_seconds": s}`. Then, multiplexed by `id`:
 `{"id", "op": "predict", "texts", "deadline" (unix seconds or null), "logits", "tenant"}` is answered
-`{"id", "answers": [...]}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant"}` is answered
+`{"id", "answers": [...]}`, and so is `{"id", "op": "embed", "texts" (strings or lists of token ids), "deadline",
+"tenant"}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant"}` is answered
 `{"id", "delta": [Part.to_json(), ...]}` any number of times and then `{"id", "done": Usage.to_json()}`; either may be
 answered `{"id", "error": LLMOError.to_json()}`, which ends it. `{"op": "cancel", "id"}` has no answer;
 `{"id", "op": "stats"}` is answered `{"id", "stats": {...}}`.

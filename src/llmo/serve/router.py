@@ -171,6 +171,12 @@ class Router:
         model, answers = await self._ask(name, lambda replica: replica.call(body))
         return Reply(model, answers)
 
+    async def embed(self, name: str, inputs: Sequence[str | Sequence[int]], *, tenant: str = "") -> Reply:
+        """Embeddings of texts or token ids, each `{"embedding": base64 of float32, "tokens"}`. Raises as `predict`."""
+        body = {"op": "embed", "texts": inputs, "deadline": None, "tenant": tenant}
+        model, answers = await self._ask(name, lambda replica: replica.call(body))
+        return Reply(model, answers)
+
     async def generate(self, name: str, ask: Ask, *, tenant: str = "", deadline: float | None = None) -> Generating:
         """The beginning of an answer of the endpoint's model. Raises as `predict`; once it has begun, a replica that
         goes ends the stream with ReplicaGone, for nobody else can go on with it."""
