@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 from llmo.engines.base import Chunk, Request
 from llmo.engines.batch import chunks, means, pad
 from llmo.engines.folder import pad_token_id, read_config, require
-from llmo.errors import EnvironmentProblem, ModelError
+from llmo.engines.place import torch_device
+from llmo.errors import ModelError
 from llmo.tasks.card import load_task
 from llmo.types import Device
 
@@ -124,18 +125,6 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def torch_device(device: Device) -> torch.device:
-    """The device in torch's words. Raises EnvironmentProblem when this build cannot use it."""
-    if device.kind == "cpu":
-        return torch.device("cpu")
-    if device.kind == "cuda" and torch.cuda.is_available():
-        return torch.device(device.name if ":" in device.name else "cuda")
-    raise EnvironmentProblem(
-        f"this torch cannot use the device '{device.name}' ({device.kind})",
-        hint="install a torch build for it, or run on the CPU; see `llmo doctor`",
-    )
 
 
 def _first_line(error: BaseException) -> str:
