@@ -20,8 +20,10 @@ MANIFEST = "manifest.json"
 def publish(path: Path, data: bytes | str) -> None:
     """Write a file so that a crash leaves either the old content or the new, never a part.
 
-    Raises StorageError when the disk is full or the folder cannot be written.
+    Raises StorageError when the disk is full, or the folder is not there or cannot be written.
     """
+    if not path.parent.is_dir():
+        raise StorageError(f"there is no folder {path.parent}", hint="make it first, or name another one")
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
         try:

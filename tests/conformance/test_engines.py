@@ -15,7 +15,7 @@ import transformers
 
 from llmo import plugins
 from llmo.compression.export import export
-from llmo.engines.base import Engine, Request
+from llmo.engines.base import Embedder, Engine, Request
 from llmo.errors import EnvironmentProblem, LLMOError, ModelError
 from llmo.types import Device
 from support.headed import LABELS, headed_model
@@ -99,6 +99,18 @@ def test_logits_are_those_of_plain_transformers(engine: Engine, folder: Path) ->
         assert found[i].dtype == np.float32
         assert found[i].shape == expected.shape
         assert np.abs(found[i] - expected).max() < 1e-4
+
+
+def test_embeddings_are_the_means_of_plain_transformers(engine: Embedder, folder: Path) -> None:
+    assert "embed" in engine.abilities
+    found = {chunk.id: chunk.data for chunk in engine.embed([Request(i, ids) for i, ids in enumerate(TEXTS)])}
+    trunk = transformers.AutoModel.from_pretrained(folder).eval()
+    for i, ids in enumerate(TEXTS):
+        with torch.inference_mode():
+            mean = trunk(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
+        assert found[i].dtype == np.float32
+        assert np.abs(found[i] - (mean / mean.norm()).numpy()).max() < 1e-5
+    assert list(engine.embed([])) == []
 
 
 def test_shapes_are_per_text_without_padding(engine: Engine, folder: Path) -> None:

@@ -373,6 +373,7 @@ def test_a_quota_is_the_keys_own(site: Site, one: ThreadReplica) -> None:
         over = greedy.post(PREDICT, json={"text": "goal"})
         assert over.status_code == 429
         assert int(over.headers["retry-after"]) > 1
+        assert greedy.post("/v1/embeddings", json={"model": "topics", "input": "goal"}).status_code == 429
         assert predict(other, ["goal"] * 10)
 
 

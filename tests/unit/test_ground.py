@@ -60,6 +60,11 @@ def test_publish_replaces_whole_files(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"two"
 
 
+def test_publish_says_when_there_is_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"there is no folder .*missing"):
+        files.publish(tmp_path / "missing" / "a", "one")
+
+
 def test_publish_says_when_it_may_not_write(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="full"), files.storage_errors(tmp_path):
         Path("/dev/full").write_bytes(b"x" * 10)

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function
 
 from llmo.compression import graph
-from llmo.engines.onnx import ORT_ERRORS, session_options
+from llmo.engines.onnx import HIDDEN, LOGITS, ORT_ERRORS, session_options
 from llmo.engines.torch import open_model, quiet
 from llmo.errors import ModelError
 
@@ -29,16 +29,21 @@ LENGTHS = (2, 7, 33)  # of the texts on which the graph is compared with torch
 LARGEST = 2000 << 20  # bytes; protobuf ends at 2 GiB
 
 
-class _Logits(torch.nn.Module):
-    """Only what an engine reads, so that the graph computes nothing else."""
+class _Outputs(torch.nn.Module):
+    """Only what an engine reads, logits and last hidden states, so that the graph computes nothing else."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden: list[torch.Tensor] = []
+        hook = self.model.base_model.register_forward_hook(lambda _, __, said: hidden.append(said[0]))
+        try:
+            logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        finally:
+            hook.remove()
+        return logits, hidden[-1]
 
 
 def export(folder: Path, target: Path) -> str:
@@ -93,12 +98,12 @@ def _exported(model: Any) -> onnx.ModelProto:
     dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            _Logits(model).eval(),
+            _Outputs(model).eval(),
             _example(16),
             dynamo=True,
             verbose=False,
             input_names=["input_ids", "attention_mask"],
-            output_names=["logits"],
+            output_names=[LOGITS, HIDDEN],
             dynamic_shapes={"input_ids": dynamic, "attention_mask": dynamic},
         )
     if program is None:
@@ -129,7 +134,7 @@ def _difference(exported: Path, expected: Sequence[NDArray[np.float32]]) -> floa
     worst = 0.0
     for length, wanted in zip(LENGTHS, expected, strict=True):
         ids, mask = (tensor.numpy() for tensor in _example(length))
-        got = session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+        got = session.run([LOGITS], {"input_ids": ids, "attention_mask": mask})[0]
         if got.shape != wanted.shape:
             raise ModelError(f"logits have the shape {got.shape}, not {wanted.shape}")
         kept = mask.astype(bool) if wanted.ndim == 3 else np.ones(len(ids), dtype=bool)

@@ -25,7 +25,7 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A part of a request's answer. For encoders `data` is float32 logits, `[labels]` or `[tokens, labels]`
-    without padding, and the first chunk is the last."""
+    without padding, or an embedding `[width]`, and the first chunk is the last."""
 
     id: int
     data: NDArray[np.float32]
@@ -48,3 +48,13 @@ class Engine(Protocol):
     def run(self, requests: Sequence[Request]) -> Iterator[Chunk]: ...
 
     def close(self) -> None: ...
+
+
+class Embedder(Engine, Protocol):
+    """An engine whose `abilities` hold "embed": it also tells where a text lies in the encoder's own space.
+
+    `embed` is as `run`, but each chunk's `data` is the mean of the last hidden states over all of the request's
+    tokens, special ones included, at length 1. Raises ModelError for a folder without what it takes.
+    """
+
+    def embed(self, requests: Sequence[Request]) -> Iterator[Chunk]: ...

@@ -1,4 +1,4 @@
-"""Requests of one batch as padded arrays, and padded logits as one chunk a request."""
+"""Requests of one batch as padded arrays, and padded logits or hidden states as one chunk a request."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from llmo.engines.base import Chunk, Request
 from llmo.errors import InputError
 
 Ids = NDArray[np.int64]
+_TINY = 1e-12  # keeps the length of an all-zero mean above zero
 
 
 def pad(requests: Sequence[Request], pad_id: int) -> tuple[Ids, Ids]:
@@ -38,3 +39,11 @@ def chunks(requests: Sequence[Request], logits: NDArray[np.float32]) -> Iterator
     for row, request in enumerate(requests):
         own = logits[row] if logits.ndim == 2 else logits[row, : len(request.input_ids)]
         yield Chunk(request.id, np.array(own, dtype=np.float32))
+
+
+def means(requests: Sequence[Request], hidden: NDArray[np.float32]) -> Iterator[Chunk]:
+    """One chunk a request from hidden states `[requests, longest, width]`: their mean over the request's own tokens,
+    at length 1."""
+    for row, request in enumerate(requests):
+        mean = hidden[row, : len(request.input_ids)].mean(axis=0, dtype=np.float32)
+        yield Chunk(request.id, mean / max(float(np.linalg.norm(mean)), _TINY))

@@ -11,14 +11,24 @@ from llmo.errors import ModelError
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's `config.json`. Raises ModelError when it is missing or is not a JSON object."""
-    path = require(folder, "config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise ModelError("config.json is not a JSON object", hint="make the model folder again", where=str(path))
-    return config
+    return _object(require(folder, "config.json"))
+
+
+def end_ids(folder: Path) -> frozenset[int]:
+    """The ids that end an answer: those of the card, else of generation_config.json, else of config.json; empty where
+    nothing names one. Raises ModelError for a file that is not a JSON object."""
+    options = _beside(folder, "llmo.json").get("task", {}).get("options", {})
+    found = options.get("end_ids")
+    for name in ("generation_config.json", "config.json"):
+        if found in (None, []):
+            found = _beside(folder, name).get("eos_token_id")
+    return frozenset(i for i in (found if isinstance(found, list) else [found]) if isinstance(i, int))
+
+
+def card_precision(folder: Path) -> str | None:
+    """The precision that a model folder's card names; None where there is no card."""
+    card = _beside(folder, "llmo.json")
+    return str(card.get("precision") or "fp32") if card else None
 
 
 def require(folder: Path, name: str) -> Path:
@@ -37,3 +47,19 @@ def pad_token_id(config: dict[str, Any]) -> int:
     """The id that fills a batch; masked out, so any valid id serves where the config names none."""
     value = config.get("pad_token_id")
     return value if isinstance(value, int) and value >= 0 else 0
+
+
+def _beside(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object that the folder may hold; empty when it does not."""
+    path = folder / name
+    return _object(path) if path.is_file() else {}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path.name} is not a JSON object", hint="make the model folder again", where=str(path))
+    return value

@@ -8,14 +8,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 
 from llmo.engines.base import Chunk, Request
-from llmo.engines.batch import chunks, pad
+from llmo.engines.batch import chunks, means, pad
 from llmo.engines.folder import pad_token_id, read_config, require
 from llmo.errors import EnvironmentProblem, ModelError
 from llmo.types import Device
 
 GRAPH = "model.onnx"
+LOGITS, HIDDEN = "logits", "hidden"  # outputs of a graph; the second costs nothing while nobody asks for it
 ERRORS_ONLY = 3
 LARGE_BATCH = (
     4096  # padded tokens; what a larger batch needed is given back at once, a smaller one's is kept for the next
@@ -30,11 +32,12 @@ class OnnxEngine:
     """fp32 or int8: the graph says which; the engine only feeds it what it asks for."""
 
     name: ClassVar[str] = "onnx"
-    abilities: ClassVar[frozenset[str]] = frozenset({"classify"})
+    abilities: ClassVar[frozenset[str]] = frozenset({"classify", "embed"})
 
     def __init__(self) -> None:
         self._session: Any = None
         self._inputs: dict[str, Any] = {}
+        self._outputs: set[str] = set()
         self._pad_id = 0
 
     def load(self, model: Path, device: Device) -> None:
@@ -56,6 +59,7 @@ class OnnxEngine:
                 where=str(path),
             ) from error
         self._inputs = {i.name: np.int32 if i.type == "tensor(int32)" else np.int64 for i in self._session.get_inputs()}
+        self._outputs = {output.name for output in self._session.get_outputs()}
         unknown = set(self._inputs) - {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
         if unknown or "input_ids" not in self._inputs:
             self.close()
@@ -65,10 +69,22 @@ class OnnxEngine:
             )
 
     def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        if requests:
+            yield from chunks(requests, self._output(LOGITS, requests))
+
+    def embed(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        if requests:
+            yield from means(requests, self._output(HIDDEN, requests))
+
+    def _output(self, name: str, requests: Sequence[Request]) -> NDArray[np.float32]:
+        """One output of the graph for the padded batch."""
         if self._session is None:
             raise ModelError("the engine is closed", hint="load a model first")
-        if not requests:
-            return
+        if name not in self._outputs:
+            raise ModelError(
+                f"the graph has no output '{name}'",
+                hint="make it again with `llmo compress`, or deploy the model on the torch engine",
+            )
         ids, mask = pad(requests, self._pad_id)
         arrays = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self._inputs:
@@ -77,13 +93,14 @@ class OnnxEngine:
             arrays["position_ids"] = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
         feed = {name: np.ascontiguousarray(arrays[name], dtype=kind) for name, kind in self._inputs.items()}
         try:
-            logits = self._session.run(None, feed, _giving_back() if ids.size > LARGE_BATCH else None)[0]
+            options = _giving_back() if ids.size > LARGE_BATCH else None
+            found: NDArray[np.float32] = self._session.run([name], feed, options)[0]
         except ORT_ERRORS as error:
             raise ModelError(
                 f"the model cannot run this batch of {ids.shape[0]} x {ids.shape[1]} tokens: {_first_line(error)}",
                 hint="the tokenizer may not belong to this model, or the text is longer than its positions",
             ) from error
-        yield from chunks(requests, logits)
+        return found
 
     def close(self) -> None:
         self._session = None

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import safetensors
 import torch
 import transformers
+from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
 from llmo.engines.base import Chunk, Request
-from llmo.engines.batch import chunks, pad
+from llmo.engines.batch import chunks, means, pad
 from llmo.engines.folder import pad_token_id, read_config, require
-from llmo.errors import EnvironmentProblem, ModelError
+from llmo.engines.place import torch_device
+from llmo.errors import ModelError
 from llmo.tasks.card import load_task
 from llmo.types import Device
 
@@ -24,7 +27,7 @@ class TorchEngine:
     """What every other engine is compared with."""
 
     name: ClassVar[str] = "torch"
-    abilities: ClassVar[frozenset[str]] = frozenset({"classify"})
+    abilities: ClassVar[frozenset[str]] = frozenset({"classify", "embed"})
 
     def __init__(self) -> None:
         self._model: Any = None
@@ -38,21 +41,29 @@ class TorchEngine:
         self._model = open_model(model).to(self._device)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        if requests:
+            yield from chunks(requests, self._through(lambda model: model, "logits", requests))
+
+    def embed(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        if requests:
+            yield from means(requests, self._through(lambda model: model.base_model, "last_hidden_state", requests))
+
+    def _through(self, part: Callable[[Any], Any], output: str, requests: Sequence[Request]) -> NDArray[np.float32]:
+        """What a part of the model says of the padded batch."""
         if self._model is None:
             raise ModelError("the engine is closed", hint="load a model first")
-        if not requests:
-            return
         ids, mask = pad(requests, self._pad_id)
         try:
             with torch.inference_mode():
                 inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-                logits = self._model(**{name: value.to(self._device) for name, value in inputs.items()}).logits
+                said = part(self._model)(**{name: value.to(self._device) for name, value in inputs.items()})
+                found: NDArray[np.float32] = getattr(said, output).float().cpu().numpy()
         except (IndexError, RuntimeError) as error:
             raise ModelError(
                 f"the model cannot run this batch of {ids.shape[0]} x {ids.shape[1]} tokens: {_first_line(error)}",
                 hint="the tokenizer may not belong to this model, or the text is longer than its positions",
             ) from error
-        yield from chunks(requests, logits.float().cpu().numpy())
+        return found
 
     def close(self) -> None:
         self._model = None
@@ -114,18 +125,6 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def torch_device(device: Device) -> torch.device:
-    """The device in torch's words. Raises EnvironmentProblem when this build cannot use it."""
-    if device.kind == "cpu":
-        return torch.device("cpu")
-    if device.kind == "cuda" and torch.cuda.is_available():
-        return torch.device(device.name if ":" in device.name else "cuda")
-    raise EnvironmentProblem(
-        f"this torch cannot use the device '{device.name}' ({device.kind})",
-        hint="install a torch build for it, or run on the CPU; see `llmo doctor`",
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Tokenizer
 
-from llmo.engines.base import Engine, Request
+from llmo.engines.base import Embedder, Engine, Request
 from llmo.errors import (
     BusyError,
     DeadlineError,
@@ -24,7 +24,9 @@ from llmo.errors import (
     TooLargeError,
     UnreachableError,
 )
+from llmo.serve import embedding
 from llmo.serve.batcher import Batcher, Item
+from llmo.serve.embedding import Input
 from llmo.serve.gauge import Gauge
 from llmo.tasks.base import Encoding, Logits, Task
 
@@ -41,18 +43,24 @@ _log = logging.getLogger("llmo.serve")
 class Call:
     """One predict call. `done` hears once: the JSON list of answers, or the error; in the thread that knows it.
 
-    `deadline` is in unix seconds. A call whose answer nobody wants any more is `over`.
+    `deadline` is in unix seconds. A call whose answer nobody wants any more is `over`. With `embed` the answers are
+    embeddings, and a text may be token ids as well.
     """
 
-    texts: Sequence[str]
+    texts: Sequence[Input]
     deadline: float
     done: Done
     logits: bool = False
+    embed: bool = False
     over: bool = False
     arrived: float = 0.0
     left: int = 0
     items: list[Item | None] = field(default_factory=list)  # None: not encoded yet
     answers: list[bytes] = field(default_factory=list)
+
+    def where(self, index: int) -> str:
+        """What a text is called in the request."""
+        return f"{'input' if self.embed else 'texts'}[{index}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +131,7 @@ class Pipeline:
     def submit(self, call: Call) -> None:
         """Accept a call, or raise: InputError or TooLargeError for its texts, BusyError when the queue is full,
         UnreachableError when this replica is leaving."""
-        for index, text in enumerate(call.texts):
-            check_text(text, index)
+        self._check(call)
         count = len(call.texts)
         if count > self.queue:
             raise TooLargeError(
@@ -150,6 +157,20 @@ class Pipeline:
         call.answers = [b""] * count
         for start in range(0, count, _CHUNK):
             self._work.put((call, start))
+
+    def _check(self, call: Call) -> None:
+        if call.embed and "embed" not in self._engine.abilities:
+            raise InputError(
+                f"the engine {self._engine.name} gives no embeddings",
+                where="model",
+                hint="deploy the model on the engine torch or onnx",
+                code="unsupported_model",
+            )
+        for index, text in enumerate(call.texts):
+            if call.embed and not isinstance(text, str):
+                embedding.check_ids(text, call.where(index), self._tokenizer.get_vocab_size())
+            else:
+                check_text(text, call.where(index))
 
     def cancel(self, call: Call) -> None:
         """Nobody wants the answer any more: its waiting texts leave the queue, and `done` is not called."""
@@ -214,9 +235,10 @@ class Pipeline:
         wanted = [(call, i) for call, i in places if not call.over]
         encoded = self._encodings([call.texts[i] for call, i in wanted])
         ready: list[Item] = []
-        for (call, i), encoding in zip(wanted, encoded, strict=True):
+        for (call, i), found in zip(wanted, encoded, strict=True):
+            encoding = embedding.whole(found, self._task.max_length) if call.embed else found
             if isinstance(encoding, LLMOError):
-                encoding.where = f"texts[{i}]"
+                encoding.where = call.where(i)
                 self._end(call, encoding)
             else:
                 ready.append(Item(len(encoding.input_ids), call.deadline, _Text(call, i, encoding)))
@@ -228,11 +250,11 @@ class Pipeline:
                     self._batcher.add(item)
             self._changed.notify_all()
 
-    def _encodings(self, texts: Sequence[str]) -> Sequence[Encoding | LLMOError]:
+    def _encodings(self, texts: Sequence[Input]) -> Sequence[Encoding | LLMOError]:
         if not texts:
             return []
         try:
-            return self._task.encode(self._tokenizer, texts)
+            return embedding.encode(self._task, self._tokenizer, texts)
         except Exception as error:  # the Rust library raises what it likes; only the text at fault may suffer
             if len(texts) > 1:
                 return [encoding for text in texts for encoding in self._encodings([text])]
@@ -259,7 +281,9 @@ class Pipeline:
                 self._end(call, b"[" + b",".join(call.answers) + b"]")
 
     def _answer_one(self, text: _Text, logits: Logits) -> bytes:
-        answer = self._task.answer(logits, text.encoding, text.call.texts[text.index])
+        if text.call.embed:
+            return embedding.answer(logits, text.encoding)
+        answer = self._task.answer(logits, text.encoding, str(text.call.texts[text.index]))
         answer["tokens"] = text.encoding.length
         if text.call.logits:
             answer |= {"logits": logits.tolist(), "input_ids": list(text.encoding.input_ids)}
@@ -295,17 +319,19 @@ class Pipeline:
                 self._waiting -= len(batch) + len(expired)
             for item in expired:
                 self._late(item.payload.call)
-            if batch:
+            for alike in _alike(batch):
                 began = time.monotonic()
-                ran = _Ran(batch, self._run(batch))
-                self.gauge.ran([i.tokens for i in batch], time.monotonic() - began)
+                ran = _Ran(alike, self._run(alike))
+                self.gauge.ran([i.tokens for i in alike], time.monotonic() - began)
                 self._watch_health(any(not isinstance(logits, LLMOError) for logits in ran.logits))
                 self._work.put(ran)
 
     def _run(self, items: Sequence[Item]) -> Sequence[Logits | LLMOError]:
         requests = [Request(n, item.payload.encoding.input_ids) for n, item in enumerate(items)]
+        embed = items[0].payload.call.embed
         try:
-            found = {chunk.id: chunk.data for chunk in self._engine.run(requests)}
+            run = cast(Embedder, self._engine).embed if embed else self._engine.run
+            found = {chunk.id: chunk.data for chunk in run(requests)}
         except Exception as error:  # an engine is a plugin, and its library raises what it likes
             if len(items) > 1:
                 return [self._run([item])[0] for item in items]
@@ -342,9 +368,14 @@ class Pipeline:
             call.done(outcome)
 
 
-def check_text(text: object, index: int) -> None:
+def _alike(batch: Sequence[Item]) -> list[list[Item]]:
+    """Logits and embeddings are different outputs of the engine: a batch of both is run as two."""
+    kinds = [[item for item in batch if item.payload.call.embed is embed] for embed in (False, True)]
+    return [items for items in kinds if items]
+
+
+def check_text(text: object, where: str) -> None:
     """Raise InputError or TooLargeError for a text no model can read."""
-    where = f"texts[{index}]"
     if not isinstance(text, str):
         raise InputError(f"a text is a string, not {type(text).__name__}", where=where)
     if not text or text.isspace():

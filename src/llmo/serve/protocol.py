@@ -2,11 +2,12 @@
 
 On connection the replica says hello: `{"hello": 1, "deadline_seconds": s}`. Then, multiplexed by `id`:
 `{"id", "op": "predict", "texts", "deadline" (unix seconds or null), "logits", "tenant"}` is answered
-`{"id", "answers": [...]}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant", "adapter" (its folder,
-or null)}` is answered `{"id", "delta": [Part.to_json(), ...]}` any number of times and then
-`{"id", "done": Usage.to_json()}`; either may be answered `{"id", "error": LLMOError.to_json()}`, which ends it.
-`{"op": "cancel", "id"}` has no answer; `{"id", "op": "stats"}` is answered `{"id", "stats": {...}}`, and
-`{"id", "op": "adapter", "folder"}`, which loads one, `{"id", "loaded": folder}` or an error.
+`{"id", "answers": [...]}`, and so is `{"id", "op": "embed", "texts" (strings or lists of token ids), "deadline",
+"tenant"}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant", "adapter" (its folder, or null)}` is
+answered `{"id", "delta": [Part.to_json(), ...]}` any number of times and then `{"id", "done": Usage.to_json()}`; either
+may be answered `{"id", "error": LLMOError.to_json()}`, which ends it. `{"op": "cancel", "id"}` has no answer;
+`{"id", "op": "stats"}` is answered `{"id", "stats": {...}}`, and `{"id", "op": "adapter", "folder"}`, which loads one,
+`{"id", "loaded": folder}` or an error.
 """
 
 from __future__ import annotations

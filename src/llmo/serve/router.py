@@ -243,6 +243,12 @@ class Router:
         model, answers = await self._ask(name, lambda replica: replica.call(body), len(texts), deadline)
         return Reply(model, answers)
 
+    async def embed(self, name: str, inputs: Sequence[str | Sequence[int]], *, tenant: str = "") -> Reply:
+        """Embeddings of texts or token ids, each `{"embedding": base64 of float32, "tokens"}`. Raises as `predict`."""
+        body = {"op": "embed", "texts": inputs, "deadline": None, "tenant": tenant}
+        model, answers = await self._ask(name, lambda replica: replica.call(body), len(inputs))
+        return Reply(model, answers)
+
     async def generate(
         self, name: str, ask: Ask, *, adapter: str | None = None, tenant: str = "", deadline: float | None = None
     ) -> Generating:

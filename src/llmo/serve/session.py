@@ -72,7 +72,7 @@ class Session(Frames):
         body = json.loads(data)
         number = body["id"]
         match body["op"]:
-            case "predict" | "generate":
+            case "predict" | "generate" | "embed":
                 try:
                     call = self.call(body["op"], number, body)
                     self._calls[number] = call
@@ -108,10 +108,10 @@ class Session(Frames):
 
 
 class EncoderSession(Session):
-    """Answers `predict`: each call with one frame."""
+    """Answers `predict` and `embed`: each call with one frame."""
 
     def call(self, op: str, number: int, body: Mapping[str, Any]) -> Call:
-        if op != "predict":
+        if op == "generate":
             raise InputError(
                 "this endpoint's model does not generate text", where="model", hint="POST /v1/endpoints/NAME/predict"
             )
@@ -119,7 +119,7 @@ class EncoderSession(Session):
         def done(outcome: bytes | LLMOError) -> None:
             self._loop.call_soon_threadsafe(self._done, number, outcome)
 
-        return Call(body["texts"], self.deadline(body), done, logits=body.get("logits", False))
+        return Call(body["texts"], self.deadline(body), done, logits=body.get("logits", False), embed=op == "embed")
 
     def _done(self, number: int, outcome: bytes | LLMOError) -> None:
         if number not in self._calls:
@@ -158,6 +158,14 @@ class GenerationSession(Session):
         self._tell()
 
     def call(self, op: str, number: int, body: Mapping[str, Any]) -> calls.Call:
+        if op == "embed":
+            raise InputError(
+                "this endpoint's model generates text and gives no embeddings",
+                where="model",
+                hint="name an endpoint over an encoder",
+                code="unsupported_model",
+            )
+
         def hear(what: calls.Heard) -> None:
             self._heard.append((number, what))
             if not self._due:
@@ -224,7 +232,7 @@ class GenerationSession(Session):
 def _predicting(body: Mapping[str, Any]) -> Ask:
     """`predict` on a model that generates: each text is a user's message, answered greedily."""
     for index, text in enumerate(body["texts"]):
-        check_text(text, index)
+        check_text(text, f"texts[{index}]")
     evidence = bool(body.get("logits"))
     return Ask(
         inputs=[Input(messages=[{"role": "user", "content": text}]) for text in body["texts"]],

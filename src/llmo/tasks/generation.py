@@ -18,7 +18,7 @@ from llmo.tasks.base import Encoding, Logits, Row, Task, refuse_surrogates
 from llmo.tasks.card import load_tokenizer
 from llmo.tasks.metrics import MICRO, Floats, Tally, Totals, ratio
 from llmo.tasks.template import ChatTemplate, Messages
-from llmo.tasks.turns import Tools
+from llmo.tasks.verbatim import Tools, Verbatim
 
 IGNORED = -100
 MOST_EXPONENT = 700.0  # of a loss, so that a perplexity stays a finite number
@@ -106,11 +106,12 @@ class Generation(Task):
         """As `prompt`, with the text."""
         if not messages:
             raise InputError("there are no messages", hint="send at least one message of the user")
-        text = self.template.render(messages, tools, add_generation_prompt=True)
-        ids = turns.tokens(tokenizer, text)[0]
+        verbatim = Verbatim.of(tokenizer, messages, tools)
+        text = self.template.render(verbatim.messages, verbatim.tools, add_generation_prompt=True)
+        ids = verbatim.tokens(tokenizer, text)[0]
         if not ids:
             raise InputError("the messages hold no text", hint="send a message with some content")
-        return text, ids
+        return verbatim.plain(text), ids
 
     def prompt_of(self, tokenizer: Tokenizer, row: Row) -> list[int]:
         """What the model is given to answer a row: its messages before the last answer, or the head of its text."""

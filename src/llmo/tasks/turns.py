@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +11,7 @@ from tokenizers import Tokenizer
 
 from llmo.errors import DataError, InputError
 from llmo.tasks.template import ChatTemplate, Messages
-
-Tools = Sequence[Mapping[str, Any]] | None
+from llmo.tasks.verbatim import Tools, Verbatim
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +32,9 @@ def speak(
     template that writes no end token, only the last answer is learnt, with an end token put after it: a middle one
     would be learnt without an end. Raises DataError for a template that writes a turn otherwise once others follow.
     """
-    text, spans = _spans(template, messages, tools, since)
-    ids, stops = tokens(tokenizer, text)
+    verbatim = Verbatim.of(tokenizer, messages, tools)
+    text, spans = _spans(template, verbatim.messages, verbatim.tools, since)
+    ids, stops = verbatim.tokens(tokenizer, text)
     learnt = np.zeros(len(ids), np.bool_)
     is_end = np.isin(ids, list(ends))
     for number, (start, end) in enumerate(spans):
@@ -48,15 +47,7 @@ def speak(
             kept = int((stops <= len(text.rstrip())).sum())
             ids, learnt = [*ids[:kept], ends[0]], np.append(learnt[:kept], True)
             learnt[own[0] if len(own) else kept :] = True
-    return Spoken(text, ids, learnt)
-
-
-def tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], NDArray[np.int64]]:
-    """Ids, and where each ends in the text; the template writes its special tokens, so none are added."""
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    found = tokenizer.encode(text, add_special_tokens=False)
-    return found.ids, np.array([end for _, end in found.offsets], np.int64)
+    return Spoken(verbatim.plain(text), ids, learnt)
 
 
 def closing_token(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
@@ -66,7 +57,7 @@ def closing_token(template: ChatTemplate, tokenizer: Tokenizer) -> int | None:
         text, spans = _spans(template, messages, None, 0)
     except InputError:
         return None  # it wants more than two plain turns: what the model's config says must do
-    ids, stops = tokens(tokenizer, text)
+    ids, stops = Verbatim(messages, None).tokens(tokenizer, text)
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     after = [i for i, stop in zip(ids, stops, strict=True) if stop > spans[0][0] and i in special]
     return after[-1] if after else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmo.engines.torch import torch_device
+from llmo.engines.place import torch_device
 from llmo.errors import EnvironmentProblem
 from llmo.types import Device
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from llmo.compression import export as module
 from llmo.compression.export import export
-from llmo.engines.base import Engine, Request
+from llmo.engines.base import Chunk, Engine, Request
 from llmo.engines.onnx import OnnxEngine
 from llmo.engines.torch import TorchEngine, quiet
 from llmo.errors import ModelError
@@ -24,8 +25,12 @@ TEXTS = [[2, 3], [2, 40, 41, 3], [2, *range(5, 60), 3], [2, *([17] * 62), 3]]
 
 
 def logits(engine: Engine, folder: Path) -> list[np.ndarray]:
+    return outputs(engine, folder, engine.run)
+
+
+def outputs(engine: Engine, folder: Path, run: Callable[[Sequence[Request]], Iterator[Chunk]]) -> list[np.ndarray]:
     engine.load(folder, CPU)
-    found = {chunk.id: chunk.data for chunk in engine.run([Request(i, ids) for i, ids in enumerate(TEXTS)])}
+    found = {chunk.id: chunk.data for chunk in run([Request(i, ids) for i, ids in enumerate(TEXTS)])}
     engine.close()
     return [found[i] for i in range(len(TEXTS))]
 
@@ -46,6 +51,9 @@ def test_the_graph_gives_the_logits_of_the_model(architecture: str, task: str, a
     for expected, found in zip(logits(TorchEngine(), folder), logits(OnnxEngine(), folder), strict=True):
         assert np.abs(expected - found).max() < 1e-4
         assert np.abs(expected).max() > 0.01
+    torch_, onnx_ = TorchEngine(), OnnxEngine()
+    vectors = zip(outputs(torch_, folder, torch_.embed), outputs(onnx_, folder, onnx_.embed), strict=True)
+    assert max(np.abs(expected - found).max() for expected, found in vectors) < 1e-5
 
 
 def test_fused_attention_is_one_node_a_layer_with_nothing_around_it(tmp_path: Path) -> None:

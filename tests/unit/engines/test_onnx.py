@@ -77,6 +77,15 @@ def test_a_graph_that_is_no_text_encoder_is_refused(names: list[str], said: str,
         run(echo(tmp_path / "m", names), [1])
 
 
+def test_a_graph_without_hidden_states_says_who_can_embed(tmp_path: Path) -> None:
+    engine = OnnxEngine()
+    engine.load(echo(tmp_path / "m", ["input_ids"]), CPU)
+    with pytest.raises(ModelError, match="no output 'hidden'") as caught:
+        list(engine.embed([Request(0, [1])]))
+    assert "torch engine" in caught.value.hint
+    engine.close()
+
+
 def test_a_large_batch_gives_its_memory_back(tmp_path: Path) -> None:
     """An embedding of 32 MB a thousand tokens: the arena would keep the largest batch for ever."""
     folder = tmp_path / "m"

@@ -57,8 +57,11 @@ def chat(
 
     given = checked(assignments(settings))
     with closing(flow.connect()) as api:
-        _prepare(api, endpoint.partition(":")[0])
+        served = endpoint.partition(":")[0]
+        known = _generates(api, served)
         with gateway(api) as door:
+            if known:
+                door.awake(served)
             talk = Chat(api, (door.url, door.key), endpoint, system, given, as_json)
             if once is not None:
                 talk.say(lines.whole_pipe() if once == "-" else once)
@@ -68,18 +71,14 @@ def chat(
                 talk.follow(lines.from_pipe())
 
 
-def _prepare(api: Api, endpoint: str) -> None:
-    """Refuse what writes no text; in this process, start an endpoint that nobody runs."""
+def _generates(api: Api, endpoint: str) -> bool:
+    """Whether it is an endpoint; one that writes no text is refused, what is none is left to the server."""
     found = next((known for known in api.endpoints() if known.name == endpoint), None)
-    if found is None:
-        return  # a version or an adapter, or nothing: the server says so
-    if found.task != "generation":
+    if found is not None and found.task != "generation":
         raise InputError(
             f"'{endpoint}' writes no text, it is for {found.task}", hint=f"llmo predict {endpoint} 'a text'"
         )
-    wake = getattr(api, "awake", None)
-    if wake is not None:
-        wake(endpoint)
+    return found is not None
 
 
 def checked(settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmo.engines.folder import require
+from llmo.engines.folder import end_ids, require
 from llmo.engines.generation import Delta, Finish, GenerationOptions, Prompt
 from llmo.engines.llamacpp.chooser import Chooser, log_total
 from llmo.engines.llamacpp.constraint import Grammars
-from llmo.engines.llamacpp.ends import end_ids
 from llmo.engines.llamacpp.header import Header, read_header
 from llmo.engines.llamacpp.library import complaint
 from llmo.engines.llamacpp.prefixes import Ids, Prefixes, common

@@ -15,10 +15,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmo.engines.folder import read_config
+from llmo.engines.folder import card_precision, read_config
 from llmo.engines.generation import GenerationOptions
 from llmo.engines.openvino.runner import BLOCK, Cache, Graph, Row
-from llmo.engines.paged.batching import Batching, card_precision, check_options
+from llmo.engines.paged.batching import Batching, check_options
 from llmo.engines.paged.blocks import Blocks
 from llmo.engines.paged.stream import Piece
 from llmo.engines.sampling import log_softmax

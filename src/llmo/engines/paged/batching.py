@@ -5,7 +5,6 @@ An engine adds the computing: it says which numbers a list of pieces gives, and 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
@@ -15,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmo.engines.folder import read_config
+from llmo.engines.folder import end_ids
 from llmo.engines.generation import Delta, Finish, GenerationOptions, Prompt, TokenLogprob
 from llmo.engines.grammar import Constraint, Grammars
 from llmo.engines.paged.blocks import Blocks, salt
@@ -255,36 +254,6 @@ class Batching:
 def check_options(options: GenerationOptions) -> None:
     if options.streams < 1 or options.chunk < 1:
         raise InputError("streams and chunk must be at least 1")
-
-
-def end_ids(folder: Path) -> frozenset[int]:
-    """The ids that end an answer: those of the card, else of generation_config.json, else of config.json."""
-    found: Any = None
-    card, generation = folder / "llmo.json", folder / "generation_config.json"
-    if card.is_file():
-        found = _json(card).get("task", {}).get("options", {}).get("end_ids")
-    if not found and generation.is_file():
-        found = _json(generation).get("eos_token_id")
-    if found is None:
-        found = read_config(folder).get("eos_token_id")
-    values = found if isinstance(found, list) else [] if found is None else [found]
-    return frozenset(int(value) for value in values)
-
-
-def card_precision(folder: Path) -> str | None:
-    """The precision that a model folder's card names; None where there is no card."""
-    card = folder / "llmo.json"
-    return str(_json(card).get("precision") or "fp32") if card.is_file() else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path.name} is not valid JSON: {error}", where=str(path)) from error
-    if not isinstance(body, dict):
-        raise ModelError(f"{path.name} is not a JSON object", where=str(path))
-    return body
 
 
 def _order(piece: Piece) -> int:

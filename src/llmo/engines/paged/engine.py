@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llmo.engines.folder import card_precision
 from llmo.engines.generation import GenerationOptions, Prompt, Sampling
 from llmo.engines.paged.adapters import LEAST_ROWS, Adapters
 from llmo.engines.paged.attention import Cache
-from llmo.engines.paged.batching import Batching, card_precision, check_options
+from llmo.engines.paged.batching import Batching, check_options
 from llmo.engines.paged.blocks import BLOCK, Blocks
 from llmo.engines.paged.config import load_config
 from llmo.engines.paged.linear import DTYPES
 from llmo.engines.paged.model import Decoder
 from llmo.engines.paged.stream import Piece, Stream
+from llmo.engines.place import torch_device
 from llmo.engines.sampling import Sampler, log_softmax
-from llmo.errors import EnvironmentProblem, InputError
+from llmo.errors import InputError
 from llmo.types import Device
 
 
@@ -41,7 +43,7 @@ class PagedEngine(Batching):
         if precision not in DTYPES:
             raise InputError(f"unknown precision '{precision}'", hint=f"known: {', '.join(DTYPES)}")
         check_options(options)
-        self._device = _torch_device(device)
+        self._device = torch_device(device)
         torch.set_num_threads(device.cores)
         count = options.cache_bytes // Cache.block_bytes(config, DTYPES[precision])
         if count < 2:
@@ -118,14 +120,3 @@ class PagedEngine(Batching):
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
-
-
-def _torch_device(device: Device) -> torch.device:
-    if device.kind == "cpu":
-        return torch.device("cpu")
-    if device.kind == "cuda" and torch.cuda.is_available():
-        return torch.device(device.name if ":" in device.name else "cuda")
-    raise EnvironmentProblem(
-        f"this torch cannot use the device '{device.name}' ({device.kind})",
-        hint="install a torch build for it, or run on the CPU; see `llmo doctor`",
-    )

@@ -10,12 +10,11 @@ from llmo.serve.ask import Ask, Input
 from llmo.serve.openai import grammar
 from llmo.serve.openai.errors import invalid
 from llmo.serve.openai.fields import Fields, read
-from llmo.serve.openai.request import DONE, Head, Wanted, event, model_of, usage_of, wants_usage
+from llmo.serve.openai.request import DONE, Head, Wanted, event, is_ids, model_of, usage_of, wants_usage
 from llmo.serve.openai.sampling import choices_of, max_tokens_of, sampling_of, stop_of
 
 EXAMPLE = 'send {"model": "ENDPOINT", "prompt": "..."}'
 _MOST_PROMPTS = 64
-_MOST_IDS = 1 << 20
 _MOST_LOGPROBS = 5
 _DEFAULT_TOKENS = 16  # OpenAI's own
 _UNSUPPORTED: dict[str, Sequence[Any]] = {"logit_bias": ({},), "suffix": ("",), "echo": (False,)}
@@ -53,13 +52,13 @@ def _inputs(fields: Fields) -> list[Input]:
         raise invalid(
             "'prompt' is a string, or a list of strings or of tokens", "prompt", code="missing_required_parameter"
         )
-    if _is_ids(value):
+    if is_ids(value):
         return [Input(ids=value)]
     if len(value) > _MOST_PROMPTS:
         raise invalid(f"'prompt' holds at most {_MOST_PROMPTS} prompts", "prompt", code="array_above_max_length")
     if all(isinstance(one, str) for one in value):
         return [_text(one) for one in value]
-    if all(_is_ids(one) for one in value):
+    if all(is_ids(one) for one in value):
         return [Input(ids=one) for one in value]
     raise invalid("'prompt' is a string, or a list of strings or of tokens", "prompt", code="invalid_type")
 
@@ -68,14 +67,6 @@ def _text(text: str) -> Input:
     if not text:
         raise invalid("the prompt is empty", "prompt", hint="send some words")
     return Input(text=text)
-
-
-def _is_ids(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and 0 < len(value) <= _MOST_IDS
-        and all(type(one) is int and 0 <= one < 1 << 31 for one in value)
-    )
 
 
 class CompletionShape:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
@@ -19,10 +19,9 @@ from llmo.errors import ForbiddenError, LLMOError, NotFoundError, UnauthorizedEr
 from llmo.guard.access import Access, require
 from llmo.guard.limits import Quotas
 from llmo.serve.http import CLIENT_GONE, UNKNOWN, Handled, gone, read_body, send_json
-from llmo.serve.openai import chat, completions, responses
-from llmo.serve.openai.errors import body_of, headers_of, invalid, status_of
-from llmo.serve.openai.fields import read
-from llmo.serve.openai.request import Shape, Wanted, model_of
+from llmo.serve.openai import chat, completions, embeddings, responses
+from llmo.serve.openai.errors import body_of, headers_of, status_of
+from llmo.serve.openai.request import Shape, Wanted
 from llmo.serve.protocol import ReplicaGone
 from llmo.serve.router import Router
 from llmo.serve.stream import Stream
@@ -92,18 +91,21 @@ class Door:
         wanted = parse(data)
         out.model = wanted.model
         self._quotas.take(key.id, wanted.ask.choices)
-        answering = asyncio.ensure_future(self._answer(wanted, key, out))
-        left = asyncio.ensure_future(gone(receive))
-        try:
-            await asyncio.wait((answering, left), return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()
-        finally:
-            left.cancel()
-            if not answering.done():
-                answering.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await answering
+        await _while_there(receive, self._answer(wanted, key, out))
+
+    async def _embed(self, scope: Scope, receive: Receive, out: _Out) -> None:
+        key = await self._access.check(scope["headers"], "predict")
+        data = await read_body(scope, receive, BODY_LIMIT)
+        if data is None:
+            return
+        wanted = embeddings.parse(data)
+        out.model = wanted.model
+        self._quotas.take(key.id, len(wanted.inputs))
+        await _while_there(receive, self._answer_embedded(wanted, key, out))
+
+    async def _answer_embedded(self, wanted: embeddings.Wanted, key: Key, out: _Out) -> None:
+        reply = await self._router.embed(wanted.model, wanted.inputs, tenant=key.id)
+        await out.json(200, wanted.answer(reply.answers), {})
 
     async def _answer(self, wanted: Wanted, key: Key, out: _Out) -> None:
         out.model, adapter = await self._router.find(wanted.model)
@@ -118,15 +120,6 @@ class Door:
             raise UnreachableError(f"the replica ended in the middle of the answer: {left}", hint="ask again") from None
         finally:
             generating.stream.close()
-
-    async def _embed(self, scope: Scope, receive: Receive, out: _Out) -> None:
-        await self._access.check(scope["headers"], "predict")
-        data = await read_body(scope, receive, BODY_LIMIT)
-        if data is None:
-            return
-        name = model_of(read(data, 'send {"model": "ENDPOINT", "input": "..."}'))
-        out.model = (await self._router.endpoint(name)).name
-        raise invalid(f"the endpoint '{name}' gives no embeddings", "model", code="unsupported_model")
 
     async def _models(self, scope: Scope, receive: Receive, out: _Out) -> None:
         await self._access.check(scope["headers"], "predict")
@@ -209,6 +202,22 @@ class _Out:
             await self._send({"type": "http.response.body", "body": b"".join(events), "more_body": not last})
 
 
+async def _while_there(receive: Receive, answering: Coroutine[Any, Any, None]) -> None:
+    """Answer, unless the client goes meanwhile: then the answer is given up."""
+    answer = asyncio.ensure_future(answering)
+    left = asyncio.ensure_future(gone(receive))
+    try:
+        await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            answer.result()
+    finally:
+        left.cancel()
+        if not answer.done():
+            answer.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await answer
+
+
 def _model(endpoint: Endpoint, adapter: Adapter | None = None) -> dict[str, Any]:
     id = endpoint.name if adapter is None else f"{endpoint.name}:{adapter.name}"
     return {"id": id, "object": "model", "created": int((adapter or endpoint).created_at), "owned_by": "llmo"}
@@ -219,14 +228,16 @@ _ABOUT = {
     "`repetition_penalty`, `regex` (also `guided_regex`) and `return_token_ids`. What is not known is ignored.",
     "/v1/completions": "A text completion: the prompt is gone on with as it is, without a template.",
     "/v1/responses": "A response, as far as creating and streaming one goes; nothing is stored.",
-    _EMBEDDINGS: "Embeddings, for endpoints that offer them.",
+    _EMBEDDINGS: "Embeddings by an endpoint over an encoder: the mean of its last hidden states, at length 1, as "
+    "numbers or in base64. An input of more tokens than the model reads is refused.",
     _MODELS: "The endpoints that generate, and their adapters as ENDPOINT:ADAPTER.",
     f"{_MODELS}/{{model}}": "One of them.",
 }
 
 
 def _body(path: str) -> dict[str, Any]:
-    example = {"/v1/chat/completions": chat.EXAMPLE, "/v1/completions": completions.EXAMPLE}.get(path)
+    examples = {"/v1/chat/completions": chat.EXAMPLE, "/v1/completions": completions.EXAMPLE}
+    example = (examples | {_EMBEDDINGS: embeddings.EXAMPLE}).get(path)
     schema = {"type": "object", "required": ["model"], "properties": {"model": {"type": "string"}}}
     about = {"description": example.removeprefix("send ")} if example else {}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}, **about}}

@@ -14,6 +14,7 @@ from llmo.serve.openai.errors import invalid
 from llmo.serve.openai.fields import Fields
 
 _LONGEST_MODEL = 200
+_MOST_IDS = 1 << 20
 
 
 class Shape(Protocol):
@@ -75,6 +76,15 @@ def model_of(fields: Fields) -> str:
             "'model' names an endpoint", "model", code="missing_required_parameter", hint="see GET /v1/models"
         )
     return name
+
+
+def is_ids(value: Any) -> bool:
+    """Whether it is a list of token ids, and not an empty one."""
+    return (
+        isinstance(value, list)
+        and 0 < len(value) <= _MOST_IDS
+        and all(type(one) is int and 0 <= one < 1 << 31 for one in value)
+    )
 
 
 def wants_usage(fields: Fields, stream: bool) -> bool:

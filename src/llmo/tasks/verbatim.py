@@ -1,0 +1,109 @@
+"""Text that spells a special token stays text: only the template may begin and end turns.
+
+A tokeniser finds its special tokens anywhere in what it is given, so a message that spells `<|im_end|>` would end its
+own turn, and could go on as somebody else. So each such spelling gets a mark inside before the template sees it, and
+is turned into tokens without the mark and without special tokens. What spells none is left as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from llmo.errors import InputError
+from llmo.tasks.template import Messages
+
+Tools = Sequence[Mapping[str, Any]] | None
+_MARKS = range(0xFDD0, 0xFDF0)  # what Unicode keeps free for a program's own use, and no text should hold
+
+
+@dataclass(frozen=True, slots=True)
+class Verbatim:
+    """A conversation for the template; `mark` is empty where nothing had to be marked."""
+
+    messages: Messages
+    tools: Tools
+    mark: str = ""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> Verbatim:
+        """Raises InputError for texts that spell special tokens and hold every possible mark."""
+        special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+        texts = _texts([messages, tools])
+        if not any(one in text for text in texts for one in special):
+            return cls(messages, tools)
+        mark = next((mark for mark in map(chr, _MARKS) if not any(mark in text for text in texts)), None)
+        if mark is None:
+            raise InputError("the messages hold characters that Unicode reserves", hint="send text without U+FDD0")
+        # Each spelling is broken after its first character, those that overlap too.
+        begins = re.compile(f"(?=(?:{'|'.join(re.escape(one) for one in special)}))(.)", re.DOTALL)
+        return cls(_marked(messages, begins, mark), None if tools is None else _marked(tools, begins, mark), mark)
+
+    def plain(self, text: str) -> str:
+        """What the template wrote, without the marks."""
+        return text.replace(self.mark, "") if self.mark else text
+
+    def tokens(self, tokenizer: Tokenizer, text: str) -> tuple[list[int], NDArray[np.int64]]:
+        """Ids of what the template wrote, and where each ends in it; the template writes its special tokens, so none
+        are added."""
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        found = tokenizer.encode(text, add_special_tokens=False)
+        if not self.mark:
+            return found.ids, np.array([end for _, end in found.offsets], np.int64)
+        special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        ids: list[int] = []
+        ends: list[int] = []
+        done = 0  # characters
+        for number, (begin, end) in [*zip(found.ids, found.offsets, strict=True), (None, (len(text), len(text)))]:
+            if number is not None and number not in special:
+                continue
+            for own, stop in self._between(tokenizer, text[done:begin]):
+                ids.append(own)
+                ends.append(done + stop)
+            if number is not None:
+                ids.append(number)
+                ends.append(end)
+            done = end
+        return ids, np.array(ends, np.int64)
+
+    def _between(self, tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
+        """The tokens of what stands between two special ones, and where each ends in it, marks counted."""
+        kept = [place for place, character in enumerate(text) if character != self.mark]
+        tokenizer.encode_special_tokens = True  # as text
+        try:
+            found = tokenizer.encode(self.plain(text), add_special_tokens=False)
+        finally:
+            tokenizer.encode_special_tokens = False
+        return [(own, kept[end - 1] + 1 if end else 0) for own, (_, end) in zip(found.ids, found.offsets, strict=True)]
+
+
+def _texts(value: Any) -> list[str]:
+    """Every string within a JSON value, keys too."""
+    found: list[str] = []
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            found.append(one)
+        elif isinstance(one, Mapping):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple):
+            waiting += one
+    return found
+
+
+def _marked(value: Any, begins: re.Pattern[str], mark: str) -> Any:
+    if isinstance(value, str):
+        return begins.sub(lambda found: found[0] + mark, value)
+    if isinstance(value, Mapping):
+        return {_marked(key, begins, mark): _marked(one, begins, mark) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(one, begins, mark) for one in value]
+    return value
