@@ -182,7 +182,7 @@ class Router:
         if known is None:
             await self._find(name)
         raise NotFoundError(
-            f"the endpoint '{name}' has no adapter '{adapter}'{nearest(adapter, known or ())}",
+            f"the endpoint '{name}' has no adapter '{adapter}'{nearest(adapter, sorted(known or ()))}",
             hint=f"it has: {', '.join(sorted(known)) if known else 'none'}",
         )
 
