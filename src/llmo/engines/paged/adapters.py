@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class Side:
         rows, adapters, parts = len(x), self.sees.shape[1], len(up)
         inner = torch.nn.functional.linear(x, self.down[layer]).view(rows, adapters, parts, -1).mul_(self.sees)
         made = torch.bmm(inner.permute(2, 0, 1, 3).reshape(parts, rows, -1), up)
-        out.unflatten(1, (parts, -1)).add_(made.transpose(0, 1))
+        out.view(rows, parts, -1).add_(made.transpose(0, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +220,7 @@ class Adapters:
             down.zero_()
             up.zero_()
         if rank:
-            down.unflatten(2, (up.shape[1], -1))[..., :rank] = lora.down[group]
+            down.view(*down.shape[:2], up.shape[1], -1)[..., :rank] = lora.down[group]
             up[:, :, :rank] = lora.up[group]
         self._below[group][:, slot] = down.transpose(1, 2)
 
@@ -230,10 +231,10 @@ class Adapters:
             rank = self._ranks[group]
             if rank:
                 shape = (self._config.layers, self._slots + 1)
-                options = {"dtype": self._dtype, "device": self._device}
-                self._down[group] = torch.zeros((*shape, wide, parts * rank), **options)
-                self._below[group] = torch.zeros((*shape, parts * rank, wide), **options)
-                self._up[group] = torch.zeros((*shape, parts, rank, out), **options)
+                empty = partial(torch.zeros, dtype=self._dtype, device=self._device)
+                self._down[group] = empty((*shape, wide, parts * rank))
+                self._below[group] = empty((*shape, parts * rank, wide))
+                self._up[group] = empty((*shape, parts, rank, out))
                 self._layers[group] = (
                     list(self._down[group].flatten(1, 2).unbind()),
                     list(self._up[group].flatten(1, 3).unbind()),

@@ -66,15 +66,15 @@ def read_lora(folder: Path, config: Config, dtype: torch.dtype, device: torch.de
     layers = range(config.layers)
     modules = _modules(tensors, settings, config, folder)
     down, up = {}, {}
-    for group, (_, parts, _) in group_sizes(config).items():
+    for group, (wide, parts, out) in group_sizes(config).items():
         present = [name for name in GROUPS[group] if name in modules]
         if present:
             names = GROUPS[group] if parts > 1 else present
             fused = [_fused(tensors, layer, group, names, rank, config, folder) for layer in layers]
             below = torch.stack([pair[0] for pair in fused]).to(device, dtype)
-            down[group] = below.unflatten(1, (parts, -1)).permute(0, 3, 1, 2).contiguous()
+            down[group] = below.view(config.layers, parts, -1, wide).permute(0, 3, 1, 2).contiguous()
             above = torch.stack([pair[1] for pair in fused]) * scale
-            up[group] = above.to(device, dtype).unflatten(1, (parts, -1))
+            up[group] = above.to(device, dtype).view(config.layers, parts, -1, out)
     if not any((down[group].any() and up[group].any()) for group in down):
         raise _unfit("the adapter changes nothing: its matrices are zero", folder, "train it before it is deployed")
     return Lora(down, up)
