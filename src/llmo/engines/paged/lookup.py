@@ -7,7 +7,7 @@ is measured at every step, and a guess is computed when its chance is worth more
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 KEY = 3  # tokens that must be the same
 MOST = 15  # guesses of one stream in one step
@@ -18,7 +18,7 @@ _NEWEST_STEP = 0.05  # weight of the newest step in what a row costs
 _BESIDE_ROWS = 7.0  # what a step costs beside its rows, in rows, as long as steps did not differ
 _DOUBT = 1.0  # how far that counts against what was measured, in squared rows
 _OUTLIER = 3.0  # a step that takes so many times as long as it should was disturbed
-_GAIN = 1.2  # by how much a row must promise more than it costs
+_LEAST_GAIN = 1.3  # by how much a step must become faster, as far as can be told
 
 
 class Lookup:
@@ -86,14 +86,28 @@ class Costs:
 
 
 def worth(chances: Sequence[float], rows: int, costs: Costs) -> list[int]:
-    """How many guesses to compute for streams of these chances in a step of `rows`, so that tokens come fastest."""
+    """How many guesses to compute for streams of these chances in a step of `rows`.
+
+    A row is weighed by how much faster its own stream becomes against how much slower it makes all: so one stream that
+    repeats itself does not hold up seven that do not. A step that would gain little is left as it is.
+    """
     counts = [0] * len(chances)
-    price, seconds, tokens = _GAIN * costs.row, costs.of(rows), float(rows)
-    offers = ((chance**n, i) for i, chance in enumerate(chances) if chance for n in range(1, MOST + 1))
-    for right, i in sorted(offers, reverse=True)[:_TOGETHER]:
-        if right * seconds <= price * tokens:
+    row, plain = costs.row, costs.of(rows)
+    seconds, tokens = plain, float(rows)
+    offers = [offer for stream, chance in enumerate(chances) for offer in _offers(chance, stream)]
+    for faster, right, stream in sorted(offers, reverse=True)[:_TOGETHER]:
+        if faster * seconds <= row * rows:
             break
-        counts[i] += 1
+        counts[stream] += 1
         tokens += right
-        seconds += costs.row
-    return counts
+        seconds += row
+    return counts if tokens * plain > _LEAST_GAIN * rows * seconds else [0] * len(chances)
+
+
+def _offers(chance: float, stream: int) -> Iterator[tuple[float, float, int]]:
+    """For each guess more: the share by which the stream becomes faster, the chance that it is right, the stream."""
+    tokens, right = 1.0, chance
+    for _ in range(MOST if chance else 0):
+        yield right / tokens, right, stream
+        tokens += right
+        right *= chance

@@ -345,6 +345,7 @@ def test_guesses_are_computed_where_they_pay() -> None:
 def test_a_full_step_leaves_less_room_for_guesses() -> None:
     """Eight streams share what a step costs beside its rows, so that a row more is worth less."""
     costs = straight(10, 1.4)
-    assert worth([0.4], 1, costs)[0] > 0
-    assert worth([0.4] * 8, 8, costs) == [0] * 8
+    assert worth([0.6], 1, costs)[0] > 0
+    assert worth([0.5] * 8, 8, costs) == [0] * 8
+    assert worth([0.97] + [0.1] * 7, 8, costs) == [0] * 8, "one does not hold up seven"
     assert min(worth([0.97] * 8, 8, costs)) > 0
