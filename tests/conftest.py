@@ -8,6 +8,11 @@ import socket
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No test asserts a time, and none leaves a file behind.
+settings.register_profile("llmo", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("llmo")
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from llmo.context import NullContext
 from llmo.data.dataset import Dataset
 from llmo.data.operation import run
 from llmo.specs import DataSpec, TaskSpec
-
-# No test here asserts a time, and none leaves a file behind.
-settings.register_profile("data", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("data")
 
 
 class Listening(NullContext):
