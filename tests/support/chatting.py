@@ -40,9 +40,9 @@ class Place:
 
 
 @contextmanager
-def chat_place(folder: Path) -> Iterator[Place]:
-    """The context is long, so that an answer can be stopped long before it ends by itself."""
-    model = served_chat_model(folder / "model", max_position_embeddings=1 << 16)
+def chat_place(folder: Path, *, endless: bool = False) -> Iterator[Place]:
+    """The context is long, so that an `endless` answer can be stopped long before it is full."""
+    model = served_chat_model(folder / "model", max_position_embeddings=1 << 16, endless=endless)
     with System(Settings(home=folder / "store")) as system, ThreadReplica(model, deploy(cache_mib=64)) as replica:
         described: dict[str, Any] = {"job": None, "model": "sha256:3", "model_ref": VERSION, "state": "up"}
         for name in ("assistant", "other"):

@@ -23,8 +23,9 @@ TEMPLATE = (
 )
 
 
-def tiny_chat_model(folder: Path, seed: int = 0, *, layers: int = LAYERS, **config: Any) -> Path:
-    """A Hugging Face Llama folder (hidden 64, 512 positions, 259 tokens, tied embeddings) as transformers opens it."""
+def tiny_chat_model(folder: Path, seed: int = 0, *, layers: int = LAYERS, endless: bool = False, **config: Any) -> Path:
+    """A Hugging Face Llama folder (hidden 64, 512 positions, 259 tokens, tied embeddings) as transformers opens it.
+    An `endless` one never finds its end token the likeliest."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_chat_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -66,7 +67,10 @@ def tiny_chat_model(folder: Path, seed: int = 0, *, layers: int = LAYERS, **conf
     ):
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    save_file(_weights(vocabulary, layers, seed), folder / "model.safetensors", {"format": "pt"})
+    weights = _weights(vocabulary, layers, seed)
+    if endless:
+        weights["model.embed_tokens.weight"][END] = 0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from llmo.system import System
 from llmo.types import Kind, Needs
 from support.chatting import VERSION, Place, chat_place
 from support.project import Said, llmo
-from support.serving import deploy, eventually, served_chat_model
+from support.serving import PATIENCE, deploy, eventually, served_chat_model
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +145,15 @@ class Terminal:
     def until(self, words: str) -> None:
         """Read until these words have been shown."""
         while words not in self.seen:
-            part = os.read(self._mine, 4096)
-            assert part, self.seen
-            self.seen += part.decode("utf-8", "replace")
+            ready, _, _ = select.select([self._mine], [], [], PATIENCE)
+            assert ready, f"{words!r} never came: {self.seen[-2000:]}"
+            self.seen += os.read(self._mine, 4096).decode("utf-8", "replace")
+
+    def prompted(self, words: str) -> None:
+        """Read until these words and then a prompt have been shown: what is typed before it may be lost."""
+        self.until(words)
+        self.seen = self.seen.partition(words)[2]
+        self.until("\n> ")
 
     def type(self, text: str) -> None:
         self.seen = ""
@@ -161,22 +168,22 @@ class Terminal:
         os.close(self._mine)
 
 
-def test_ctrl_c_stops_the_answer_where_it_is_written_and_the_chat_goes_on(place: Place) -> None:
-    before = len(place.system.feedback())
-    with Terminal(place, "--set", "max_tokens=60000", "--set", "temperature=0") as terminal:
-        terminal.until("> ")
+def test_ctrl_c_stops_the_answer_where_it_is_written_and_the_chat_goes_on(tmp_path: Path) -> None:
+    endless = ("--set", "max_tokens=60000", "--set", "temperature=0")
+    with chat_place(tmp_path, endless=True) as place, Terminal(place, *endless) as terminal:
+        terminal.prompted("Ctrl-D leaves")
         terminal.type("Hello there\n")
         eventually(lambda: place.streams() == 1, "the model writes")
         terminal.type("\x03")
-        terminal.until("(stopped)")
+        terminal.prompted("(stopped)")
         eventually(lambda: place.streams() == 0, "the model has stopped")
         terminal.type("/rate bad too long\n")
-        terminal.until("kept as feedback")
+        terminal.prompted("kept as feedback")
         terminal.type("/nope\n")
-        terminal.until("no command /nope")
+        terminal.prompted("no command /nope")
         terminal.type("\x04")
         assert terminal.process.wait(60) == 0
-    [kept] = place.system.feedback()[before:]
+        [kept] = place.system.feedback()
     assert (kept.rating, kept.comment) == ("bad", "too long")
 
 
