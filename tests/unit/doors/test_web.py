@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -162,19 +163,23 @@ def test_an_answer_streams_keeps_to_the_settings_and_is_rated(page: Browser, pla
 
 
 @needs_browser
-def test_stop_ends_the_answer_where_it_is_written(page: Browser, place: Place) -> None:
-    fill(page, "max_tokens", 60_000)
-    ask(page, "Tell me everything")
-    eventually(lambda: place.streams() == 1, "the model writes")
-    page.until("document.querySelector('.turn:last-child .text').textContent.length > 20")
-    page.press("Escape", 27)
-    page.until(DONE)
-    eventually(lambda: place.streams() == 0, "the model has stopped")
-    assert page.js("document.querySelector('.turn:last-child .note').textContent") == "stopped"
-    fill(page, "max_tokens", 5)
-    press(page, "Regenerate")
-    page.until(f"document.querySelector('.turn:last-child .figures').textContent.includes('5 tokens') && {DONE}")
-    assert page.js("document.querySelectorAll('.turn').length") == 2
+def test_stop_ends_the_answer_where_it_is_written(tmp_path: Path) -> None:
+    with chat_place(tmp_path / "place", endless=True) as place, Browser(tmp_path / "profile") as page:
+        page.open(place.url)
+        unlock(page, place.asking)
+        fill(page, "temperature", 0)
+        fill(page, "max_tokens", 60_000)
+        ask(page, "Tell me everything")
+        eventually(lambda: place.streams() == 1, "the model writes")
+        page.until("document.querySelector('.turn:last-child .text').textContent.length > 20")
+        page.press("Escape", 27)
+        page.until(DONE)
+        eventually(lambda: place.streams() == 0, "the model has stopped")
+        assert page.js("document.querySelector('.turn:last-child .note').textContent") == "stopped"
+        fill(page, "max_tokens", 5)
+        press(page, "Regenerate")
+        page.until(f"document.querySelector('.turn:last-child .figures').textContent.includes('5 tokens') && {DONE}")
+        assert page.js("document.querySelectorAll('.turn').length") == 1
 
 
 @needs_browser
