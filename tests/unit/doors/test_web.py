@@ -167,6 +167,7 @@ def test_stop_ends_the_answer_where_it_is_written(tmp_path: Path) -> None:
     with chat_place(tmp_path / "place", endless=True) as place, Browser(tmp_path / "profile") as page:
         page.open(place.url)
         unlock(page, place.asking)
+        page.until("!document.querySelector('#door').open && document.querySelector('#first').options.length > 0")
         fill(page, "temperature", 0)
         fill(page, "max_tokens", 60_000)
         ask(page, "Tell me everything")
