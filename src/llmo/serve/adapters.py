@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from llmo.errors import LLMOError, ModelError
 from llmo.store import Store
+from llmo.tasks.card import ADAPTER
 from llmo.types import Adapter, Artifact, Endpoint
 
-FOLDER = "adapter"  # within a model that was trained with LoRA, as peft saves it
 _log = logging.getLogger("llmo.serve")
 
 
@@ -71,7 +71,7 @@ def trained(store: Store, artifact: Artifact) -> Artifact:
 
 def folder_of(store: Store, model: str, ref: str) -> str:
     """The folder with a stored model's adapter. Raises ModelError for one without, StorageError when it is gone."""
-    folder = store.catalog.path(model) / FOLDER
+    folder = store.catalog.path(model) / ADAPTER
     if not folder.is_dir():
         raise ModelError(f"{ref} has no adapter beside its weights", hint="train it with `method: lora`")
     return str(folder)

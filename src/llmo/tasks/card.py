@@ -20,6 +20,7 @@ from llmo.tasks.base import Task
 CARD = "llmo.json"
 GOLDEN = "golden.json"
 TOKENIZER = "tokenizer.json"
+ADAPTER = "adapter"  # folder of the LoRA that a model was trained with, as peft saves it
 FORMAT = 1
 
 

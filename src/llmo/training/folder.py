@@ -15,14 +15,13 @@ from transformers import GenerationConfig
 from llmo.engines.torch import quiet
 from llmo.files import publish_json
 from llmo.tasks.base import Row, Task
-from llmo.tasks.card import TOKENIZER
+from llmo.tasks.card import ADAPTER, TOKENIZER
 from llmo.tasks.generation import Generation
 from llmo.tasks.template import FILE as TEMPLATE
 from llmo.training.failures import disk_errors
 from llmo.training.model import Built, merged
 from llmo.training.scoring import Predict
 
-ADAPTER = "adapter"
 GOLDEN_TEXTS = 16
 TOKENIZER_FILES = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 GENERATION = "generation_config.json"

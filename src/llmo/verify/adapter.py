@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from llmo.errors import ModelError
 from llmo.tasks.base import Logits
+from llmo.tasks.card import ADAPTER
 from llmo.verify.checks import Check
 
-FOLDER = "adapter"
 PREFIX = "base_model.model."
 FORGET = "the merged weights cannot be traced to their adapter: train the model again"
 
@@ -26,7 +26,7 @@ def updates(folder: Path) -> dict[str, torch.Tensor]:
 
     Modules that lack one of their two matrices are left out. Raises ModelError when the adapter cannot be read.
     """
-    path = folder / FOLDER
+    path = folder / ADAPTER
     try:
         config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(path / "adapter_model.safetensors")
