@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
 from llmo.engines.generation import Delta, GenerationEngine, Prompt
-from llmo.errors import DeadlineError, InputError, JobFailed, LLMOError, ModelError, UnreachableError
+from llmo.errors import InputError, LLMOError, ModelError
 from llmo.serve.answer import AnswerText, TokenPieces
 from llmo.serve.ask import Ask, Input, Message
 from llmo.serve.calls import Call, Part, Stream, Usage
+from llmo.serve.lifecycle import Lifecycle
 from llmo.serve.loaded import LoadedAdapters
 from llmo.serve.paces import Paces
 from llmo.serve.waiting import PromptQueue
 
 _BYTES_A_TOKEN = 4  # an estimate, until the prompt is made
-_BROKEN_AFTER = 8  # steps in a row that failed as a whole
 _STATS_SECONDS = 0.1
 _SEEDS = 1 << 63
 
@@ -47,7 +45,7 @@ class _Step:
     failed: Sequence[tuple[Stream, Exception]] = ()
 
 
-class GenerationPipeline:
+class GenerationPipeline(Lifecycle[Call, _Step]):
     """Bounded, fair between tenants, and fair to each call: what is wrong with one fails that one only.
 
     `queue` bounds what waits (see PromptQueue), `streams` what the engine works on; `takes_tools` says whether the
@@ -66,45 +64,23 @@ class GenerationPipeline:
         queue: int = 1024,
         takes_tools: bool = True,
     ) -> None:
+        super().__init__(load, engine, {"prompts": self._make_prompts, "answers": self._write})
         self._task = task
         self._tokenizer = tokenizer
         self._engine = engine
-        self._load = load
         self._adapters = LoadedAdapters(engine)
         self._most = streams
         self._takes_tools = takes_tools
         self.paces = Paces()
-        self.broken: LLMOError | None = None
         self.context = 0  # once started
         self._pieces = TokenPieces(tokenizer)
         self._longest = self._pieces.longest()
-        self._load_error: BaseException | None = None
-        self._loaded = threading.Event()
-        self._changed = threading.Condition()
-        self._calls: set[Call] = set()
         self._queue = PromptQueue(queue, self.paces.seconds_for)
         self._running: dict[int, Stream] = {}  # what the engine has; its thread alone changes it
         self._cancelled: list[Stream] = []
-        self._work: SimpleQueue[_Step | None] = SimpleQueue()
         self._ids = count(1)
-        self._refusing = False
-        self._stopping = False
-        self._failed_steps = 0
         self._engine_stats: Mapping[str, Any] = {}
         self._stats_at = 0.0
-        self._threads = [
-            threading.Thread(target=work, name=f"llmo-{name}", daemon=True)
-            for name, work in (("prompts", self._make_prompts), ("engine", self._own_engine), ("answers", self._write))
-        ]
-
-    def start(self) -> None:
-        """Load the engine, in the thread that will step it, and begin. Raises what `load` raises."""
-        for thread in self._threads:
-            thread.start()
-        self._loaded.wait()
-        if self._load_error is not None:
-            self.close()
-            raise self._load_error
 
     def submit(self, call: Call) -> None:
         """Accept a call, or raise: InputError for a prompt that is longer than any context or for more choices than
@@ -118,49 +94,26 @@ class GenerationPipeline:
                 hint="ask for fewer at once, or deploy with a larger `queue`",
             )
         with self._changed:
-            if self._refusing:
-                raise UnreachableError("the replica is leaving", hint="ask again: another one takes over")
+            self._check_accepting()
             call.left = ask.choices
             call.arrived = time.monotonic()
             self._queue.add(call, tokens)
             self._calls.add(call)
             self._changed.notify_all()
 
-    def cancel(self, call: Call) -> None:
-        """Nobody wants the answer any more: it leaves the queue, the engine forgets it before its next step, and
-        `hear` is told nothing further."""
-        self._end(call, None)
-
     def expire(self, now: float) -> None:
-        """Answer every call whose deadline has passed and that has not begun, or is strict."""
+        """As every pipeline; beside it, adapters that nobody asked for in a long while are given back."""
         with self._changed:
-            late = [c for c in self._calls if c.deadline <= now and (c.strict or not c.begun)]
             self._adapters.give_back({c.adapter for c in self._calls if c.adapter is not None})
-        for call in late:
-            self._end(call, DeadlineError("the deadline passed before the answer was ready", hint="allow it more time"))
+        super().expire(now)
+
+    def _late(self, call: Call, now: float) -> bool:
+        """One that has begun is in time, unless it is strict."""
+        return super()._late(call, now) and (call.strict or not call.begun)
 
     def load_adapter(self, folder: str) -> None:
         """Have an adapter in the engine before it is asked for. Raises ModelError for one that does not fit."""
         self._adapters.need(folder)
-
-    def drain(self, timeout: float) -> bool:
-        """Refuse new calls and wait until the accepted ones are answered; False when some were not in time."""
-        with self._changed:
-            self._refusing = True
-            return self._changed.wait_for(lambda: not self._calls, timeout)
-
-    def close(self) -> None:
-        """Stop the threads; calls that are still open are answered UnreachableError."""
-        with self._changed:
-            self._refusing = self._stopping = True
-            self._changed.notify_all()
-            left = list(self._calls)
-        for call in left:
-            self._end(call, UnreachableError("the replica stopped before it answered", hint="ask again"))
-        self._work.put(None)
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join()
 
     def stats(self) -> dict[str, Any]:
         """Numbers for metrics: places taken in the queue, streams, the engine's own numbers and the paces."""
@@ -245,22 +198,14 @@ class GenerationPipeline:
 
     # The thread that owns the engine: it does nothing else, so that the engine rarely waits.
 
-    def _own_engine(self) -> None:
-        try:
-            self._load()
-            self.context = self._queue.least_tokens = self._engine.context
-        except BaseException as error:  # raised again by `start`, in the thread that asked
-            self._load_error = error
-            return
-        finally:
-            self._loaded.set()
-        try:
-            while self._wait_for_work():
-                self._admit()
-                if self._running:
-                    self._step()
-        finally:
-            self._engine.close()
+    def _loaded_engine(self) -> None:
+        self.context = self._queue.least_tokens = self._engine.context
+
+    def _use_engine(self) -> None:
+        while self._wait_for_work():
+            self._admit()
+            if self._running:
+                self._step()
 
     def _wait_for_work(self) -> bool:
         """Wait until there is something to do, and forget what was cancelled; False when it is time to stop."""
@@ -311,7 +256,7 @@ class GenerationPipeline:
         try:
             deltas = self._engine.step()
             failed = self._engine.failed()
-            self._failed_steps = 0
+            self._ran(True, "at every step")
         except Exception as error:  # of the engine as a whole: every stream in it is lost, those that wait are not
             _log.exception("a step of the engine failed")
             failed, deltas = [(id, error) for id in self._running], []
@@ -327,9 +272,7 @@ class GenerationPipeline:
             self._work.put(_Step(known, lost))
 
     def _forget_all(self) -> None:
-        self._failed_steps += 1
-        if self._failed_steps >= _BROKEN_AFTER:
-            self.broken = JobFailed("the engine fails at every step", hint="see the replica's log, then deploy again")
+        self._ran(False, "at every step")
         try:
             for id in self._running:
                 self._engine.cancel(id)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import Any, cast
 
 from tokenizers import Tokenizer
@@ -16,24 +15,21 @@ from tokenizers import Tokenizer
 from llmo.engines.base import Embedder, Engine, Request
 from llmo.errors import (
     BusyError,
-    DeadlineError,
     InputError,
-    JobFailed,
     LLMOError,
     ModelError,
     TooLargeError,
-    UnreachableError,
 )
 from llmo.serve import embedding
 from llmo.serve.batcher import Batcher, Item
 from llmo.serve.embedding import Input
 from llmo.serve.gauge import Gauge
+from llmo.serve.lifecycle import Lifecycle, too_late
 from llmo.tasks.base import Encoding, Logits, Task
 
 LONGEST_TEXT = 1 << 20  # bytes of UTF-8
 _CHUNK = 32  # texts tokenised at once: enough for the tokeniser, few enough that the engine starts early
 _SHORTEST_WAIT = 0.05  # seconds a refused client is told to stay away at least
-_BROKEN_AFTER = 8  # batches in a row of which nothing could be run
 
 Done = Callable[[bytes | LLMOError], None]
 _log = logging.getLogger("llmo.serve")
@@ -80,7 +76,7 @@ class _Ran:
     logits: Sequence[Logits | LLMOError]
 
 
-class Pipeline:
+class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
     """Bounded, and fair to each call: what is wrong with one fails that one only.
 
     `queue` bounds the texts that wait (encoded or not); a text that runs does not wait. `submit`, `cancel`,
@@ -97,36 +93,14 @@ class Pipeline:
         queue: int = 1024,
         batcher: Batcher | None = None,
     ) -> None:
+        super().__init__(load, engine, {"texts": self._encode_and_answer})
         self._task = task
         self._tokenizer = tokenizer
         self._engine = engine
-        self._load = load
         self.queue = queue
         self.gauge = Gauge()
-        self.broken: LLMOError | None = None
-        self._load_error: BaseException | None = None
-        self._loaded = threading.Event()
         self._batcher = batcher or Batcher(4096)
-        self._work: SimpleQueue[tuple[Call, int] | _Ran | None] = SimpleQueue()
-        self._changed = threading.Condition()
-        self._calls: set[Call] = set()
         self._waiting = 0
-        self._refusing = False
-        self._stopping = False
-        self._failed_batches = 0
-        self._threads = [
-            threading.Thread(target=self._encode_and_answer, name="llmo-texts", daemon=True),
-            threading.Thread(target=self._own_engine, name="llmo-engine", daemon=True),
-        ]
-
-    def start(self) -> None:
-        """Load the engine, in the thread that will run it, and begin. Raises what `load` raises."""
-        for thread in self._threads:
-            thread.start()
-        self._loaded.wait()
-        if self._load_error is not None:
-            self.close()
-            raise self._load_error
 
     def submit(self, call: Call) -> None:
         """Accept a call, or raise: InputError or TooLargeError for its texts, BusyError when the queue is full,
@@ -139,8 +113,7 @@ class Pipeline:
                 hint="send fewer at once, or deploy with a larger `queue`",
             )
         with self._changed:
-            if self._refusing:
-                raise UnreachableError("the replica is leaving", hint="ask again: another one takes over")
+            self._check_accepting()
             if self._waiting + count > self.queue:
                 wanted = max(self._waiting + count - self.queue, self._waiting // 2)
                 wait = max(_SHORTEST_WAIT, self.gauge.seconds_for(wanted))
@@ -171,36 +144,6 @@ class Pipeline:
                 embedding.check_ids(text, call.where(index), self._tokenizer.get_vocab_size())
             else:
                 check_text(text, call.where(index))
-
-    def cancel(self, call: Call) -> None:
-        """Nobody wants the answer any more: its waiting texts leave the queue, and `done` is not called."""
-        self._end(call, None)
-
-    def expire(self, now: float) -> None:
-        """Answer every call whose deadline has passed, whether it waits or runs."""
-        with self._changed:
-            late = [c for c in self._calls if c.deadline <= now]
-        for call in late:
-            self._late(call)
-
-    def drain(self, timeout: float) -> bool:
-        """Refuse new calls and wait until the accepted ones are answered; False when some were not in time."""
-        with self._changed:
-            self._refusing = True
-            return self._changed.wait_for(lambda: not self._calls, timeout)
-
-    def close(self) -> None:
-        """Stop the threads; calls that are still open are answered UnreachableError."""
-        with self._changed:
-            self._refusing = self._stopping = True
-            self._changed.notify_all()
-            left = list(self._calls)
-        for call in left:
-            self._end(call, UnreachableError("the replica stopped before it answered", hint="ask again"))
-        self._work.put(None)
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join()
 
     def stats(self) -> dict[str, Any]:
         """Numbers for metrics: texts waiting, calls in flight, and the gauge's counters."""
@@ -296,20 +239,7 @@ class Pipeline:
 
     # The thread that owns the engine: it does nothing else, so that the engine rarely waits.
 
-    def _own_engine(self) -> None:
-        try:
-            self._load()
-        except BaseException as error:  # raised again by `start`, in the thread that asked
-            self._load_error = error
-            return
-        finally:
-            self._loaded.set()
-        try:
-            self._run_batches()
-        finally:
-            self._engine.close()
-
-    def _run_batches(self) -> None:
+    def _use_engine(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or len(self._batcher))
@@ -318,12 +248,12 @@ class Pipeline:
                 batch, expired = self._batcher.take(time.time())
                 self._waiting -= len(batch) + len(expired)
             for item in expired:
-                self._late(item.payload.call)
+                self._end(item.payload.call, too_late())
             for alike in _alike(batch):
                 began = time.monotonic()
                 ran = _Ran(alike, self._run(alike))
                 self.gauge.ran([i.tokens for i in alike], time.monotonic() - began)
-                self._watch_health(any(not isinstance(logits, LLMOError) for logits in ran.logits))
+                self._ran(any(not isinstance(logits, LLMOError) for logits in ran.logits), "on every text")
                 self._work.put(ran)
 
     def _run(self, items: Sequence[Item]) -> Sequence[Logits | LLMOError]:
@@ -340,14 +270,6 @@ class Pipeline:
                 return [error]
             return [ModelError(f"the model could not run this text: {error}", hint="see the log of the replica")]
         return [found[n] for n in range(len(items))]
-
-    def _watch_health(self, worked: bool) -> None:
-        self._failed_batches = 0 if worked else self._failed_batches + 1
-        if self._failed_batches >= _BROKEN_AFTER:
-            self.broken = JobFailed("the engine fails on every text", hint="see the replica's log, then deploy again")
-
-    def _late(self, call: Call) -> None:
-        self._end(call, DeadlineError("the deadline passed before the answer was ready", hint="allow it more time"))
 
     def _end(self, call: Call, outcome: bytes | LLMOError | None) -> None:
         """Close a call once: free the places its texts still hold, then tell the one who asked."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from llmo.engines.generation import Sampling
-from llmo.errors import InputError, LLMOError
+from llmo.errors import InputError, LLMOError, ModelError
 from llmo.serve import calls
 from llmo.serve.ask import Ask, Input
 from llmo.serve.pipeline import Call, check_text
@@ -191,8 +191,11 @@ class GenerationSession(Session):
             if done.cancelled() or self.transport.is_closing():
                 return
             error = done.exception()
-            loaded = frame({"id": number, "loaded": folder})
-            self.transport.write(error_frame(number, error) if isinstance(error, LLMOError) else loaded)
+            if error is None:
+                self.transport.write(frame({"id": number, "loaded": folder}))
+                return
+            known = error if isinstance(error, LLMOError) else ModelError(f"the adapter cannot be loaded: {error}")
+            self.transport.write(error_frame(number, known))
 
         loading.add_done_callback(tell)
 

@@ -1,0 +1,139 @@
+"""What both kinds of a replica's pipeline are: threads around one engine, and calls that are open until answered."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from queue import SimpleQueue
+from typing import Generic, Protocol, TypeVar
+
+from llmo.errors import DeadlineError, JobFailed, LLMOError, UnreachableError
+
+
+class Open(Protocol):
+    """A call; `deadline` is in unix seconds, and it is `over` once nobody waits for it."""
+
+    deadline: float
+    over: bool
+
+
+class Closes(Protocol):
+    """What the end of any engine is."""
+
+    def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=Open)
+W = TypeVar("W")
+
+_BROKEN_AFTER = 8  # runs of the engine in a row of which nothing came
+
+
+class Lifecycle(ABC, Generic[C, W]):
+    """From `start` to `close`; every call that was accepted is ended once, whatever happens.
+
+    The engine belongs to one thread, which loads it, works with it until `_stopping`, and closes it. What it gives goes
+    through `_work` to the thread that answers; None there is the end. `cancel`, `expire` and `drain` may be called from
+    any thread, and so must be `_end`. `broken` says what makes the replica of no use.
+    """
+
+    def __init__(self, load: Callable[[], None], engine: Closes, threads: Mapping[str, Callable[[], None]]) -> None:
+        """`load` loads the engine; `threads` by name, those beside the engine's own."""
+        self._load = load
+        self._owned = engine
+        self.broken: LLMOError | None = None
+        self._changed = threading.Condition()
+        self._calls: set[C] = set()
+        self._work: SimpleQueue[W | None] = SimpleQueue()
+        self._refusing = False
+        self._stopping = False
+        self._failures = 0
+        self._loaded = threading.Event()
+        self._load_error: BaseException | None = None
+        self._threads = [
+            threading.Thread(target=work, name=f"llmo-{name}", daemon=True)
+            for name, work in (*threads.items(), ("engine", self._own_engine))
+        ]
+
+    @abstractmethod
+    def _use_engine(self) -> None:
+        """Return when it is time to stop."""
+
+    @abstractmethod
+    def _end(self, call: C, error: LLMOError | None) -> None:
+        """Close a call, once: free what it holds, and tell the one who asked, if there is something to tell."""
+
+    def start(self) -> None:
+        """Load the engine, in the thread that will run it, and begin. Raises what loading raises."""
+        for thread in self._threads:
+            thread.start()
+        self._loaded.wait()
+        if self._load_error is not None:
+            self.close()
+            raise self._load_error
+
+    def cancel(self, call: C) -> None:
+        """Nobody wants the answer any more: what waits leaves the queue, and nothing further is told."""
+        self._end(call, None)
+
+    def expire(self, now: float) -> None:
+        """Answer every call that is late, whether it waits or runs; `now` in unix seconds."""
+        with self._changed:
+            late = [call for call in self._calls if self._late(call, now)]
+        for call in late:
+            self._end(call, too_late())
+
+    def drain(self, timeout: float) -> bool:
+        """Refuse new calls and wait until the accepted ones are answered; False when some were not in time."""
+        with self._changed:
+            self._refusing = True
+            return self._changed.wait_for(lambda: not self._calls, timeout)
+
+    def close(self) -> None:
+        """Stop the threads; calls that are still open are answered UnreachableError."""
+        with self._changed:
+            self._refusing = self._stopping = True
+            self._changed.notify_all()
+            left = list(self._calls)
+        for call in left:
+            self._end(call, UnreachableError("the replica stopped before it answered", hint="ask again"))
+        self._work.put(None)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def _check_accepting(self) -> None:
+        """Raises UnreachableError when the replica is leaving; to be asked with `_changed` held."""
+        if self._refusing:
+            raise UnreachableError("the replica is leaving", hint="ask again: another one takes over")
+
+    def _late(self, call: C, now: float) -> bool:
+        return call.deadline <= now
+
+    def _ran(self, worked: bool, what: str) -> None:
+        """Count a run of the engine that gave something or nothing; too many of the latter, and it fails at `what`."""
+        self._failures = 0 if worked else self._failures + 1
+        if self._failures >= _BROKEN_AFTER:
+            self.broken = JobFailed(f"the engine fails {what}", hint="see the replica's log, then deploy again")
+
+    def _loaded_engine(self) -> None:
+        """What is to be known of the engine before the first call."""
+
+    def _own_engine(self) -> None:
+        try:
+            self._load()
+            self._loaded_engine()
+        except BaseException as error:  # raised again by `start`, in the thread that asked
+            self._load_error = error
+            return
+        finally:
+            self._loaded.set()
+        try:
+            self._use_engine()
+        finally:
+            self._owned.close()
+
+
+def too_late() -> DeadlineError:
+    return DeadlineError("the deadline passed before the answer was ready", hint="allow it more time")
