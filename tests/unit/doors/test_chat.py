@@ -145,15 +145,24 @@ class Terminal:
     def until(self, words: str) -> None:
         """Read until these words have been shown."""
         while words not in self.seen:
-            ready, _, _ = select.select([self._mine], [], [], PATIENCE)
-            assert ready, f"{words!r} never came: {self.seen[-2000:]}"
-            self.seen += os.read(self._mine, 4096).decode("utf-8", "replace")
+            self._read()
+
+    def _read(self) -> None:
+        ready, _, _ = select.select([self._mine], [], [], PATIENCE)
+        assert ready, f"nothing more came: {self.seen[-2000:]}"
+        self.seen += os.read(self._mine, 4096).decode("utf-8", "replace")
 
     def prompted(self, words: str) -> None:
         """Read until these words and then a prompt have been shown: what is typed before it may be lost."""
         self.until(words)
         self.seen = self.seen.partition(words)[2]
         self.until("\n> ")
+
+    def answering(self, asked: str) -> None:
+        """Read until something that is not blank follows the echo of a question."""
+        self.until(asked)
+        while not self.seen.partition(asked)[2].strip():
+            self._read()
 
     def type(self, text: str) -> None:
         self.seen = ""
@@ -173,7 +182,7 @@ def test_ctrl_c_stops_the_answer_where_it_is_written_and_the_chat_goes_on(tmp_pa
     with chat_place(tmp_path, endless=True) as place, Terminal(place, *endless) as terminal:
         terminal.prompted("Ctrl-D leaves")
         terminal.type("Hello there\n")
-        eventually(lambda: place.streams() == 1, "the model writes")
+        terminal.answering("Hello there")  # one stopped before anything was shown is no answer to rate
         terminal.type("\x03")
         terminal.prompted("(stopped)")
         eventually(lambda: place.streams() == 0, "the model has stopped")
