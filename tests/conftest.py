@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from hypothesis import HealthCheck, settings
 # No test asserts a time, and none leaves a file behind.
 settings.register_profile("llmo", deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("llmo")
+
+# What a script starts with & is born deaf to Ctrl-C, and so would be all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
