@@ -136,6 +136,32 @@ class Deployed:
         """Raises NotFoundError. Answers that have begun are finished."""
         self.api.remove_adapter(self.name, name)
 
+    def against(
+        self,
+        other: str,
+        *,
+        by: str,
+        data: Dataset | None = None,
+        split: str = "test",
+        rows: int = 32,
+        criterion: str = "",
+        reference: bool = True,
+        **settings: Any,
+    ) -> Mapping[str, Any]:
+        """Whether this endpoint answers better than `other` (ENDPOINT or ENDPOINT:ADAPTER), by the verdict of a third
+        on held-out questions of `data` (default: what its model was trained on).
+
+        `wins`, `losses`, `ties`, and with 95% intervals `win_rate` (a tie is half a win) and `consistency`, the share
+        of pairs judged alike in both orders. `settings` are those of the answers, such as `temperature`.
+        """
+        from llmo.doors import judging  # the HTTP stack is only needed here
+
+        told = {**judging.SETTINGS, **settings}
+        match = judging.Match(self.name, other, by, told, criterion, reference)
+        digest = data.artifact.digest if data else judging.data_of(self.api, self.name)
+        asked = judging.questions(self.api, digest, split, rows)
+        return judging.result(match, judging.contest(self.api, match, asked))
+
 
 def train(data: Dataset, *, model: str | Path | Model, name: str | None = None, **spec: Any) -> Model:
     """Train `model` (package:NAME, a folder, hf:NAME or a stored one) on `data`.

@@ -18,7 +18,7 @@ from llmo.doors import flow
 from llmo.doors.cli import lines
 from llmo.doors.cli.outfile import place
 from llmo.doors.cli.show import Json, console, emit
-from llmo.doors.cli.steps import Set, assignments
+from llmo.doors.cli.steps import assignments
 from llmo.errors import InputError, LLMOError, nearest
 from llmo.files import publish
 
@@ -35,6 +35,9 @@ HELP = """\
 /save FILE               write the conversation as a line of JSON that `llmo data import` reads
 /quit                    leave, as Ctrl-D does
 A line that ends in \\ goes on in the next; \"\"\" begins and ends several lines. Ctrl-C stops an answer."""
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the answers, as temperature=0.2.")
+]
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -46,7 +49,7 @@ def chat(
     endpoint: Annotated[str, typer.Argument(help="The endpoint, or one of its adapters as ENDPOINT:NAME.")],
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     once: Annotated[str | None, typer.Option(help="One question, then end; '-' reads it from standard input.")] = None,
-    settings: Set = None,
+    settings: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Talk to an endpoint that generates. Type /help there; lines from a pipe are said one after the other.
