@@ -103,7 +103,9 @@ def come_and_go(runner: Runner, asked: Sequence[Asked], folder: Path) -> tuple[l
 def measure(folder: Path, precision: str, modules: str, rounds: int, work: Path) -> None:
     engine = PagedEngine()
     device = Device("cpu", "cpu", memory=0, free=0, cores=CORES)
-    engine.load(folder, device, GenerationOptions(streams=STREAMS, cache_bytes=256 << 20, precision=precision))
+    engine.load(
+        folder, device, GenerationOptions(streams=STREAMS, cache_bytes=256 << 20, precision=precision, lookup=False)
+    )
     config = json.loads((folder / "config.json").read_text())
     made = [adapter(work / modules / str(i), config, MODULES[modules], i) for i in range(ADAPTERS + 1)]
     for i, one in enumerate(made[:-1]):
@@ -115,9 +117,11 @@ def measure(folder: Path, precision: str, modules: str, rounds: int, work: Path)
     for asked in (prompts[:STREAMS], prompts[-STREAMS:]):
         runner.answers([(ids, None) for ids in asked])
     ratios = []
-    for _ in range(rounds):
-        alone = runner.tokens_per_second([(ids, None) for ids in prompts])
-        together = runner.tokens_per_second(mixed)
+    bare: list[Asked] = [(ids, None) for ids in prompts]
+    for number in range(rounds):
+        first, second = (bare, mixed) if number % 2 == 0 else (mixed, bare)
+        rates = {id(asked): runner.tokens_per_second(asked) for asked in (first, second)}
+        alone, together = rates[id(bare)], rates[id(mixed)]
         ratios.append(together / alone)
         print(
             f"  base alone {alone:.0f} tokens/s, {ADAPTERS} adapters mixed {together:.0f}: {ratios[-1]:.2f}", flush=True

@@ -112,10 +112,14 @@ def main() -> None:
     if given.pipeline:
         serve_pipeline(given.pipeline, given.port)
         return
+    from llmo.errors import NotFoundError
     from llmo.system import System
 
     with System() as system:
-        folder = system.path(given.reference)
+        try:
+            folder = system.path(given.reference)
+        except NotFoundError as error:
+            parser.error(f"{error}; run `make demo` first")
         rows = system.rows(system.artifact(given.reference).inputs["data"], "test", limit=10_000)
     measured = rows[:: max(1, len(rows) // given.accuracy_texts)]
     texts = mixed(rows)

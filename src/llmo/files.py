@@ -22,10 +22,10 @@ def publish(path: Path, data: bytes | str) -> None:
 
     Raises StorageError when the disk is full, or the folder is not there or cannot be written.
     """
-    if not path.parent.is_dir():
-        raise StorageError(f"there is no folder {path.parent}", hint="make it first, or name another one")
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with storage_errors(path):
+        if not path.parent.is_dir():
+            raise StorageError(f"there is no folder {path.parent}", hint="make it first, or name another one")
         try:
             with open(aside, "wb") as file:
                 file.write(data.encode("utf-8") if isinstance(data, str) else data)

@@ -57,7 +57,12 @@ def parse_bytes(text: str, where: str) -> int:
 
 def _bytes(name: str) -> int | None:
     text = os.environ.get(name)
-    return parse_bytes(text, name) if text else None
+    if not text:
+        return None
+    found = parse_bytes(text, name)
+    if found < 1:
+        raise SpecError(f"'{text}' is no memory at all", where=name, hint="write it like 512MiB, or leave it unset")
+    return found
 
 
 def _cores(text: str) -> int:

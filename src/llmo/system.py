@@ -21,7 +21,7 @@ from llmo.kernel.paging import Usage
 from llmo.kernel.scheduler import Holder, Scheduler, SchedulerLock
 from llmo.kernel.submit import cache_key, submit
 from llmo.plugins import operation
-from llmo.serve.adapters import check_base, folder_of, trained
+from llmo.serve.adapters import bases, check_base, folder_of, trained
 from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
 from llmo.specfile import validate
@@ -190,7 +190,9 @@ class System:
             self.store.endpoints.remove(name)  # one that only waits to start has no row yet
 
     def adapters(self, endpoint: str) -> list[Adapter]:
-        return self.store.adapters.list(self.store.endpoints.get(endpoint).name)
+        found = self.store.endpoints.get(endpoint)
+        served = bases(self.store, found.model)
+        return [replace(known, answers=known.base in served) for known in self.store.adapters.list(found.name)]
 
     def add_adapter(self, endpoint: str, name: str, model: str) -> Adapter:
         if any(known.name == name for known in self.adapters(endpoint)):
@@ -373,9 +375,7 @@ class System:
                 f"the endpoint '{endpoint}' is down", hint=f"llmo deploy MODEL --endpoint {endpoint}"
             )
         self.adopt(found.job)
-        if found.state == "asleep":
-            self.store.endpoints.want(endpoint)
-        return wait_ready(self, found.job).address or ""
+        return wait_up(self, endpoint)
 
 
 def _check_inputs(op: str, inputs: Mapping[str, str]) -> None:
@@ -396,19 +396,25 @@ def _left(job: Job) -> Job:
     return job.evolve(state=JobState.QUEUED, waiting="who ran it has ended; the next run or `llmo up` goes on with it")
 
 
-def wait_ready(system: System, id: int, seconds: float = 120.0) -> Job:
-    """Wait until a service answers. Raises UnreachableError when it ends or the time is over."""
+def wait_up(system: System, endpoint: str, seconds: float = 120.0) -> str:
+    """The address of an endpoint once it is up; one that is asleep, or falls asleep meanwhile, is woken. Raises
+    UnreachableError when its service ends or the time is over."""
     pause = threading.Event()
     waited = 0.0
-    while waited < seconds:
-        job = system.job(id)
-        if job.state is JobState.RUNNING and job.address:
-            return job
-        if job.state.ended:
+    while True:
+        found = system.store.endpoints.get(endpoint)
+        if found.state == "up" and found.address:
+            return found.address
+        if found.state == "asleep":
+            system.store.endpoints.want(endpoint)
+        job = system.job(found.job) if found.job is not None else None
+        if job is None or job.state.ended or waited >= seconds:
             break
         pause.wait(0.05)
         waited += 0.05
-    raise UnreachableError(f"job {id} does not answer ({job.state.value})", hint=f"see: llmo logs {id}")
+    what = f"job {job.id}, its service, is {job.state.value}" if job else "no service stands behind it"
+    hint = f"see: llmo logs {job.id}" if job else f"llmo deploy MODEL --endpoint {endpoint}"
+    raise UnreachableError(f"the endpoint '{endpoint}' does not answer: {what}", hint=hint)
 
 
 class _Driver:

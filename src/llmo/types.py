@@ -186,7 +186,8 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA that an endpoint also answers with, as the model `ENDPOINT:NAME`; `base` is what it was trained on."""
+    """A LoRA that an endpoint also answers with, as the model `ENDPOINT:NAME`; `base` is what it was trained on. One
+    that was trained on another model than is served now `answers` only when its own is served again."""
 
     endpoint: str
     name: str
@@ -194,6 +195,7 @@ class Adapter:
     model_ref: str
     base: str  # digest
     created_at: float = 0.0
+    answers: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,10 @@ def test_settings_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMO_CORES", "many")
     with pytest.raises(SpecError, match="many"):
         Settings.from_environment()
+    monkeypatch.delenv("LLMO_CORES")
+    monkeypatch.setenv("LLMO_SERVE_MEMORY", "0")
+    with pytest.raises(SpecError, match="no memory at all"):
+        Settings.from_environment()
 
 
 def test_plugins_name_the_nearest() -> None:

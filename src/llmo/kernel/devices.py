@@ -43,13 +43,15 @@ def cpu(settings: Settings, root: Path = Path("/")) -> Device:
             f"LLMO_CORES={settings.cores}" + (f", but only {there} are there" if settings.cores > there else "")
         )
     reasons.append("LLMO_MEMORY sets the memory" if settings.memory else "90% of the memory")
-    if settings.serve_memory:
-        reasons.append(f"endpoints may take {size(settings.serve_memory)} of it (LLMO_SERVE_MEMORY)")
+    serve_memory = min(settings.serve_memory or 0, memory)
+    if serve_memory:
+        reasons.append(f"endpoints may take {size(serve_memory)} of it (LLMO_SERVE_MEMORY)")
     if limit and limit < table["MemTotal"]:
         reasons.append("the control group limits the memory")
     free = min(memory, table.get("MemAvailable", memory))
-    reason, serve_memory = "; ".join(reasons), min(settings.serve_memory or 0, memory)
-    return Device("cpu", "cpu", memory, free, cores, reason=reason, features=features, serve_memory=serve_memory)
+    return Device(
+        "cpu", "cpu", memory, free, cores, reason="; ".join(reasons), features=features, serve_memory=serve_memory
+    )
 
 
 def gpus() -> list[Device]:

@@ -123,7 +123,8 @@ class Line:
         """A new endpoint must not wait for ever for those that never give way."""
         if not job.service or not self._pager.on or self._endpoint(job) is not None:
             return
-        answer = self._fit(job, [worker for worker in live if service.pinned(worker.job) and not worker.stopping])
+        stay = [w for w in live if service.pinned(w.job) and not w.stopping and not service.replaces(job, w.job)]
+        answer = self._fit(job, stay)
         if isinstance(answer, Wait):
             raise NeedsError(
                 f"there is no room beside the pinned endpoints: {answer.reason}",
@@ -158,7 +159,5 @@ class Line:
 
 def _entry(worker: Live, job: Job) -> Running:
     """The ledger's line; a service shares its cores with the one that replaces it, or that could never start."""
-    endpoint = service.endpoint_of(job)
-    replaced = endpoint is not None and service.endpoint_of(worker.job) == endpoint
-    granted = replace(worker.placement, cores=0) if replaced else worker.placement
+    granted = replace(worker.placement, cores=0) if service.replaces(job, worker.job) else worker.placement
     return worker.job.needs, granted, label(worker.job)

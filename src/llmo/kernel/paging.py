@@ -1,4 +1,5 @@
-"""Which endpoints give way when another needs the room: the least recently used first, a pinned one never."""
+"""Which endpoints give way when another needs the room: the least recently used first, a pinned one never, but
+to its own successor."""
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ class Pager:
             return None
         now = time.monotonic()
         asked = self._asking.setdefault(job.id, now)
-        may = self._may_leave(live, now, in_use=urgent and now - asked >= _TURN_SECONDS)
+        may = self._may_leave(job, live, now, in_use=urgent and now - asked >= _TURN_SECONDS)
         movable = {worker.job.id for worker in may}
         staying = [w for w in live if not w.stopping and not w.leaving and w.job.id not in movable]
         return make_room(may, lambda kept: fits([*staying, *kept]))
@@ -81,18 +82,20 @@ class Pager:
 
     def put_to_sleep(self, worker: Live, other: Job) -> None:
         """No request is sent to the endpoint any more; `left` says when its service may stop."""
+        service.sleep(self._store, worker.job)  # first: if it cannot be written, the next pass tries again
         worker.leaving = f"gave way to {label(other)}"
-        service.sleep(self._store, worker.job)
 
     def left(self, worker: Live) -> bool:
         """Whether an endpoint that was put to sleep has answered what it had."""
         return bool(worker.leaving) and self._use(worker).left
 
-    def _may_leave(self, live: Collection[Live], now: float, *, in_use: bool) -> list[Live]:
-        """The idle ones and, after them, those in use; the least recently used first."""
+    def _may_leave(self, job: Job, live: Collection[Live], now: float, *, in_use: bool) -> list[Live]:
+        """The idle ones and, after them, those in use; the least recently used first. A pinned one gives way to what
+        replaces it."""
         found: list[tuple[bool, float, Live]] = []
         for worker in live:
-            if worker.ready is None or worker.stopping or worker.leaving or service.pinned(worker.job):
+            stays = service.pinned(worker.job) and not service.replaces(job, worker.job)
+            if worker.ready is None or worker.stopping or worker.leaving or stays:
                 continue
             use = self._use(worker)
             if use.idle or (in_use and use.open and now - worker.ready >= _TURN_SECONDS):

@@ -19,6 +19,12 @@ def endpoint_of(job: Job) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def replaces(job: Job, other: Job) -> bool:
+    """Whether a job takes over the endpoint that the other serves."""
+    name = endpoint_of(job)
+    return name is not None and endpoint_of(other) == name
+
+
 def pinned(job: Job) -> bool:
     """Whether its endpoint never gives way to another."""
     return bool(job.spec.get("pinned"))
@@ -68,6 +74,14 @@ def sleep(store: Store, job: Job) -> None:
     known = find(store, name) if name is not None else None
     if known is not None and known.job == job.id:
         store.endpoints.point(known.name, job.id, state="asleep", address=None)
+
+
+def wake(store: Store, job: Job) -> None:
+    """Whoever deploys an endpoint that is asleep asks for it, as a request does."""
+    name = endpoint_of(job)
+    known = find(store, name) if name is not None else None
+    if known is not None and known.job == job.id:
+        store.endpoints.want(known.name)
 
 
 def leave(store: Store, job: Job, state: str, *, ended: bool) -> None:

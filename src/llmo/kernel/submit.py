@@ -69,6 +69,7 @@ def submit(
         return store.jobs.insert(**made)
     active = store.jobs.find_active(key)
     if active is not None and _same(active, operation, parent, name):
+        service.wake(store, active)
         return active
     return store.jobs.insert(**made)
 

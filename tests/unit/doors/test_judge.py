@@ -23,11 +23,18 @@ QUESTIONS = ["Hello there", "What is a cat?", "Count to three", LONG]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("place")
     talks = [
-        {"messages": [{"role": "user", "content": f"{number}: {text}"}, {"role": "assistant", "content": f"so be it {number}"}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"{number}: {text}"},
+                {"role": "assistant", "content": f"so be it {number}"},
+            ]
+        }
         for number, text in enumerate(QUESTIONS * 4)
     ]
     (folder / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
-    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": f"a text {n} of no use " + "xyzw"[n % 4] * n}) + "\n" for n in range(9)))
+    (folder / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"a text {n} of no use " + "xyzw"[n % 4] * n}) + "\n" for n in range(9))
+    )
     for name in ("talks", "texts"):
         told = ("--name", name, "--task", "generation", "--set", "clean.drop_duplicates=none")
         said = llmo("data", "import", folder / f"{name}.jsonl", *told, LLMO_HOME=str(folder / "store"))

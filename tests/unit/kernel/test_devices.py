@@ -76,6 +76,9 @@ def test_what_the_user_says_is_a_limit_and_no_more(root: Path) -> None:
     many = devices.cpu(settings(cores=64, memory=1 << 50), root)
     assert (many.cores, many.memory) == (8, 16384 * MIB)
     assert "LLMO_CORES=64, but only 8 are there" in many.reason
+    few = devices.cpu(settings(memory=512 * MIB, serve_memory=1 << 50), root)
+    assert few.serve_memory == 512 * MIB
+    assert "endpoints may take 512 MiB of it" in few.reason.replace("512.0", "512")
 
 
 def test_this_machine() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmo.errors import NeedsError
+from llmo.errors import NeedsError, StorageError
 from llmo.kernel import paging, service
 from llmo.kernel.paging import Use
 from llmo.kernel.placement import make_room
@@ -123,6 +124,45 @@ def test_pinned_ones_stay_and_what_cannot_fit_beside_them_is_refused(kernel: Pag
     kernel.store.endpoints.want("b")
     kernel.until(lambda: "pinned endpoint" in kernel.job(b).waiting)
     assert kernel.states("abc") == ["up", "waking", "up"], "it waits for a pinned one to be taken down"
+
+
+def test_a_pinned_one_gives_way_to_its_own_successor(kernel: Paged) -> None:
+    wide = Needs(cores=1, cores_max=1, memory=3 << 30)  # of four
+    old = kernel.reached(kernel.submit("serve", {"endpoint": "a", "cores": 1, "pinned": True}, needs=wide), "running")
+    kernel.use("a")
+    new = kernel.reached(kernel.submit("serve", {"endpoint": "a", "cores": 1}, needs=wide), "running")
+    kernel.ended(old)
+    assert (kernel.endpoint("a").state, kernel.endpoint("a").job) == ("up", new.id)
+    assert not kernel.endpoint("a").deploy.get("pinned")
+
+
+def test_deploying_what_sleeps_wakes_it(kernel: Paged) -> None:
+    a = kernel.up("a")
+    kernel.up("b")
+    kernel.use("a", "b")
+    kernel.up("c")
+    kernel.until(lambda: kernel.job(a).waiting)
+    assert kernel.endpoint("a").state == "asleep"
+    assert kernel.up("a").id == a.id
+    assert kernel.endpoint("a").state == "up"
+
+
+def test_a_sleep_that_cannot_be_written_is_tried_again(kernel: Paged, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel.up("a")
+    kernel.up("b")
+    kernel.use("a", "b")
+    write, failures = kernel.store.endpoints.point, []
+
+    def point(*arguments: Any, **more: Any) -> None:
+        if not failures:
+            failures.append(arguments)
+            raise StorageError("the disk is full") from OSError(errno.ENOSPC, "no space")
+        write(*arguments, **more)
+
+    monkeypatch.setattr(kernel.store.endpoints, "point", point)
+    kernel.up("c")
+    assert failures
+    assert kernel.states("abc") == ["asleep", "up", "up"]
 
 
 def test_requests_under_way_are_answered_first(kernel: Paged, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,9 +123,12 @@ def adapters(
         if add is not None:
             api.add_adapter(endpoint, name, model)
         found = api.adapters(endpoint)
-    rows = [(f"{a.endpoint}:{a.name}", a.model_ref, ago(a.created_at)) for a in found]
+    rows = [
+        (f"{a.endpoint}:{a.name}", a.model_ref, ago(a.created_at), "yes" if a.answers else "no: of another base")
+        for a in found
+    ]
     empty = f"no adapters; add one with: llmo adapters {endpoint} --add NAME=MODEL"
-    emit(found, as_json, lambda: table("", ["model", "version", "added"], rows, empty=empty))
+    emit(found, as_json, lambda: table("", ["model", "version", "added", "answers"], rows, empty=empty))
 
 
 def doctor(as_json: Json = False) -> None:
