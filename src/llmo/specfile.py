@@ -17,6 +17,7 @@ from llmo.errors import SpecError, nearest
 S = TypeVar("S", bound=BaseModel)
 Lines = dict[tuple[str, ...], int]
 
+MOST_TOLD = 9  # of further mistakes
 LARGEST = 10_000  # values in one file; aliases of aliases grow a short file without end
 # What is wrong, in words for people, by pydantic's name of it.
 SAID = {
@@ -41,7 +42,8 @@ class Resolved(Generic[S]):
 
 
 def read(path: Path, model: type[S]) -> Resolved[S]:
-    """Parse a YAML file into `model`. Raises SpecError with `FILE:LINE` for the first thing that is wrong."""
+    """Parse a YAML file into `model`. Raises SpecError with `FILE:LINE` for the first thing that is wrong; its
+    hint names the others."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -116,21 +118,30 @@ def _validated(value: dict[str, Any], lines: Lines, file: str, model: type[S]) -
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", _line(e["loc"], lines)))
-    path = tuple(str(part) for part in first["loc"])
-    line = _line(first["loc"], lines)
-    where = (f"{file}:{line}" if lines else file) if file else ""
+        found = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", _line(e["loc"], lines)))
+    problems: dict[tuple[int | str, ...], SpecError] = {}
+    for problem in found:  # a key that may be of several kinds has an error for each
+        key = problem["loc"] if problem["type"] == "missing" else _key(problem["loc"], lines)
+        problems.setdefault(key, _problem(problem, lines, file, model))
+    first, *others = problems.values()
+    first.hint = "\n  ".join(filter(None, [first.hint, *(f"also {other}" for other in others[:MOST_TOLD])]))
+    raise first
+
+
+def _problem(error: Any, lines: Lines, file: str, model: type[S]) -> SpecError:
+    """One of pydantic's errors, in our words."""
+    path = tuple(str(part) for part in error["loc"])
+    where = (f"{file}:{_line(path, lines)}" if lines else file) if file else ""
     key = ".".join(path)
-    if first["type"] == "extra_forbidden":
+    if error["type"] == "extra_forbidden":
         known = _known(model, path[:-1])
-        raise SpecError(
-            f"unknown key '{path[-1]}'{nearest(path[-1], known)}", where=where, hint=f"known here: {', '.join(known)}"
-        ) from None
-    if first["type"] == "missing":
-        raise SpecError(f"the key '{key}' is missing", where=where, hint=f"add '{path[-1]}: ...'") from None
-    told = first["msg"].removeprefix("Value error, ")
-    message = SAID.get(first["type"]) or told[:1].lower() + told[1:]
-    raise SpecError(f"'{key}': {message} (it is {first['input']!r:.80})", where=where) from None
+        what = f"unknown key '{path[-1]}'{nearest(path[-1], known)}"
+        return SpecError(what, where=where, hint=f"known here: {', '.join(known)}")
+    if error["type"] == "missing":
+        return SpecError(f"the key '{key}' is missing", where=where, hint=f"add '{path[-1]}: ...'")
+    told = error["msg"].removeprefix("Value error, ")
+    message = SAID.get(error["type"]) or told[:1].lower() + told[1:]
+    return SpecError(f"'{key}': {message} (it is {error['input']!r:.80})", where=where)
 
 
 def _unfit(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, str]]:
@@ -151,10 +162,15 @@ def _unfit(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
 
 
 def _line(path: tuple[int | str, ...], lines: Lines) -> int:
+    return lines.get(_key(path, lines), 1) if lines else 1
+
+
+def _key(path: tuple[int | str, ...], lines: Lines) -> tuple[str, ...]:
+    """The innermost key on the way there that the user wrote; the whole way where nothing is written in a file."""
     keys = tuple(str(part) for part in path)
-    while keys and keys not in lines:
+    while lines and keys and keys not in lines:
         keys = keys[:-1]
-    return lines.get(keys, 1)
+    return keys
 
 
 def _section(model: type[BaseModel], path: tuple[str, ...]) -> type[BaseModel] | None:

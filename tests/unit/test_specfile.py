@@ -163,3 +163,15 @@ def test_keys_for_llmo_s_own_use_are_not_offered() -> None:
         validate({"source": "x", "task": "text-classification", "sourc": "y"}, ImportSpec)
     assert "source" in caught.value.hint
     assert "uploads" not in caught.value.hint
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    bad = "name: t\ntask: text-clasification\ndata: {source: 3, splitt: {}}\ntrain:\n  epochs: many\n"
+    error = refused(bad)
+    assert str(error).startswith("llmo.yaml:3: unknown key 'splitt'; did you mean 'split'?")
+    for told in ("llmo.yaml:2: 'task.name'", "llmo.yaml:3: 'data.source'", "'model' is missing", "llmo.yaml:5: 'train"):
+        assert error.hint.count(told) == 1, error.hint
+    nothing = refused("task: text-classification\n")
+    missing = f"{nothing}\n{nothing.hint}"
+    assert all(f"the key '{key}' is missing" in missing for key in ("name", "data", "model"))
+    assert "\n" not in refused(GOOD.replace("2,", "many,")).hint
