@@ -107,12 +107,13 @@ class System:
         return self._start(op, plain, digests, name=name or op, needs=needs, fresh=fresh)
 
     def job(self, id: int) -> Job:
-        return self.store.jobs.get(id)
+        return self._held_up(self.store.jobs.get(id))
 
     def jobs(self, *, all: bool = False, parent: int | None = None, limit: int = 50) -> list[Job]:
         found = self.store.jobs.list(parent=parent, limit=limit)
         if SchedulerLock(self.settings.home).holder() is None:
             found = [_left(job) for job in found]
+        found = [self._held_up(job) for job in found]
         if all or parent is not None:
             return found
         return [job for job in found if job.parent is None or not job.state.ended]
@@ -347,6 +348,11 @@ class System:
         found = {"source": absolute, "source_digest": sources.fingerprint(path)}
         return found | ({"uploads": str(uploads)} if source.startswith("upload:") else {})
 
+    def _held_up(self, job: Job) -> Job:
+        """With what keeps its scheduler from going on, when that runs here; a full store cannot take it down."""
+        trouble = self._scheduler.trouble if self._scheduler is not None and not job.state.ended else ""
+        return job.evolve(waiting=trouble) if trouble else job
+
     def _ref(self, digest: str | None) -> str | None:
         found = self.store.catalog.find(digest) if digest else None
         return found.ref if found else None
@@ -454,6 +460,10 @@ class _Driver:
         with suppress(StorageError):
             service.bring_down(self._system.store)
         return True
+
+    @property
+    def trouble(self) -> str:
+        return self._scheduler.trouble if self._scheduler is not None else ""
 
     def wake(self) -> None:
         if self._scheduler is not None:

@@ -334,6 +334,12 @@ def test_a_full_disk(tmp_path: Path) -> None:
         assert second.json["error"]["code"] == "storage"
         (disk / "fill").unlink()
         assert llmo("data", "list", "--json", LLMO_HOME=home).json[0]["name"] == "x", "nothing was lost"
+        large = tmp_path / "large.csv"
+        large.write_text("text,label\n" + "".join(f"{i} {'x' * 400} {i * i},{i % 2}\n" for i in range(12_000)))
+        exact = ("--set", "clean.drop_duplicates=none")
+        third = llmo("data", "import", large, "--name", "large", *exact, LLMO_HOME=home)
+        assert third.code == 1, "the job itself filled the disk"
+        assert "full" in third.err
         assert llmo("data", "import", file, "--name", "x", "--fresh", LLMO_HOME=home).code == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)

@@ -64,7 +64,8 @@ class Scheduler:
         usage: Usage | None = None,
     ) -> None:
         self.lock = lock or SchedulerLock(store.home)
-        self.trouble = ""
+        self.trouble = ""  # what keeps every job from going on: a full disk
+        self._found = ""  # of it in this tick
         self._store = store
         self._executor = executor
         self._devices = list(devices)
@@ -107,7 +108,7 @@ class Scheduler:
     def tick(self) -> None:
         """Hear the workers, end what ended, publish what is done, stop, deliver and place."""
         self._own()
-        self.trouble = ""
+        self._found = ""
         self._hear_all()
         self._end_all()
         self._publish_all()
@@ -116,6 +117,7 @@ class Scheduler:
         self._stop_asked(rows)
         self._family.deliver()
         self._place(rows)
+        self.trouble = self._found
 
     def wake(self) -> None:
         """Look at once: something was submitted or asked to stop."""
@@ -216,7 +218,7 @@ class Scheduler:
             except LLMOError as error:
                 if passes(error):
                     raise
-                self.trouble = f"job {job.id}: {error}"
+                self._found = f"job {job.id}: {error}"
 
     def _take_up(self, job: Job) -> None:
         folder = jobdir.job_dir(self._store.home, job.id)
@@ -252,7 +254,7 @@ class Scheduler:
             if made.again_at is not None and time.monotonic() >= made.again_at:
                 made.again_at, made.future = None, made.start()
             if made.again_at is not None:
-                self.trouble = str(made.future.exception())
+                self._found = str(made.future.exception())
             elif made.future.done():
                 self._published(made)
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -85,6 +86,7 @@ def _finish(folder: Path, attempt: int, result: Any) -> None:
 
 
 def _fail(folder: Path, error: LLMOError, code: int) -> int:
+    shutil.rmtree(folder / jobdir.OUT, ignore_errors=True)  # half of a model may have filled the disk
     sys.stderr.write(f"{error.code}: {error}\n")
     try:
         publish(folder / jobdir.ERROR, json.dumps(error.to_json(), default=str))
@@ -94,7 +96,8 @@ def _fail(folder: Path, error: LLMOError, code: int) -> int:
 
 
 def _explained(error: Exception, job: Mapping[str, Any]) -> LLMOError:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or os.strerror(errno.ENOSPC) in str(error):  # safetensors and Arrow have errors of their own
         return StorageError(
             "the disk is full", hint="free some space and run it again: it goes on from its last checkpoint"
         )

@@ -133,7 +133,8 @@ class Live:
         self._progress.update(self._bars[key], completed=step, total=total, metrics=metrics)
 
     def _waits(self, job: Job) -> None:
-        if job.state is JobState.QUEUED and job.waiting and self._waiting.get(job.id) != job.waiting:
+        held_up = job.state is JobState.QUEUED or (job.op != "pipeline" and not job.state.ended)
+        if held_up and job.waiting and self._waiting.get(job.id) != job.waiting:
             self._waiting[job.id] = job.waiting
             self._say(job, "waits: " + job.waiting.removeprefix("waits for ").removeprefix("waits: "))
 
