@@ -10,6 +10,7 @@ from typing import Any
 from llmo.errors import InputError, TooLargeError, nearest
 
 MAX_TEXTS = 512
+DEEPEST = 100  # levels of a JSON value
 _KEYS = ("text", "texts", "logits", "deadline_seconds")
 _LONGEST_DEADLINE = 3600.0
 _EXAMPLE = 'send {"text": "..."} or {"texts": ["...", "..."]}'
@@ -76,7 +77,7 @@ def read_json(data: bytes, example: str) -> Any:
     if not data.strip():
         raise InputError("the body is empty", hint=example)
     try:
-        return json.loads(
+        found = json.loads(
             data.decode("utf-8-sig"), object_pairs_hook=_object, parse_constant=_constant, parse_float=_float
         )
     except UnicodeDecodeError as error:
@@ -91,6 +92,20 @@ def read_json(data: bytes, example: str) -> Any:
         raise InputError("the body is nested too deeply", hint=example) from None
     except ValueError:  # an integer of more than 4300 digits
         raise InputError("the body holds a number with too many digits", hint=example) from None
+    if data.count(b"[") + data.count(b"{") > DEEPEST and deep(found):
+        raise InputError("the body is nested too deeply", hint=example)
+    return found
+
+
+def deep(value: Any) -> bool:
+    """Whether a JSON value has more than `DEEPEST` levels: what walks it later may do so by recursion."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inner = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [one for many in inner for one in many]
+        if not level:
+            return False
+    return True
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from llmo.serve.ask import Ask, Input
 from llmo.serve.pipeline import Call, check_text
 from llmo.serve.protocol import VERSION, Frames, answers_frame, error_frame, frame
 
+_log = logging.getLogger("llmo.serve")
 UNSENT_EVENTS = 20_000  # a gateway that reads nothing for so long is stuck, and is cut off
 _UNREAD_BYTES = 1 << 20
 _PREDICTED_TOKENS = 256  # of an answer to `predict`, which says nothing of a length
@@ -79,8 +81,11 @@ class Session(Frames):
                     self._pipeline.submit(call)
                 except LLMOError as error:
                     self.answer(number, error_frame(number, error))
+                except Exception:  # the border: one call, whatever is in it, must not end those of others
+                    _log.exception("a call could not be taken")
+                    self.answer(number, error_frame(number, LLMOError("the replica cannot take this request")))
             case "cancel":
-                call = self._calls.pop(number, None)
+                call = self.forget(number)
                 if call is not None:
                     self._pipeline.cancel(call)
             case "stats":
@@ -99,9 +104,13 @@ class Session(Frames):
 
     def answer(self, number: int, data: bytes) -> None:
         """The last frame of a call; nothing is sent for one that was cancelled."""
-        self._calls.pop(number, None)
+        self.forget(number)
         if not self.transport.is_closing():
             self.transport.write(data)
+
+    def forget(self, number: int) -> Any:
+        """The call of this number, of which nothing is kept any more; None when there is none."""
+        return self._calls.pop(number, None)
 
     def deadline(self, body: Mapping[str, Any]) -> float:
         return float(body.get("deadline") or time.time() + self._deadline_seconds)
@@ -199,9 +208,9 @@ class GenerationSession(Session):
 
         loading.add_done_callback(tell)
 
-    def answer(self, number: int, data: bytes) -> None:
+    def forget(self, number: int) -> Any:
         self._whole.pop(number, None)
-        super().answer(number, data)
+        return super().forget(number)
 
     def _tell(self) -> None:
         self._due = False
@@ -210,7 +219,6 @@ class GenerationSession(Session):
         while self._heard and not self._paused:
             number, what = self._heard.popleft()
             if number not in self._calls or self.transport.is_closing():
-                self._whole.pop(number, None)
                 continue
             try:
                 self._say(number, what)

@@ -33,11 +33,15 @@ class Verbatim:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, messages: Messages, tools: Tools = None) -> Verbatim:
-        """Raises InputError for texts that spell special tokens and hold every possible mark."""
+        """Raises InputError for texts that hold a special token of one letter, or spell one and hold every possible
+        mark."""
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         texts = _texts([messages, tools])
-        if not any(one in text for text in texts for one in special):
+        spelled = {one for one in special if any(one in text for text in texts)}
+        if not spelled:
             return cls(messages, tools)
+        if any(len(one) == 1 for one in spelled):  # it cannot be broken
+            raise InputError("the messages hold a character that only the template may use", hint="leave it out")
         mark = next((mark for mark in map(chr, _MARKS) if not any(mark in text for text in texts)), None)
         if mark is None:
             raise InputError("the messages hold characters that Unicode reserves", hint="send text without U+FDD0")
@@ -57,14 +61,15 @@ class Verbatim:
         found = tokenizer.encode(text, add_special_tokens=False)
         if not self.mark:
             return found.ids, np.array([end for _, end in found.offsets], np.int64)
-        special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        decoder = tokenizer.get_added_tokens_decoder()
+        special = {number: token.content for number, token in decoder.items() if token.special}
         ids: list[int] = []
         ends: list[int] = []
         done = 0  # characters
         for number, (begin, end) in [*zip(found.ids, found.offsets, strict=True), (None, (len(text), len(text)))]:
             if number is not None and number not in special:
                 continue
-            for own, stop in self._between(tokenizer, text[done:begin]):
+            for own, stop in self._between(tokenizer, text[done:begin], special):
                 ids.append(own)
                 ends.append(done + stop)
             if number is not None:
@@ -73,15 +78,27 @@ class Verbatim:
             done = end
         return ids, np.array(ends, np.int64)
 
-    def _between(self, tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
-        """The tokens of what stands between two special ones, and where each ends in it, marks counted."""
+    def _between(self, tokenizer: Tokenizer, text: str, special: Mapping[int, str]) -> list[tuple[int, int]]:
+        """The tokens of what stands between two special ones, and where each ends in it, marks counted.
+
+        Where the vocabulary itself knows a spelling (Unigram and WordLevel models may), it is read letter by letter.
+        """
         kept = [place for place, character in enumerate(text) if character != self.mark]
+        plain = self.plain(text)
         tokenizer.encode_special_tokens = True  # as text
         try:
-            found = tokenizer.encode(self.plain(text), add_special_tokens=False)
+            found = _encoded(tokenizer, plain, 0)
+            if any(own in special and special[own] in plain for own, _ in found):
+                found = [one for place, letter in enumerate(plain) for one in _encoded(tokenizer, letter, place)]
         finally:
             tokenizer.encode_special_tokens = False
-        return [(own, kept[end - 1] + 1 if end else 0) for own, (_, end) in zip(found.ids, found.offsets, strict=True)]
+        return [(own, kept[end - 1] + 1 if end else 0) for own, end in found]
+
+
+def _encoded(tokenizer: Tokenizer, text: str, begin: int) -> list[tuple[int, int]]:
+    """Each token and where it ends in a text that begins at `begin`."""
+    found = tokenizer.encode(text, add_special_tokens=False)
+    return [(own, begin + end) for own, (_, end) in zip(found.ids, found.offsets, strict=True)]
 
 
 def _texts(value: Any) -> list[str]:

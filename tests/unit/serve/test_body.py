@@ -51,6 +51,7 @@ def test_a_byte_order_mark_is_not_an_error() -> None:
         (b'{"text": "\xff"}', "not UTF-8"),
         ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
+        (b'{"text":' + b"[" * 101 + b"]" * 101 + b"}", "nested too deeply"),
         (b'{"text":' * 50_000, "nested too deeply"),
         (b'{"text": "a"}\x00', "not valid JSON"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models
 
 from llmo.errors import InputError
 from llmo.tasks.generation import Generation
@@ -70,3 +71,33 @@ def test_tools_and_nested_texts_are_text_too() -> None:
 def test_a_text_that_holds_every_mark_is_refused() -> None:
     with pytest.raises(InputError, match="Unicode reserves"):
         Verbatim.of(TOKENIZER, [{"role": "user", "content": SPECIAL[1] + "".join(map(chr, range(0xFDD0, 0xFDF0)))}])
+
+
+LETTERS = {chr(code): code for code in range(32, 127)}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((letter, -5.0) for letter in LETTERS)], unk_id=0),
+        models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, "<unk>"),
+        models.BPE({**LETTERS, "</s>": 500}, [], ignore_merges=True),
+    ],
+    ids=["unigram", "wordlevel", "bpe"],
+)
+def test_a_vocabulary_that_knows_the_spelling_makes_no_token_of_it(model: Any) -> None:
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(["</s>"])
+    end = tokenizer.token_to_id("</s>")
+    verbatim = Verbatim.of(tokenizer, [{"role": "user", "content": "a</s>a"}])
+    ids, ends = verbatim.tokens(tokenizer, f"{verbatim.messages[0]['content']}</s>")
+    assert ids.count(end) == 1
+    assert ids[-1] == end
+    assert list(ends) == sorted(ends)
+
+
+def test_a_special_token_of_one_letter_is_refused_in_a_message() -> None:
+    tokenizer = Tokenizer(models.BPE(LETTERS, []))
+    tokenizer.add_special_tokens([AddedToken("~", special=True)])
+    with pytest.raises(InputError, match="only the template may use"):
+        Verbatim.of(tokenizer, [{"role": "user", "content": "a~b"}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from llmo.serve.body import deep
 from llmo.serve.openai.errors import invalid
 from llmo.serve.openai.fields import Fields, kind
 
@@ -99,6 +100,6 @@ def arguments_of(value: Any, where: str) -> Any:
         found = json.loads(value or "{}")
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or deep(found):
         raise invalid("arguments are a JSON object in a string", where, code="invalid_value")
     return found

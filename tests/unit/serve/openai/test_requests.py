@@ -18,6 +18,8 @@ from llmo.serve.openai.messages import message
 
 HI = [{"role": "user", "content": "hi"}]
 
+DEEP = '{"a": ' + "[" * 800 + "]" * 800 + "}"  # what walks it by recursion would fail
+
 
 def asked(parse: Any, **body: Any) -> Ask:
     ask: Ask = parse(json.dumps({"model": "m", **body}).encode()).ask
@@ -70,6 +72,7 @@ def test_calls_and_what_they_returned_are_given_as_templates_take_them() -> None
     [
         ({"role": "assistant", "content": None}, "m.content"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}, "arguments"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]}, "arguments"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}, "arguments"),
         ({"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}, "name"),
         ({"role": "assistant", "tool_calls": [{}]}, "function"),
