@@ -117,11 +117,11 @@ def measure(folder: Path, precision: str, modules: str, rounds: int, work: Path)
     for asked in (prompts[:STREAMS], prompts[-STREAMS:]):
         runner.answers([(ids, None) for ids in asked])
     ratios = []
-    bare: list[Asked] = [(ids, None) for ids in prompts]
+    sides: dict[str, list[Asked]] = {"alone": [(ids, None) for ids in prompts], "together": mixed}
     for number in range(rounds):
-        first, second = (bare, mixed) if number % 2 == 0 else (mixed, bare)
-        rates = {id(asked): runner.tokens_per_second(asked) for asked in (first, second)}
-        alone, together = rates[id(bare)], rates[id(mixed)]
+        order = list(sides) if number % 2 == 0 else list(reversed(sides))
+        rates = {name: runner.tokens_per_second(sides[name]) for name in order}
+        alone, together = rates["alone"], rates["together"]
         ratios.append(together / alone)
         print(
             f"  base alone {alone:.0f} tokens/s, {ADAPTERS} adapters mixed {together:.0f}: {ratios[-1]:.2f}", flush=True

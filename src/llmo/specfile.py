@@ -162,7 +162,7 @@ def _unfit(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...],
 
 
 def _line(path: tuple[int | str, ...], lines: Lines) -> int:
-    return lines.get(_key(path, lines), 1) if lines else 1
+    return lines.get(_key(path, lines), 1)
 
 
 def _key(path: tuple[int | str, ...], lines: Lines) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.doors.gateway import Door, gateway
+from llmo.doors.sampling import checked
 from llmo.doors.talk import Answer, ask
 from llmo.errors import (
     BusyError,
@@ -54,7 +55,7 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """`by` judges `first` against `second`; `settings` are those of their answers."""
+    """`by` judges `first` against `second`; `settings` are those of their answers, over `SETTINGS`."""
 
     first: str
     second: str
@@ -64,52 +65,25 @@ class Match:
     reference: bool = True
 
 
-def check(api: Api, match: Match) -> None:
-    """Raises InputError unless three endpoints that generate are named, and two of them differ."""
-    if match.first == match.second:
-        raise InputError(f"'{match.first}' cannot be compared with itself", hint="name two endpoints or adapters")
-    known = {endpoint.name: endpoint for endpoint in api.endpoints()}
-    for name in (match.first, match.second, match.by):
-        found = known.get(name.partition(":")[0])
-        if found is not None and found.task != "generation":
-            raise InputError(f"'{name}' writes no text, it is for {found.task}", hint="see: llmo endpoints")
-
-
-def data_of(api: Api, name: str) -> str:
-    """The digest of the data set that the model behind an endpoint, or its adapter, was trained on."""
-    served, _, adapter = name.partition(":")
-    found = next((endpoint.model for endpoint in api.endpoints() if endpoint.name == served), None)
-    if adapter:
-        found = next((known.model for known in api.adapters(served) if known.name == adapter), None)
-    if found is None:
-        raise InputError(f"nothing is deployed as '{name}'", hint="see: llmo endpoints, llmo adapters")
-    return flow.data_of(api, api.artifact(found, Kind.MODEL))
-
-
-def questions(api: Api, data: str, split: str, count: int) -> list[Question]:
-    """At most `count`, evenly spread over the split's first `MOST_ROWS`. Raises DataError when there is none."""
-    rows: list[dict[str, Any]] = []
-    while len(rows) < MOST_ROWS and (page := api.rows(data, split, offset=len(rows), limit=PAGE)):
-        rows += page
-    found = [question for row in rows if (question := _question(row)) is not None]
-    if not found:
-        raise DataError(
-            f"the split '{split}' has no conversation that ends with an answer", hint="another --split, or --data"
-        )
-    step = max(1.0, len(found) / count)
-    return [found[int(i * step)] for i in range(min(count, len(found)))]
-
-
 def contest(
-    api: Api, match: Match, asked: Sequence[Question], watch: Callable[[Iterable[Judged]], Iterable[Judged]] = iter
+    api: Api,
+    match: Match,
+    *,
+    data: str | None = None,
+    split: str = "test",
+    rows: int = 32,
+    watch: Callable[[Iterable[Judged], int], Iterable[Judged]] = lambda judged, total: judged,
 ) -> list[Judged]:
-    """All of `judge`, over a door of its own; endpoints that rest are started. `watch` sees them pass."""
-    check(api, match)
+    """The match on questions of `data` (default: what the first model was trained on), over a door of its own;
+    endpoints that rest are started. `watch` sees the verdicts pass and is told how many will."""
+    checked(match.settings)
+    _check(api, match)
+    asked = _questions(api, data or _data_of(api, match.first), split, rows)
     with gateway(api) as door:
         for name in (match.first, match.second, match.by):
             door.awake(name.partition(":")[0])
         with closing(judge(door, match, asked)) as judged:
-            return list(watch(judged))
+            return list(watch(judged, len(asked)))
 
 
 def judge(door: Door, match: Match, asked: Sequence[Question]) -> Generator[Judged, None, None]:
@@ -146,12 +120,50 @@ def line(one: Judged) -> str:
     return json.dumps(told, ensure_ascii=False) + "\n"
 
 
+def _check(api: Api, match: Match) -> None:
+    """Raises InputError unless three endpoints that generate are named, and two of them differ."""
+    if match.first == match.second:
+        raise InputError(f"'{match.first}' cannot be compared with itself", hint="name two endpoints or adapters")
+    known = {endpoint.name: endpoint for endpoint in api.endpoints()}
+    for name in (match.first, match.second, match.by):
+        found = known.get(name.partition(":")[0])
+        if found is not None and found.task != "generation":
+            raise InputError(f"'{name}' writes no text, it is for {found.task}", hint="see: llmo endpoints")
+
+
+def _data_of(api: Api, name: str) -> str:
+    """The digest of the data set that the model behind an endpoint, or its adapter, was trained on."""
+    served, _, adapter = name.partition(":")
+    found = next((endpoint.model for endpoint in api.endpoints() if endpoint.name == served), None)
+    if adapter:
+        found = next((known.model for known in api.adapters(served) if known.name == adapter), None)
+    if found is None:
+        raise InputError(f"nothing is deployed as '{name}'", hint="see: llmo endpoints, llmo adapters")
+    return flow.data_of(api, api.artifact(found, Kind.MODEL))
+
+
+def _questions(api: Api, data: str, split: str, count: int) -> list[Question]:
+    """At most `count`, evenly spread over the split's first `MOST_ROWS`. Raises DataError when there is none."""
+    rows: list[dict[str, Any]] = []
+    while len(rows) < MOST_ROWS and (page := api.rows(data, split, offset=len(rows), limit=PAGE)):
+        rows += page
+    found = [question for row in rows if (question := _question(row)) is not None]
+    if not found:
+        raise DataError(
+            f"the split '{split}' has no conversation that ends with an answer", hint="another --split, or --data"
+        )
+    step = max(1.0, len(found) / count)
+    return [found[int(i * step)] for i in range(min(count, len(found)))]
+
+
 _Ask = Callable[[str, Sequence[Message], Mapping[str, Any]], str]
 
 
 def _judged(said: _Ask, match: Match, question: Question) -> Judged:
     try:
-        first, second = (said(name, question.messages, match.settings) for name in (match.first, match.second))
+        first, second = (
+            said(name, question.messages, {**SETTINGS, **match.settings}) for name in (match.first, match.second)
+        )
         if first == second:
             return Judged(question, (first, second))
         as_a, as_b = (_verdict(said, match, question, a, b) for a, b in ((first, second), (second, first)))
@@ -173,7 +185,8 @@ def _verdict(said: _Ask, match: Match, question: Question, a: str, b: str) -> st
 
 def _asker(door: Door, stop: threading.Event) -> _Ask:
     def said(name: str, messages: Sequence[Message], settings: Mapping[str, Any]) -> str:
-        for left in reversed(range(BUSY_TRIES)):
+        tries = 0
+        while True:
             answer = Answer()
             try:
                 with closing(ask(door.url, door.key, name, messages, settings, answer)) as pieces:
@@ -182,9 +195,9 @@ def _asker(door: Door, stop: threading.Event) -> _Ask:
                             break
                 return answer.text
             except BusyError:
-                if not left or stop.wait(BUSY_SECONDS):
+                tries += 1
+                if tries == BUSY_TRIES or stop.wait(BUSY_SECONDS):
                     raise
-        raise AssertionError("the last try returns or raises")
 
     return said
 

@@ -156,11 +156,9 @@ class Deployed:
         """
         from llmo.doors import judging  # the HTTP stack is only needed here
 
-        told = {**judging.SETTINGS, **settings}
-        match = judging.Match(self.name, other, by, told, criterion, reference)
-        digest = data.artifact.digest if data else judging.data_of(self.api, self.name)
-        asked = judging.questions(self.api, digest, split, rows)
-        return judging.result(match, judging.contest(self.api, match, asked))
+        match = judging.Match(self.name, other, by, settings, criterion, reference)
+        digest = data.artifact.digest if data else None
+        return judging.result(match, judging.contest(self.api, match, data=digest, split=split, rows=rows))
 
 
 def train(data: Dataset, *, model: str | Path | Model, name: str | None = None, **spec: Any) -> Model:

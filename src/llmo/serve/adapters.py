@@ -29,6 +29,7 @@ class AdapterTable:
         self._store = store
         self._bases: dict[str, frozenset[str]] = {}
         self._folders: dict[str, str] = {}
+        self._gone: set[str] = set()  # models that were warned of
 
     def load(self, endpoints: Sequence[Endpoint]) -> dict[str, dict[str, Ready]]:
         """By endpoint and name. One that was trained on another model than is served now is left out."""
@@ -51,7 +52,9 @@ class AdapterTable:
             try:
                 self._folders[adapter.model] = folder_of(self._store, adapter.model, adapter.model_ref)
             except LLMOError as error:  # its bytes are gone: it cannot answer, and the others can
-                _log.warning("the adapter %s of %s cannot be read: %s", adapter.name, adapter.endpoint, error)
+                if adapter.model not in self._gone:
+                    self._gone.add(adapter.model)
+                    _log.warning("the adapter %s of %s cannot be read: %s", adapter.name, adapter.endpoint, error)
                 return None
         return self._folders[adapter.model]
 

@@ -99,11 +99,16 @@ def _bytes(text: str) -> int:
 
 
 def _weight(value: Any) -> int:
-    """The bytes of all strings within a JSON value."""
-    if isinstance(value, str):
-        return _bytes(value)
-    if isinstance(value, Mapping):
-        return sum(_bytes(key) + _weight(inner) for key, inner in value.items())
-    if isinstance(value, Sequence):
-        return sum(_weight(inner) for inner in value)
-    return 1
+    """The bytes of all strings within a JSON value, and one for whatever else it holds; however deep it is."""
+    total, waiting = 0, [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            total += _bytes(one)
+        elif isinstance(one, Mapping):
+            waiting += [*one.keys(), *one.values()]
+        elif isinstance(one, Sequence):
+            waiting += one
+        else:
+            total += 1
+    return total

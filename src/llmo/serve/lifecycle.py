@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from llmo.errors import DeadlineError, JobFailed, LLMOError, UnreachableError
+
+_log = logging.getLogger("llmo.serve")
 
 
 class Open(Protocol):
@@ -131,6 +134,9 @@ class Lifecycle(ABC, Generic[C, W]):
             self._loaded.set()
         try:
             self._use_engine()
+        except Exception as error:  # the border of a plugin's engine: without its thread the replica is of no use
+            _log.exception("the engine's thread ended")
+            self.broken = JobFailed(f"the engine failed: {error}", hint="see the replica's log, then deploy again")
         finally:
             self._owned.close()
 

@@ -83,7 +83,10 @@ class Session(Frames):
                     self.answer(number, error_frame(number, error))
                 except Exception:  # the border: one call, whatever is in it, must not end those of others
                     _log.exception("a call could not be taken")
-                    self.answer(number, error_frame(number, LLMOError("the replica cannot take this request")))
+                    self.answer(
+                        number,
+                        error_frame(number, LLMOError("the replica cannot take this request", hint="its log says why")),
+                    )
             case "cancel":
                 call = self.forget(number)
                 if call is not None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from llmo.doors.cli.chat import HELP, SETTINGS, harmless
+from llmo.doors.cli.chat import HELP, harmless
+from llmo.doors.sampling import SETTINGS
 from llmo.settings import Settings
 from llmo.system import System
 from llmo.types import Kind, Needs

@@ -78,7 +78,7 @@ def test_what_the_user_says_is_a_limit_and_no_more(root: Path) -> None:
     assert "LLMO_CORES=64, but only 8 are there" in many.reason
     few = devices.cpu(settings(memory=512 * MIB, serve_memory=1 << 50), root)
     assert few.serve_memory == 512 * MIB
-    assert "endpoints may take 512 MiB of it" in few.reason.replace("512.0", "512")
+    assert "endpoints may take 512 MiB of it" in few.reason
 
 
 def test_this_machine() -> None:

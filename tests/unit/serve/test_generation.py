@@ -367,6 +367,25 @@ def test_an_engine_that_fails_at_every_step_is_broken(engine: Stepped, pipeline:
     assert isinstance(pipeline.broken, JobFailed)
 
 
+def test_an_engine_whose_thread_ends_makes_the_replica_of_no_use(
+    engine: Stepped, pipeline: GenerationPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(id: int) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(engine, "cancel", fails)
+    asked, other = Asked(pipeline, stream=True), Asked(pipeline)
+    engine.let(2)
+    eventually(asked.parts, "it is being written")
+    pipeline.cancel(asked.call)
+    engine.let(1)
+    eventually(lambda: pipeline.broken, "somebody is told")
+    assert engine.closed
+    pipeline.close()
+    with pytest.raises(UnreachableError):
+        other.end()
+
+
 def test_a_deadline_is_for_the_beginning_unless_it_is_strict(engine: Stepped, pipeline: GenerationPipeline) -> None:
     begun, strict = Asked(pipeline, stream=True, deadline=5.0), Asked(pipeline, stream=True, deadline=5.0, strict=True)
     eventually(lambda: len(engine.added) == 2, "two run")

@@ -19,13 +19,10 @@ from llmo.doors.cli import lines
 from llmo.doors.cli.outfile import place
 from llmo.doors.cli.show import Json, console, emit
 from llmo.doors.cli.steps import assignments
-from llmo.errors import InputError, LLMOError, nearest
+from llmo.doors.sampling import checked
+from llmo.errors import InputError, LLMOError
 from llmo.files import publish
 
-SETTINGS = (
-    "temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "stop",
-    "presence_penalty", "frequency_penalty", "repetition_penalty",
-)  # fmt: skip
 HELP = """\
 /help                    this
 /reset                   forget the conversation (the system message and settings stay)
@@ -82,18 +79,6 @@ def _generates(api: Api, endpoint: str) -> bool:
             f"'{endpoint}' writes no text, it is for {found.task}", hint=f"llmo predict {endpoint} 'a text'"
         )
     return found is not None
-
-
-def checked(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, if they are ones an endpoint knows and JSON can say."""
-    for name, value in settings.items():
-        if name not in SETTINGS:
-            raise InputError(f"there is no setting '{name}'{nearest(name, list(SETTINGS))}", hint=", ".join(SETTINGS))
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError):
-            raise InputError(f"'{name}' cannot be {value}", hint="write a finite number") from None
-    return settings
 
 
 def harmless(text: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
-from functools import partial
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 from llmo.doors import flow
-from llmo.doors.cli.chat import Settings, checked
+from llmo.doors.cli.chat import Settings
 from llmo.doors.cli.outfile import place
 from llmo.doors.cli.show import Json, console, emit, figure, table
 from llmo.doors.cli.steps import Data, assignments
@@ -42,15 +41,13 @@ def judge(
     from llmo.doors import judging  # with the HTTP stack
 
     file = place(jsonl) if jsonl is not None else None
-    match = judging.Match(
-        first, second, by, {**judging.SETTINGS, **checked(assignments(settings))}, criterion, reference
-    )
-    with closing(flow.connect()) as api:
-        judging.check(api, match)
-        asked = judging.questions(api, data or judging.data_of(api, first), split, rows)
-        with _progress(as_json) as progress:
-            watch = partial(progress.track, total=len(asked), description="judging")
-            judged = judging.contest(api, match, asked, watch)
+    match = judging.Match(first, second, by, assignments(settings), criterion, reference)
+    with closing(flow.connect()) as api, _progress(as_json) as progress:
+
+        def watch(judged: Iterable[Any], total: int) -> Iterable[Any]:
+            return progress.track(judged, total=total, description="judging")
+
+        judged = judging.contest(api, match, data=data, split=split, rows=rows, watch=watch)
     found = judging.result(match, judged)
     if file is not None:
         publish(file, "".join(judging.line(one) for one in judged))

@@ -202,8 +202,7 @@ class Adapters:
         """Give each wanted adapter a slot, and fill those that are new."""
         ranks = {g: max(rank, *(_even(lora.rank(g)) for lora in wanted.values())) for g, rank in self._ranks.items()}
         if ranks != self._ranks:
-            self._ranks = ranks
-            self._make_room()
+            self._make_room(ranks)
         kept = {key: slot for key, slot in self._slot.items() if key in wanted}
         held = {slot: key for key, slot in self._slot.items()}
         free = sorted(set(range(self._slots)) - set(kept.values()), key=lambda slot: (slot in held, slot))
@@ -224,11 +223,14 @@ class Adapters:
             up[:, :, :rank] = lora.up[group]
         self._below[group][:, slot] = down.transpose(1, 2)
 
-    def _make_room(self) -> None:
-        """New matrices, for a rank grew; slots are filled again when they are needed."""
-        self._slot.clear()
+    def _make_room(self, ranks: dict[str, int]) -> None:
+        """New matrices, for a rank grew; slots are filled again when they are needed. Where memory does not suffice
+        nothing is left, and the next step asks for what it needs itself."""
+        self._ranks = dict.fromkeys(GROUPS, 0)
+        for kept in (self._slot, self._down, self._below, self._up, self._layers):
+            kept.clear()
         for group, (wide, parts, out) in self._sizes.items():
-            rank = self._ranks[group]
+            rank = ranks[group]
             if rank:
                 shape = (self._config.layers, self._slots + 1)
                 empty = partial(torch.zeros, dtype=self._dtype, device=self._device)
@@ -239,6 +241,7 @@ class Adapters:
                     list(self._down[group].flatten(1, 2).unbind()),
                     list(self._up[group].flatten(1, 3).unbind()),
                 )
+        self._ranks = ranks
 
 
 def _even(rank: int) -> int:

@@ -75,6 +75,8 @@ def read_lora(folder: Path, config: Config, dtype: torch.dtype, device: torch.de
             down[group] = below.view(config.layers, parts, -1, wide).permute(0, 3, 1, 2).contiguous()
             above = torch.stack([pair[1] for pair in fused]) * scale
             up[group] = above.to(device, dtype).view(config.layers, parts, -1, out)
+            if not (down[group].isfinite().all() and up[group].isfinite().all()):
+                raise _unfit(f"with its scale the adapter's {group} is not finite at {dtype}", folder)
     if not any((down[group].any() and up[group].any()) for group in down):
         raise _unfit("the adapter changes nothing: its matrices are zero", folder, "train it before it is deployed")
     return Lora(down, up)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llmo.engines.generation import Delta, GenerationOptions, Prompt, Sampling
 from llmo.engines.paged.engine import PagedEngine
 from llmo.errors import ConflictError, InputError, ModelError, NotFoundError
 from llmo.types import Device
-from support.tiny_chat import tiny_chat_model
+from support.tiny_chat import tiny_adapter, tiny_chat_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -182,6 +183,32 @@ def test_one_comes_and_goes_while_others_run(base: Path, adapters: list[Path]) -
         engine.remove_adapter("x")
 
 
+def test_memory_that_does_not_suffice_for_one_is_there_for_the_others(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(loaded(base)) as engine:
+        engine.add_adapter("small", tiny_adapter(tmp_path / "small", rank=4))
+        engine.add_adapter("large", tiny_adapter(tmp_path / "large", 1, rank=32))
+        [ids] = prompts(9)
+        before = ask(engine, [(ids, "small")], "t")
+        zeros, made = torch.zeros, []
+
+        def scarce(*shape: Any, **options: Any) -> torch.Tensor:
+            made.append(shape)
+            if len(made) == 3:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return zeros(*shape, **options)
+
+        monkeypatch.setattr(torch, "zeros", scarce)
+        engine.add(Prompt(9, ids, GREEDY, tenant="t", adapter="large"))
+        while not (failed := engine.failed()):
+            engine.step()
+        monkeypatch.undo()
+        assert [id for id, _ in failed] == [9]
+        assert bits(ask(engine, [(ids, "small")], "t")[0]) == bits(before[0])
+        assert tokens(ask(engine, [(ids, "large")], "t")[0]) != tokens(before[0])
+
+
 def test_a_name_is_taken_once(base: Path, adapters: list[Path]) -> None:
     engine = loaded(base)
     engine.add_adapter("x", adapters[0])
@@ -203,6 +230,7 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         ("another module", "no place for"),
         ("misshapen", "q_proj"),
         ("not finite", "not finite"),
+        ("too large a scale", "with its scale"),
         ("cut", "safetensors"),
         ("no weights", "adapter_model"),
         ("no settings", "adapter_config"),
@@ -221,6 +249,8 @@ def test_what_does_not_fit_or_does_nothing_is_refused(
     match harm:
         case "zero":
             tensors = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in tensors.items()}
+        case "too large a scale":
+            settings["lora_alpha"] = 1e41
         case "a matrix is gone":
             del tensors[Q]
         case "a layer is gone":
