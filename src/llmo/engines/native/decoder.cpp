@@ -1,0 +1,619 @@
+// A decoder of the Llama family over a paged cache, for rows of many streams: one call computes one step.
+//
+// Weights are int8 with a scale for every 64 inputs, or fp32. Answers wait for the weights to come from memory, so
+// their activations have 15 bits, as two int8 halves, which keeps them out of the loss. Prompts wait for arithmetic:
+// where a product is not `fine`, their activations are int8 with a scale for every 64. Sums inside a group are whole
+// numbers, so they are exact.
+//
+// All threads run the same function; tickets share the work out, and a barrier ends each phase.
+#include "kernels.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+
+extern "C" {
+
+struct Linear {         // [n, k] weights as sixteen outputs side by side
+    const void* weight; // int8: [n/16, k/4, 16, 4] unsigned, 128 is zero; fp32: [n/16, k, 16]; k filled up to 64
+    const float* scale; // int8: [n/16, k/64, 16]
+    const float* bias;  // [n] or null
+    int32_t n, k, fine; // both filled up
+};
+
+struct Layer {
+    const float *before_attention, *before_mlp, *query_norm, *key_norm; // the last two may be null
+    Linear qkv, out, gate_up, down;
+};
+
+struct Model {
+    int32_t layers, hidden, heads, kv_heads, dim, inner, quantised;
+    float eps;
+    const Layer* layer;
+    const float* norm;
+    const void* embedding;   // [vocabulary, hidden] bf16, or fp32 where weights are
+    const float* turns;      // [context, dim/2, (cos, sin)]
+    Linear head;
+};
+
+struct Lora {              // of one group of one adapter, all layers
+    const void *down, *up; // [layers, parts * rank, in], [layers, parts, rank, out]: bf16, or fp32 where weights are
+    int32_t parts, rank;   // no effect where rank is 0
+};
+
+struct Adapter {
+    Lora group[4];         // qkv, out, gate_up, down
+};
+
+struct Step {
+    int32_t rows, prompt, wanted;   // the first `prompt` rows are tokens of prompts
+    const int32_t *ids, *positions; // [rows]
+    const int32_t *table;           // [rows] where in `tables` the blocks of the row's stream begin
+    const int32_t *tables;
+    const int32_t *wanted_rows;     // [wanted]
+    const Adapter* const* adapters; // [rows] or null
+    void *keys, *values;            // [layers, blocks, kv_heads, dim, 16], [layers, blocks, kv_heads, 16, dim]
+    int64_t blocks;
+    float* logits;                  // [wanted, vocabulary filled up to 16]
+};
+}
+
+namespace {
+
+struct Shared { // one step's working memory; strides are the filled-up sizes
+    float *x, *normal, *wide, *attended, *inner, *scores;
+    int8_t* rounded;        // activations as the products read them: tile by tile, [k/64, rows, 64] or, of 15 bits,
+                            // [k/64, rows, (high, low), 64]; 2 k bytes a row are kept for either. A cache line belongs
+                            // to one row, so that threads which prepare rows do not wait for each other
+    float* unit;            // [rows, k/64] what one unit of a row's activations is worth; of 15 bits [rows, 1]
+    int32_t* start;         // [rows, k/64, (high, low)] where sums begin: minus 128 times the sum of the activations
+    int32_t* tickets;
+    int rows_room, wanted_room;
+};
+
+struct Crew {
+    Model model;
+    int threads, context;
+    Shared s;
+    const Step* step;
+    pthread_t* thread;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    int generation, arrived, passed, finished, phase_count;
+    bool ends;
+};
+
+constexpr int AHEAD = 4096; // bytes: weights are asked for so far before they are needed
+constexpr int SPINS = 4000; // turns of waiting before the core is left to others
+
+inline void rest(int turn) {
+    if (turn > SPINS) sched_yield();
+    else {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+}
+
+// The threads of a step meet here.
+void barrier(Crew* c) {
+    int seen = __atomic_load_n(&c->passed, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&c->arrived, 1, __ATOMIC_ACQ_REL) == c->threads) {
+        __atomic_store_n(&c->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&c->passed, seen + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int turn = 0; __atomic_load_n(&c->passed, __ATOMIC_ACQUIRE) == seen; turn++) rest(turn);
+}
+
+struct Worker {
+    Crew* c;
+    int id, phase;
+    // Calls `work(i)` for the numbers below `count`, each in one thread, then waits for all. A ticket is for several.
+    template <class F> void share(int count, F work) {
+        int32_t* ticket = &c->s.tickets[phase++];
+        int several = count / (c->threads * 8) + 1;
+        for (int i; (i = __atomic_fetch_add(ticket, several, __ATOMIC_RELAXED)) < count;)
+            for (int end = least(count, i + several); i < end; i++) work(i);
+        barrier(c);
+    }
+};
+
+// Rows that a product treats alike, cut evenly into tiles.
+struct Span {
+    int begin, rows;
+    bool fine;
+    int tiles() const { return (rows + TILE - 1) / TILE; }
+    int tile(int t) const { return begin + (int)((int64_t)rows * t / tiles()); }
+    int tile_of(int row) const {
+        int t = (int)((int64_t)(row - begin) * tiles() / rows);
+        while (tile(t + 1) <= row) t++;
+        return t;
+    }
+};
+
+// The span of the prompts, or that of the answers.
+Span span(const Linear& w, int rows, int prompt, bool answers) {
+    if (w.fine) prompt = 0;
+    return answers ? Span{prompt, rows - prompt, true} : Span{0, prompt, false};
+}
+
+// Products of R rows and B blocks of sixteen outputs, with activations of 15 bits if F.
+template <int R, int B, bool F>
+inline void product_int8(const Linear& w, int block, const Shared& s, int row, float* out, int stride, bool add) {
+    const int k = w.k, groups = k / GROUP;
+    const uint8_t* weight[B];
+    for (int b = 0; b < B; b++) weight[b] = (const uint8_t*)w.weight + (int64_t)(block + b) * k * LANES;
+    const int8_t* a = s.rounded + (int64_t)row * k * 2;
+    f32x16 total[R][B];
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) total[r][b] = f32x16{};
+    for (int g = 0; g < groups; g++) {
+        i32x16 high[R][B], low[R][B];
+        for (int r = 0; r < R; r++) {
+            const int32_t* start = s.start + ((int64_t)(row + r) * groups + g) * 2;
+            for (int b = 0; b < B; b++) {
+                high[r][b] = i32x16{} + start[0];
+                if (F) low[r][b] = i32x16{} + start[1];
+            }
+        }
+        for (int q = 0; q < GROUP / 4; q++) {
+            i32x16 v[B];
+            for (int b = 0; b < B; b++) {
+                v[b] = load_as<i32x16>(weight[b]);
+                __builtin_prefetch(weight[b] + AHEAD);
+                weight[b] += 64;
+            }
+            for (int r = 0; r < R; r++)
+                for (int b = 0; b < B; b++) {
+                    const int8_t* four = a + r * (F ? 2 * GROUP : GROUP) + q * 4;
+                    high[r][b] = dot(high[r][b], v[b], four);
+                    if (F) low[r][b] = dot(low[r][b], v[b], four + GROUP);
+                }
+        }
+        a += R * (F ? 2 * GROUP : GROUP);
+        for (int b = 0; b < B; b++) {
+            f32x16 scale = load(w.scale + ((int64_t)(block + b) * groups + g) * LANES);
+            for (int r = 0; r < R; r++) {
+                f32x16 found = __builtin_convertvector(F ? (high[r][b] << 7) + low[r][b] : high[r][b], f32x16);
+                total[r][b] += F ? found * scale : found * (scale * s.unit[(int64_t)(row + r) * groups + g]);
+            }
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) {
+            int n = (block + b) * LANES;
+            float* to = out + (int64_t)(row + r) * stride + n;
+            f32x16 made = F ? total[r][b] * s.unit[(int64_t)(row + r) * groups] : total[r][b];
+            if (w.bias) made += load(w.bias + n);
+            store(to, add ? load(to) + made : made);
+        }
+}
+
+template <int R, int B>
+inline void product_fp32(const Linear& w, int block, const float* x, int in, int row, float* out, int stride, bool add) {
+    f32x16 total[R][B];
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) total[r][b] = f32x16{};
+    const float* weight[B];
+    for (int b = 0; b < B; b++) weight[b] = (const float*)w.weight + (int64_t)(block + b) * w.k * LANES;
+    for (int k = 0; k < w.k; k++)
+        for (int b = 0; b < B; b++) {
+            f32x16 v = load(weight[b] + (int64_t)k * LANES);
+            for (int r = 0; r < R; r++) total[r][b] += v * x[(int64_t)(row + r) * in + k];
+        }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < B; b++) {
+            int n = (block + b) * LANES;
+            float* to = out + (int64_t)(row + r) * stride + n;
+            f32x16 made = total[r][b];
+            if (w.bias) made += load(w.bias + n);
+            store(to, add ? load(to) + made : made);
+        }
+}
+
+template <int R, int B>
+void product(const Crew* c, const Linear& w, const Span& rows, int block, const float* x, int row, float* out, int stride, bool add) {
+    if (!c->model.quantised) product_fp32<R, B>(w, block, x, w.k, row, out, stride, add);
+    else if (rows.fine) product_int8<R, B, true>(w, block, c->s, row, out, stride, add);
+    else product_int8<R, B, false>(w, block, c->s, row, out, stride, add);
+}
+
+// `out = x @ w.T`, or is added to. Few rows take several blocks at once, so that enough sums are on their way.
+void multiply(Worker& me, const Linear& w, const float* x, int rows, int prompt, float* out, int stride, bool add) {
+    Crew* c = me.c;
+    int blocks = w.n / LANES, wide = rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+    int chunk = up(blocks / (c->threads * 8) + 1, 4);
+    const Span spans[] = {span(w, rows, prompt, false), span(w, rows, prompt, true)};
+    auto tile = [&](const Span& span, int n, int b, int t) {
+        int row = span.tile(t), count = span.tile(t + 1) - row;
+#define CASE(R, B) case R: (b > 1 ? product<R, B> : product<R, 1>)(c, w, span, n, x, row, out, stride, add); break;
+        switch (count) { CASE(1, 4) CASE(2, 4) CASE(3, 2) CASE(4, 2) CASE(5, 1) CASE(6, 1) CASE(7, 1) CASE(8, 1) }
+#undef CASE
+    };
+    me.share((blocks + chunk - 1) / chunk, [&](int i) {
+        int end = least(blocks, (i + 1) * chunk);
+        for (int n = i * chunk, b; n < end; n += b) {
+            b = n + wide <= end ? wide : 1;
+            for (const Span& span : spans)
+                for (int t = 0; t < span.tiles(); t++) tile(span, n, b, t);
+        }
+    });
+}
+
+inline float peak(const float* x, int count) {
+    f32x16 most{};
+    for (int i = 0; i < count; i += LANES) most = larger(most, magnitude(load(x + i)));
+    return largest(most);
+}
+
+// Round a row's activations for its product with `w`.
+void prepare(const Crew* c, const Linear& w, const float* x, int rows, int prompt, int row) {
+    if (!c->model.quantised) return;
+    const Shared& s = c->s;
+    const int k = w.k, groups = k / GROUP;
+    Span own = span(w, rows, prompt, w.fine || row >= prompt);
+    int first = own.tile(own.tile_of(row)), count = own.tile(own.tile_of(row) + 1) - first;
+    float* unit = s.unit + (int64_t)row * groups;
+    int32_t* start = s.start + (int64_t)row * groups * 2;
+    const int line = own.fine ? 2 * GROUP : GROUP;
+    int8_t* to = s.rounded + (int64_t)first * k * 2 + (row - first) * line;
+    float most = own.fine ? peak(x, k) : 0, full = own.fine ? 16319.0f : 127.0f;
+    for (int g = 0; g < groups; g++, x += GROUP, to += count * line) {
+        if (!own.fine) most = peak(x, GROUP);
+        unit[own.fine ? 0 : g] = most / full;
+        float per = most > 0 ? full / most : 0;
+        i32x16 highs{}, lows{};
+        for (int i = 0; i < GROUP; i += LANES) {
+            i32x16 q = nearest(load(x + i) * per);
+            i32x16 high = own.fine ? (q + 64) >> 7 : q, low = q - (high << 7);
+            highs += high;
+            store(to + i, high);
+            if (own.fine) lows += low, store(to + GROUP + i, low);
+        }
+        start[2 * g] = -128 * sum(highs), start[2 * g + 1] = -128 * sum(lows);
+    }
+}
+
+void normalise(const float* x, const float* weight, float* out, int size, int padded, float eps) {
+    f32x16 squares{};
+    for (int i = 0; i < padded; i += LANES) squares += load(x + i) * load(x + i);
+    float scale = 1.0f / sqrtf(sum(squares) / size + eps);
+    for (int i = 0; i < padded; i += LANES) store(out + i, load(x + i) * scale * load(weight + i));
+}
+
+// Add to `out` what the row's adapter makes of `x`.
+template <class T> void adapt(const Lora& l, int layer, const float* x, int in, float* out, int wide) {
+    int ranks = l.parts * l.rank, part = wide / l.parts;
+    const T* down = (const T*)l.down + (int64_t)layer * ranks * in;
+    const T* rise = (const T*)l.up + (int64_t)layer * ranks * part;
+    for (int r = 0; r < ranks; r++, down += in, rise += part) {
+        f32x16 dots{};
+        for (int i = 0; i < in; i += LANES) dots += load(x + i) * load(down + i);
+        float inner = sum(dots);
+        float* to = out + r / l.rank * part;
+        for (int i = 0; i < part; i += LANES) store(to + i, load(to + i) + load(rise + i) * inner);
+    }
+}
+
+void adapt_row(const Crew* c, int group, int layer, int row, const float* x, int in, float* out, int wide) {
+    if (!c->step->adapters || !c->step->adapters[row]) return;
+    const Lora& l = c->step->adapters[row]->group[group];
+    if (!l.rank) return;
+    if (c->model.quantised) adapt<bf16>(l, layer, x, in, out, wide);
+    else adapt<float>(l, layer, x, in, out, wide);
+}
+
+// Neighbouring features are one complex number, turned by the position.
+void turn(float* x, const float* turns, int dim) {
+    for (int i = 0; i < dim; i += LANES) {
+        f32x16 v = load(x + i), t = load(turns + i);
+        f32x16 real = __builtin_shufflevector(t, t, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
+        f32x16 imaginary = __builtin_shufflevector(t, -t, 17, 1, 19, 3, 21, 5, 23, 7, 25, 9, 27, 11, 29, 13, 31, 15);
+        f32x16 swapped = __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+        store(x + i, v * real + swapped * imaginary);
+    }
+}
+
+// One row's queries and keys are turned; its keys and values go to the cache.
+template <class T> void remember(const Crew* c, int index, int row) {
+    const Model& m = c->model;
+    const Layer& layer = m.layer[index];
+    const Step& step = *c->step;
+    int position = step.positions[row], dim = m.dim;
+    float* q = c->s.wide + (int64_t)row * layer.qkv.n;
+    const float* turns = m.turns + (int64_t)position * dim;
+    for (int h = 0; h < m.heads + m.kv_heads; h++) {
+        const float* norm = h < m.heads ? layer.query_norm : layer.key_norm;
+        if (norm) normalise(q + h * dim, norm, q + h * dim, dim, dim, m.eps);
+        turn(q + h * dim, turns, dim);
+    }
+    int64_t block = (int64_t)index * step.blocks + step.tables[step.table[row] + position / BLOCK];
+    int slot = position % BLOCK;
+    const float *k = q + m.heads * dim, *v = k + m.kv_heads * dim;
+    for (int h = 0; h < m.kv_heads; h++, k += dim, v += dim) {
+        T* keys = (T*)step.keys + (block * m.kv_heads + h) * dim * BLOCK;
+        for (int i = 0; i < dim; i++) put(keys + i * BLOCK + slot, k[i]);
+        T* values = (T*)step.values + ((block * m.kv_heads + h) * BLOCK + slot) * dim;
+        for (int i = 0; i < dim; i += LANES) store(values + i, load(v + i));
+    }
+}
+
+// V queries of one head of keys, from one stream: scores of all blocks, their softmax, the mean of the values. Of
+// `room`, the queries take `[dim, V]`, and what becomes of their scores `[blocks, V, 16]`.
+template <class T, int V>
+void attend(const Crew* c, int index, int head, const int* table, const float* const* query, const int* seen, float* const* out, float* room) {
+    const Model& m = c->model;
+    const Step& step = *c->step;
+    const int dim = m.dim;
+    float *packed = room, *scores = room + dim * V, scale = 1.0f / sqrtf((float)dim);
+    int blocks = 0;
+    for (int v = 0; v < V; v++) {
+        for (int i = 0; i < dim; i++) packed[i * V + v] = query[v][i] * scale;
+        blocks = seen[v] / BLOCK + 1 > blocks ? seen[v] / BLOCK + 1 : blocks;
+    }
+    auto place = [&](int b) { return (((int64_t)index * step.blocks + table[b]) * m.kv_heads + head) * dim * BLOCK; };
+    for (int b = 0; b < blocks; b++) {
+        const T* keys = (const T*)step.keys + place(b);
+        const T* ahead = (const T*)step.keys + place(least(b + 2, blocks - 1));
+        const T* later = (const T*)step.values + place(b);
+        f32x16 even[V], odd[V]; // two sums each, for one would wait for itself
+        for (int v = 0; v < V; v++) even[v] = odd[v] = f32x16{};
+        for (int i = 0; i < dim; i += 2) {
+            f32x16 k = load(keys + i * BLOCK), next = load(keys + (i + 1) * BLOCK);
+            __builtin_prefetch(ahead + i * BLOCK);
+            __builtin_prefetch(later + i * BLOCK, 0, 2);
+            for (int v = 0; v < V; v++) even[v] += k * packed[i * V + v], odd[v] += next * packed[(i + 1) * V + v];
+        }
+        for (int v = 0; v < V; v++) store(scores + (b * V + v) * BLOCK, even[v] + odd[v]);
+    }
+    const i32x16 count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    float share[V];
+    for (int v = 0; v < V; v++) {
+        float* row = scores + v * BLOCK;
+        int last = seen[v] / BLOCK;
+        f32x16 most = all(-INFINITY), total{}, end = load(row + last * V * BLOCK);
+        store(row + last * V * BLOCK, count > seen[v] % BLOCK ? all(-INFINITY) : end);
+        for (int b = 0; b <= last; b++) most = larger(most, load(row + b * V * BLOCK));
+        float peak = largest(most);
+        for (int b = 0; b < blocks; b++) {
+            f32x16 weight = b <= last ? exponential(load(row + b * V * BLOCK) - peak) : f32x16{};
+            store(row + b * V * BLOCK, weight);
+            total += weight;
+        }
+        share[v] = 1.0f / sum(total);
+    }
+    for (int i = 0; i < dim; i += 2 * LANES) {
+        const int second = i + LANES < dim ? LANES : 0; // of a head's last sixteen features alone, both are the same
+        f32x16 left[V], right[V];
+        for (int v = 0; v < V; v++) left[v] = right[v] = f32x16{};
+        for (int b = 0; b < blocks; b++) {
+            const T* values = (const T*)step.values + place(b) + i;
+            const float* weight = scores + b * V * BLOCK;
+            for (int t = 0; t < BLOCK; t++, values += dim) {
+                f32x16 x = load(values), y = load(values + second);
+                for (int v = 0; v < V; v++) left[v] += x * weight[v * BLOCK + t], right[v] += y * weight[v * BLOCK + t];
+            }
+        }
+        for (int v = 0; v < V; v++) store(out[v] + i, left[v] * share[v]), store(out[v] + i + second, right[v] * share[v]);
+    }
+}
+
+constexpr int MOST = 12; // queries that look at the same keys together
+
+template <class T>
+void attend_many(const Crew* c, int index, int head, const int* table, int count, const float* const* query, const int* seen, float* const* out, float* scores) {
+    switch (count) {
+#define CASE(V) case V: attend<T, V>(c, index, head, table, query, seen, out, scores); break;
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#undef CASE
+    }
+}
+
+int64_t scores_size(const Crew* c) { return (int64_t)MOST * (up(c->context, BLOCK) + c->model.dim); }
+
+// Rows `first` to `end`, of one stream, and one head of keys with all its queries.
+void look(const Crew* c, int index, int head, int first, int end, float* scores) {
+    const Model& m = c->model;
+    const Step& step = *c->step;
+    int group = m.heads / m.kv_heads, wide = m.layer[index].qkv.n, out_wide = m.layer[index].out.k;
+    const float* query[MOST];
+    float* out[MOST];
+    int seen[MOST], count = 0;
+    auto run = [&] {
+        const int* table = step.tables + step.table[first];
+        if (m.quantised) attend_many<bf16>(c, index, head, table, count, query, seen, out, scores);
+        else attend_many<float>(c, index, head, table, count, query, seen, out, scores);
+        count = 0;
+    };
+    for (int row = first; row < end; row++)
+        for (int h = head * group; h < (head + 1) * group; h++) {
+            query[count] = c->s.wide + (int64_t)row * wide + h * m.dim;
+            out[count] = c->s.attended + (int64_t)row * out_wide + h * m.dim;
+            seen[count++] = step.positions[row];
+            if (count == MOST) run();
+        }
+    if (count) run();
+}
+
+void run_step(Worker& me) {
+    Crew* c = me.c;
+    const Model& m = c->model;
+    const Step& step = *c->step;
+    Shared& s = c->s;
+    const int rows = step.rows, prompt = step.prompt, hidden = up(m.hidden, GROUP), head_wide = m.heads * m.dim;
+    float* scores = s.scores + me.id * scores_size(c);
+    // Rows of one stream that look at the cache together.
+    int together = MOST / (m.heads / m.kv_heads) > 1 ? MOST / (m.heads / m.kv_heads) : 1, looks = 0;
+    int* look_start = s.tickets + c->phase_count; // behind the tickets: [rows + 1]
+    if (me.id == 0) {
+        for (int row = 0; row < rows; row++)
+            if (row == 0 || step.table[row] != step.table[row - 1] || row - look_start[looks - 1] == together) look_start[looks++] = row;
+        look_start[looks] = rows;
+        look_start[rows + 1] = looks;
+    }
+    me.share(rows, [&](int row) {
+        float* x = s.x + (int64_t)row * hidden;
+        for (int i = 0; i < hidden; i++) x[i] = 0;
+        for (int i = 0; i < m.hidden; i++) {
+            if (m.quantised) {
+                uint32_t bits = (uint32_t)((const bf16*)m.embedding)[(int64_t)step.ids[row] * m.hidden + i] << 16;
+                memcpy(x + i, &bits, 4);
+            } else x[i] = ((const float*)m.embedding)[(int64_t)step.ids[row] * m.hidden + i];
+        }
+        normalise(x, m.layer[0].before_attention, s.normal + (int64_t)row * hidden, m.hidden, hidden, m.eps);
+        prepare(c, m.layer[0].qkv, s.normal + (int64_t)row * hidden, rows, prompt, row);
+    });
+    looks = look_start[rows + 1];
+    for (int index = 0; index < m.layers; index++) {
+        const Layer& l = m.layer[index];
+        multiply(me, l.qkv, s.normal, rows, prompt, s.wide, l.qkv.n, false);
+        me.share(rows, [&](int row) {
+            adapt_row(c, 0, index, row, s.normal + (int64_t)row * hidden, m.hidden, s.wide + (int64_t)row * l.qkv.n, head_wide + 2 * m.kv_heads * m.dim);
+            if (m.quantised) remember<bf16>(c, index, row);
+            else remember<float>(c, index, row);
+        });
+        me.share(looks * m.kv_heads, [&](int i) {
+            int which = i / m.kv_heads;
+            look(c, index, i % m.kv_heads, look_start[which], look_start[which + 1], scores);
+        });
+        me.share(rows, [&](int row) { prepare(c, l.out, s.attended + (int64_t)row * l.out.k, rows, prompt, row); });
+        multiply(me, l.out, s.attended, rows, prompt, s.x, hidden, true);
+        me.share(rows, [&](int row) {
+            float *x = s.x + (int64_t)row * hidden, *normal = s.normal + (int64_t)row * hidden;
+            adapt_row(c, 1, index, row, s.attended + (int64_t)row * l.out.k, head_wide, x, m.hidden);
+            normalise(x, l.before_mlp, normal, m.hidden, hidden, m.eps);
+            prepare(c, l.gate_up, normal, rows, prompt, row);
+        });
+        multiply(me, l.gate_up, s.normal, rows, prompt, s.wide, l.gate_up.n, false);
+        me.share(rows, [&](int row) {
+            float *both = s.wide + (int64_t)row * l.gate_up.n, *to = s.inner + (int64_t)row * l.down.k;
+            adapt_row(c, 2, index, row, s.normal + (int64_t)row * hidden, m.hidden, both, 2 * m.inner);
+            for (int i = 0; i < m.inner; i += LANES) {
+                f32x16 gate = load(both + i);
+                store(to + i, gate / (1.0f + exponential(-gate)) * load(both + m.inner + i));
+            }
+            for (int i = m.inner; i < l.down.k; i++) to[i] = 0;
+            prepare(c, l.down, to, rows, prompt, row);
+        });
+        multiply(me, l.down, s.inner, rows, prompt, s.x, hidden, true);
+        bool last = index + 1 == m.layers;
+        me.share(last ? step.wanted : rows, [&](int i) {
+            int row = last ? step.wanted_rows[i] : i;
+            float *x = s.x + (int64_t)row * hidden, *normal = s.normal + (int64_t)i * hidden;
+            adapt_row(c, 3, index, row, s.inner + (int64_t)row * l.down.k, m.inner, x, m.hidden);
+            normalise(x, last ? m.norm : m.layer[index + 1].before_attention, normal, m.hidden, hidden, m.eps);
+            if (last) prepare(c, m.head, normal, step.wanted, 0, i);
+            else prepare(c, m.layer[index + 1].qkv, normal, rows, prompt, i);
+        });
+    }
+    if (step.wanted) multiply(me, m.head, s.normal, step.wanted, 0, step.logits, m.head.n, false);
+}
+
+void* follow(void* given) {
+    Worker me = *(Worker*)given;
+    free(given);
+    Crew* c = me.c;
+    for (int seen = 0;;) {
+        for (int turn = 0; turn < SPINS && __atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) == seen; turn++) rest(turn);
+        pthread_mutex_lock(&c->lock);
+        while (c->generation == seen) pthread_cond_wait(&c->wake, &c->lock);
+        seen = c->generation;
+        pthread_mutex_unlock(&c->lock);
+        if (c->ends) return nullptr;
+        me.phase = 0;
+        run_step(me);
+    }
+}
+
+template <class T> bool room(T*& pointer, int64_t count) {
+    free(pointer);
+    pointer = (T*)aligned_alloc(64, (size_t)(count * (int64_t)sizeof(T) + 63) / 64 * 64);
+    if (pointer) memset(pointer, 0, (size_t)count * sizeof(T));
+    return pointer;
+}
+
+// Working memory for so many rows. False where there is none.
+bool make_room(Crew* c, int rows, int wanted) {
+    Shared& s = c->s;
+    rows = rows > wanted ? rows : wanted;
+    if (rows <= s.rows_room) return true;
+    const Model& m = c->model;
+    const Layer& l = m.layer[0];
+    int64_t hidden = up(m.hidden, GROUP), wide = l.qkv.n > l.gate_up.n ? l.qkv.n : l.gate_up.n;
+    int64_t most = hidden > l.down.k ? hidden : l.down.k;
+    most = most > l.out.k ? most : l.out.k;
+    s.rows_room = 0;
+    bool made = room(s.x, rows * hidden) && room(s.normal, rows * hidden) && room(s.wide, rows * wide) &&
+                room(s.attended, rows * (int64_t)l.out.k) && room(s.inner, rows * (int64_t)l.down.k) &&
+                room(s.rounded, rows * most * 2) && room(s.unit, rows * (most / GROUP)) && room(s.start, rows * (most / GROUP) * 2) &&
+                room(s.tickets, c->phase_count + rows + 2);
+    if (made) s.rows_room = rows;
+    return made;
+}
+
+void wake_up(Crew* c) {
+    pthread_mutex_lock(&c->lock);
+    __atomic_store_n(&c->generation, c->generation + 1, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&c->wake);
+    pthread_mutex_unlock(&c->lock);
+}
+
+} // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void llmo_close(Crew* c) {
+    c->ends = true;
+    wake_up(c);
+    for (int i = 1; i < c->threads; i++) pthread_join(c->thread[i], nullptr);
+    Shared& s = c->s;
+    free(s.x), free(s.normal), free(s.wide), free(s.attended), free(s.inner), free(s.scores);
+    free(s.rounded), free(s.unit), free(s.start), free(s.tickets), free(c->thread), free(c);
+}
+
+// A crew of threads over a model, whose arrays stay the caller's. Null where memory or threads do not suffice.
+Crew* llmo_open(const Model* model, int threads, int context) {
+    Crew* c = (Crew*)calloc(1, sizeof(Crew));
+    if (!c) return nullptr;
+    c->model = *model;
+    c->threads = 1;
+    c->context = context;
+    c->phase_count = model->layers * 10 + 4;
+    pthread_mutex_init(&c->lock, nullptr);
+    pthread_cond_init(&c->wake, nullptr);
+    c->thread = (pthread_t*)calloc((size_t)threads, sizeof(pthread_t));
+    bool made = c->thread && room(c->s.scores, threads * scores_size(c)) && make_room(c, 64, 0);
+    for (int i = 1; made && i < threads; i++) {
+        Worker* worker = (Worker*)malloc(sizeof(Worker));
+        made = worker != nullptr;
+        if (made) {
+            *worker = {c, i, 0};
+            made = !pthread_create(&c->thread[i], nullptr, follow, worker);
+            if (made) c->threads = i + 1;
+            else free(worker);
+        }
+    }
+    if (made) return c;
+    llmo_close(c);
+    return nullptr;
+}
+
+// Computes one step; 0, or 1 where memory does not suffice.
+int llmo_step(Crew* c, const Step* step) {
+    if (!make_room(c, step->rows, step->wanted)) return 1;
+    memset(c->s.tickets, 0, sizeof(int32_t) * (size_t)c->phase_count);
+    c->step = step;
+    if (c->threads > 1) wake_up(c);
+    Worker me = {c, 0, 0};
+    run_step(me);
+    return 0;
+}
+
+int64_t llmo_size(int which) {
+    const int64_t sizes[] = {sizeof(Linear), sizeof(Layer), sizeof(Model), sizeof(Adapter), sizeof(Step)};
+    return sizes[which];
+}
+}

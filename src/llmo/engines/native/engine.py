@@ -1,0 +1,95 @@
+"""The native engine: the same scheduler, cache and sampling as the others, over kernels of our own for the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmo.engines.folder import card_precision
+from llmo.engines.generation import GenerationOptions
+from llmo.engines.native.model import PRECISIONS, Cache, Decoder, Rows
+from llmo.engines.paged.batching import Batching, check_options
+from llmo.engines.paged.blocks import BLOCK, Blocks
+from llmo.engines.paged.config import load_config
+from llmo.engines.paged.stream import Piece
+from llmo.engines.sampling import log_softmax
+from llmo.errors import EnvironmentProblem, InputError
+from llmo.types import Device
+
+
+class NativeEngine(Batching):
+    """Runs Llama, Mistral, Qwen 2 and Qwen 3 folders at int8 or fp32 on a CPU."""
+
+    name: ClassVar[str] = "native"
+    abilities: ClassVar[frozenset[str]] = frozenset({"generate", "score", "grammar"})
+    deterministic: ClassVar[bool] = True
+    _model: Decoder
+    _cache: Cache
+
+    def load(self, model: Path, device: Device, options: GenerationOptions) -> None:
+        self.close()
+        if device.kind != "cpu":
+            raise EnvironmentProblem(
+                f"the native engine runs on the CPU, not on '{device.name}' ({device.kind})",
+                hint="use the torch engine there",
+            )
+        config = load_config(model)
+        precision = options.precision or card_precision(model) or "int8"
+        if precision not in PRECISIONS:
+            raise InputError(f"unknown precision '{precision}'", hint=f"known: {', '.join(PRECISIONS)}")
+        check_options(options)
+        count = options.cache_bytes // Cache.block_bytes(config, precision)
+        if count < 2:
+            raise InputError(
+                f"the cache of {options.cache_bytes} bytes holds no {2 * BLOCK} tokens",
+                hint="raise cache_bytes",
+                where="cache_bytes",
+            )
+        self.context = min(config.positions, options.context or config.positions, (count - 1) * BLOCK)
+        self.vocabulary = config.vocabulary
+        self._config, self._precision, self._chunk = config, precision, options.chunk
+        self._model = Decoder(model, config, precision, device.cores, self.context)
+        self._cache = Cache(config, count, precision)
+        self._start(model, options, Blocks(count), share_answers=precision == "fp32")
+
+    def close(self) -> None:
+        if self._running:
+            self._stop()
+            self._model.close()
+            del self._model, self._cache
+
+    def _compute(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
+        ids: list[int] = []
+        positions: list[int] = []
+        table: list[int] = []
+        tables: list[int] = []
+        wanted: list[int] = []
+        begins: dict[int, int] = {}
+        for piece in pieces:
+            stream = piece.stream
+            if stream.prompt.id not in begins:
+                begins[stream.prompt.id] = len(tables)
+                tables += stream.blocks
+            ids += piece.tokens
+            positions += range(piece.start, piece.start + piece.count)
+            table += [begins[stream.prompt.id]] * piece.count
+            if piece.last:
+                wanted.append(len(ids) - 1)
+        prompt = sum(piece.count for piece in pieces if piece.of_prompt)
+        return self._model.step(Rows(ids, positions, table, tables, wanted, prompt), self._cache)
+
+    def _score(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """By chunks, over a cache of its own."""
+        blocks = range(-(-len(ids) // BLOCK))
+        cache = Cache(self._config, len(blocks), self._precision)
+        found = [np.empty(0, np.float32)]
+        for start in range(0, len(ids) - 1, self._chunk):
+            end = min(start + self._chunk, len(ids) - 1)
+            count = range(end - start)
+            rows = Rows(ids[start:end], range(start, end), [0] * len(count), blocks, count, len(count))
+            found.append(log_softmax(self._model.step(rows, cache))[count, ids[start + 1 : end + 1]])
+        return np.concatenate(found)
