@@ -13,17 +13,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from llmo.compression.openvino_graph import write
+from llmo import plugins
 from llmo.engines.generation import Delta, GenerationOptions, Grammar, Prompt, Sampling
-from llmo.engines.openvino import OpenVinoEngine
 from llmo.engines.paged.batching import Batching
-from llmo.engines.paged.engine import PagedEngine
 from llmo.engines.paged.lookup import MOST, Costs, Lookup, worth
-from llmo.types import Device
+from support.places import ON_GPU, place
 from support.tiny_chat import tiny_chat_model
 
 DRIVERS = ("torch-fp32", "torch-bf16", "torch-int8", "openvino-fp32", "openvino-int8")
-KINDS: dict[str, type[PagedEngine | OpenVinoEngine]] = {"torch": PagedEngine, "openvino": OpenVinoEngine}
+if ON_GPU:
+    DRIVERS = tuple(name for name in DRIVERS if name.startswith("torch"))  # the other has no GPU
 LOOP = [7, 8, 9, 10, 11] * 8
 GREEDY = Sampling(max_tokens=90, temperature=0.0, ignore_end=True, logprobs=3)
 SAMPLINGS = (
@@ -35,6 +34,8 @@ SAMPLINGS = (
     replace(GREEDY, max_tokens=41),
     replace(GREEDY, temperature=0.2, seed=-1),
     replace(GREEDY, logprobs=0),
+    replace(GREEDY, logprobs=None),
+    replace(GREEDY, logprobs=None, temperature=0.4, seed=5, top_p=0.9),
 )
 
 
@@ -73,15 +74,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         engine, precision = name.split("-")
         made[name] = repeating_model(tmp_path_factory.mktemp("models") / name)
         if engine == "openvino":
+            from llmo.compression.openvino_graph import write
+
             write(made[name], made[name], "int8" if precision == "int8" else "fp32")
     return made
 
 
-def loaded(name: str, folder: Path, *, lookup: bool = True, **options: Any) -> PagedEngine | OpenVinoEngine:
+def loaded(name: str, folder: Path, *, lookup: bool = True, **options: Any) -> Batching:
     kind, precision = name.split("-")
-    engine = KINDS[kind]()
+    engine: Batching = plugins.load("llmo.generators", kind)()
     settings = {"streams": 8, "cache_bytes": 4 << 20, "chunk": 64, "precision": precision, "lookup": lookup, **options}
-    engine.load(folder, Device("cpu", "cpu", memory=0, free=0, cores=2), GenerationOptions(**settings))
+    engine.load(folder, place(2), GenerationOptions(**settings))
     if lookup:
         engine._costs = Free()
     return engine
@@ -102,7 +105,7 @@ def pair(name: str, folders: dict[str, Path]) -> Iterator[tuple[Batching, Batchi
 
 
 @pytest.fixture
-def plain(folders: dict[str, Path]) -> Iterator[tuple[PagedEngine | OpenVinoEngine, PagedEngine | OpenVinoEngine]]:
+def plain(folders: dict[str, Path]) -> Iterator[tuple[Batching, Batching]]:
     name = "torch-fp32"
     made = loaded(name, folders[name]), loaded(name, folders[name], lookup=False)
     yield made
