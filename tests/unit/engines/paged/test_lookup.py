@@ -148,7 +148,7 @@ def both(engine: Batching) -> tuple[int, int]:
 
 def test_answers_are_the_same_bits_alone_and_together(pair: tuple[Batching, Batching]) -> None:
     on, off = pair
-    asked = {i: Prompt(i, ids, s) for i, (ids, s) in enumerate(zip(prompts(), SAMPLINGS, strict=True))}
+    asked = {i: Prompt(i, ids, s) for i, (ids, s) in enumerate(zip(prompts(len(SAMPLINGS)), SAMPLINGS, strict=True))}
     alone = {i: bits(ask(off, {i: replace(prompt, tenant=f"{i}")})[i]) for i, prompt in asked.items()}
     guessed = {i: ask(on, {i: replace(prompt, tenant=f"{i}")})[i] for i, prompt in asked.items()}
     assert {i: bits(deltas) for i, deltas in guessed.items()} == alone
@@ -224,7 +224,7 @@ def test_an_answer_ends_with_the_context(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("how", ["stop ids", "end token"])
-def test_a_token_that_ends_the_answer_ends_it_among_guesses(how: str, plain: tuple[PagedEngine, PagedEngine]) -> None:
+def test_a_token_that_ends_the_answer_ends_it_among_guesses(how: str, plain: tuple[Batching, Batching]) -> None:
     """Every token of the answer in turn, so that some of them were guessed."""
     on, off = plain
     whole, *_ = bits(ask(off, {0: Prompt(0, LOOP, GREEDY)})[0])

@@ -75,7 +75,7 @@ class Runner:
         self._adapted = 0  # the adapters' version for which steps were recorded
         self._memory = torch.cuda.graph_pool_handle()
         self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        for prompt, most in ((True, self._most[True]), (False, _bucket(streams))):
+        for prompt, most in self._most.items():
             size = TILE if prompt else 1
             while size <= most:
                 self._step(prompt, size, None)
