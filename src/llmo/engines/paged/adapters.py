@@ -4,7 +4,7 @@ Adapters that run hold a slot each. A token of an answer gathers the rows of its
 what a bag of embeddings does: no row of the batch sees another, and the cost is that of one adapter a row. The tokens
 of prompts are many and of few adapters: at half precision the adapters of all prompts lie side by side as one, each row
 seeing only its own part. Parts of others are multiplied by zero, which is exact. So an answer is the same alone and in
-a mixed batch.
+a mixed batch. (All this is a CPU's; on a GPU a kernel does it for any row: `gpu/kernels.py`.)
 """
 
 from __future__ import annotations

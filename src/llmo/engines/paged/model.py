@@ -1,4 +1,4 @@
-"""The decoder of the Llama family in plain torch, over weights fused where one product does for several."""
+"""The decoder of the Llama family in plain torch, for a CPU, over weights fused where one product does for several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 from llmo.engines.paged.adapters import Mixed
 from llmo.engines.paged.attention import Batch, Cache
 from llmo.engines.paged.config import Config
-from llmo.engines.paged.linear import DTYPES, Int8, Linear, Packed, Plain
+from llmo.engines.paged.linear import DTYPES, Int8, Linear, Packed
 from llmo.engines.paged.weights import Weights
 
 L = TypeVar("L")  # what a matrix and its bias become
@@ -65,7 +65,7 @@ class Decoder:
         self._precision = precision
         self._device = device
         self.dtype = DTYPES[precision]
-        self.least_rows = 1 if precision == "int8" or device.type != "cpu" else 2  # see linear.py
+        self.least_rows = 1 if precision == "int8" else 2  # see linear.py
         model = read_model(folder, config, self._linear, device)
         self._layers, self._norm = model.layers, model.norm
         # An int8 model reads out at bf16: half of the perplexity that int8 costs would come from here.
@@ -104,7 +104,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor, prompt: int = 0) -> Tensor:
         """`[rows, hidden]` to `[rows, vocabulary]` at fp32."""
-        if len(hidden) == 1 and self._device.type == "cpu":
+        if len(hidden) == 1:
             return self._head(hidden.expand(2, -1).contiguous(), prompt)[:1].float()  # see linear.py
         return self._head(hidden, prompt).float()
 
@@ -124,8 +124,7 @@ class Decoder:
         bias = None if bias is None else bias.to(self._device, self.dtype)
         if (precision or self._precision) == "int8":
             return Int8(weight.to(self._device), bias)
-        weight = weight.to(self._device, self.dtype)
-        return Packed(weight, bias) if self._device.type == "cpu" else Plain(weight, bias)
+        return Packed(weight.to(self._device, self.dtype), bias)
 
 
 def _layer(
