@@ -172,6 +172,7 @@ class DeploySpec(Spec):
 
     endpoint: Name = Field(description="the public name: POST /v1/endpoints/NAME/predict")
     cores: Positive | None = Field(None, description="CPU cores of the replica; default: half of the machine's")
+    gpus: Annotated[int, Field(ge=0, le=1)] = Field(0, description="1: the replica computes on a GPU of its own")
     max_batch_tokens: Positive = Field(4096, description="padded tokens in one batch")
     queue: Positive = Field(1024, description="texts or prompts that may wait; more are answered 429")
     engine: str | None = Field(None, description="generation: the engine; default: the one the model was measured on")

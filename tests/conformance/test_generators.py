@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,15 +17,12 @@ import torch
 import transformers
 
 from llmo import plugins
-from llmo.compression.gguf_file import write as write_gguf
-from llmo.compression.openvino_graph import GRAPH, Precision
-from llmo.compression.openvino_graph import write as write_graph
 from llmo.engines.generation import Delta, GenerationEngine, GenerationOptions, Grammar, Prompt, Sampling
 from llmo.errors import ConflictError, EnvironmentProblem, InputError, ModelError
-from llmo.types import Device
+from support.places import ON_GPU, place
 from support.tiny_chat import END, POSITIONS, tiny_chat_model, tiny_chat_tokenizer
 
-CPU = Device("cpu", "cpu", memory=0, free=0, cores=2)
+PLACE = place(cores=2)
 OPTIONS = GenerationOptions(streams=8, cache_bytes=4 << 20, chunk=64)
 GREEDY = Sampling(max_tokens=24, temperature=0.0, ignore_end=True)
 DRAWN = replace(GREEDY, temperature=0.8)
@@ -49,11 +47,16 @@ class Driver:
 
 def as_gguf(folder: Path, precision: str) -> str:
     """llama.cpp opens a file of its own beside the others."""
+    from llmo.compression.gguf_file import write as write_gguf
+
     return write_gguf(folder, folder, precision).name
 
 
-def as_graph(folder: Path, precision: Precision) -> str:
+def as_graph(folder: Path, precision: Literal["fp32", "bf16", "int8"]) -> str:
     """OpenVINO opens a graph beside the others."""
+    from llmo.compression.openvino_graph import GRAPH
+    from llmo.compression.openvino_graph import write as write_graph
+
     write_graph(folder, folder, precision)
     return Path(GRAPH).with_suffix(".bin").name
 
@@ -72,6 +75,8 @@ DRIVERS = {
     "llamacpp-bf16": Driver("llamacpp", "bf16", 0.1, partial(as_gguf, precision="bf16")),
     "llamacpp-int8": Driver("llamacpp", "int8", 0.2, partial(as_gguf, precision="int8")),
 }
+if ON_GPU:
+    DRIVERS = {name: driver for name, driver in DRIVERS.items() if driver.engine == "torch"}  # others have no GPU
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +125,7 @@ def make(driver: Driver) -> GenerationEngine:
 
 def loaded(driver: Driver, folder: Path, options: GenerationOptions = OPTIONS) -> GenerationEngine:
     made = make(driver)
-    made.load(folder, CPU, replace(options, precision=driver.precision))
+    made.load(folder, PLACE, replace(options, precision=driver.precision))
     return made
 
 
@@ -555,12 +560,12 @@ def test_no_more_run_than_there_are_streams(driver: Driver, folder: Path) -> Non
 
 def test_a_precision_nobody_knows_is_refused(driver: Driver, folder: Path) -> None:
     with pytest.raises(InputError):
-        make(driver).load(folder, CPU, replace(OPTIONS, precision="int3"))
+        make(driver).load(folder, PLACE, replace(OPTIONS, precision="int3"))
 
 
 def test_a_cache_too_small_for_anything_is_refused(driver: Driver, folder: Path) -> None:
     with pytest.raises((InputError, EnvironmentProblem)):
-        make(driver).load(folder, CPU, replace(OPTIONS, precision=driver.precision, cache_bytes=100))
+        make(driver).load(folder, PLACE, replace(OPTIONS, precision=driver.precision, cache_bytes=100))
 
 
 def test_it_closes_twice_and_then_says_so_and_loads_again(driver: Driver, folder: Path) -> None:
@@ -571,7 +576,7 @@ def test_it_closes_twice_and_then_says_so_and_loads_again(driver: Driver, folder
     engine.close()
     with pytest.raises(ModelError, match="closed"):
         engine.add(Prompt(1, [3]))
-    engine.load(folder, CPU, replace(OPTIONS, precision=driver.precision))
+    engine.load(folder, PLACE, replace(OPTIONS, precision=driver.precision))
     assert engine.step() == []
     assert answer(engine, prompts()[4]) == first
     engine.close()

@@ -167,7 +167,9 @@ def test_the_sdk_names_are_functions_even_after_every_module_is_imported() -> No
     code = (
         "import importlib, pkgutil, llmo\n"
         "for m in pkgutil.walk_packages(llmo.__path__, 'llmo.'):\n"
-        "    if '__main__' not in m.name and 'migrations' not in m.name: importlib.import_module(m.name)\n"
+        "    if '__main__' in m.name or 'migrations' in m.name: continue\n"
+        "    try: importlib.import_module(m.name)\n"
+        "    except ModuleNotFoundError as error: assert error.name == 'triton', error  # only a CUDA torch has it\n"
         "assert callable(llmo.train) and callable(llmo.compress) and callable(llmo.deploy)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)

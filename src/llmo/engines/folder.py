@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmo.errors import ModelError
+
+# Families whose positions start after the padding id, so that the table is longer than the text may be.
+_OFFSET_POSITIONS = {
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "longformer",
+    "mpnet",
+    "data2vec-text",
+    "mvp",
+}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -41,6 +54,16 @@ def require(folder: Path, name: str) -> Path:
             where=str(folder),
         )
     return path
+
+
+def position_limit(config: Mapping[str, Any]) -> int | None:
+    """The longest text in tokens, special ones included; None where the architecture sets no limit."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    if config.get("model_type") in _OFFSET_POSITIONS:
+        return positions - int(config.get("pad_token_id") or 0) - 1
+    return positions
 
 
 def pad_token_id(config: dict[str, Any]) -> int:

@@ -58,7 +58,8 @@ class Sampler:
         self._repeats = sampling.repetition_penalty != 1.0
         self._counts = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         self._seen = set(prompt) if self._repeats else set()
-        self.plain = sampling.temperature == 0 and not self._repeats and not self._counts
+        self.adjusts = self._repeats or self._counts
+        self.plain = sampling.temperature == 0 and not self.adjusts
 
     def choose(self, logits: Row, mask: NDArray[np.bool_] | None = None) -> int:
         """A token for these logits `[vocabulary]`; `mask` says which tokens a grammar allows.
@@ -73,12 +74,21 @@ class Sampler:
                 raise InputError("the grammar allows no token here", hint="it may contradict itself")
             raise ModelError("the model's logits are not finite", hint="its weights or its precision are broken")
         token = best if self._sampling.temperature == 0 else self._draw(logits, logits[best])
+        self.chose(token)
+        return token
+
+    def chose(self, token: int) -> None:
+        """Note a token that was chosen as `choose` would have."""
         self._position += 1
         if self._repeats:
             self._seen.add(token)
         if self._counts:
             self._given[token] += 1
-        return token
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The number in [0, 1) that draws the next token, or one so many tokens ahead: of seed and position alone."""
+        digest = hashlib.blake2b(f"{self._seed}/{self._position + ahead}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
     def _adjusted(self, logits: Row, mask: NDArray[np.bool_] | None) -> Row:
         """A copy with penalties and the grammar in it."""
@@ -111,13 +121,8 @@ class Sampler:
             last = int(np.searchsorted(total, settings.top_p * total[-1]))
             weights[weights < falling[min(last, falling.size - 1)]] = 0
         total = np.cumsum(weights, dtype=np.float64)
-        point = self._uniform() * total[-1]
+        point = self.uniform() * total[-1]
         return int(np.searchsorted(total, point, side="right"))
-
-    def _uniform(self) -> float:
-        """A number in [0, 1) that depends on seed and position alone."""
-        digest = hashlib.blake2b(f"{self._seed}/{self._position}".encode(), digest_size=8).digest()
-        return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def token_logprob(logits: Row, token: int, alternatives: int) -> TokenLogprob:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
 from llmo.engines.base import Chunk, Request
-from llmo.engines.batch import chunks, means, pad
-from llmo.engines.folder import pad_token_id, read_config, require
+from llmo.engines.batch import Ids, chunks, means, pad
+from llmo.engines.folder import pad_token_id, position_limit, read_config, require
 from llmo.engines.place import torch_device
 from llmo.errors import ModelError
 from llmo.tasks.card import load_task
@@ -33,12 +33,16 @@ class TorchEngine:
         self._model: Any = None
         self._device = torch.device("cpu")
         self._pad_id = 0
+        self._vocabulary = 0
+        self._positions: int | None = None
 
     def load(self, model: Path, device: Device) -> None:
         self._device = torch_device(device)
         torch.set_num_threads(device.cores)
-        self._pad_id = pad_token_id(read_config(model))
+        config = read_config(model)
+        self._pad_id, self._positions = pad_token_id(config), position_limit(config)
         self._model = open_model(model).to(self._device)
+        self._vocabulary = self._model.get_input_embeddings().num_embeddings
 
     def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
         if requests:
@@ -54,6 +58,7 @@ class TorchEngine:
             raise ModelError("the engine is closed", hint="load a model first")
         ids, mask = pad(requests, self._pad_id)
         try:
+            self._check(ids)
             with torch.inference_mode():
                 inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
                 said = part(self._model)(**{name: value.to(self._device) for name, value in inputs.items()})
@@ -64,6 +69,13 @@ class TorchEngine:
                 hint="the tokenizer may not belong to this model, or the text is longer than its positions",
             ) from error
         return found
+
+    def _check(self, ids: Ids) -> None:
+        """Raises IndexError, as a CPU does; a GPU that is asked for a row that is not there never answers again."""
+        if ids.min() < 0 or ids.max() >= self._vocabulary:
+            raise IndexError(f"a token outside the model's {self._vocabulary}")
+        if self._positions is not None and ids.shape[1] > self._positions:
+            raise IndexError(f"the model reads at most {self._positions}")
 
     def close(self) -> None:
         self._model = None

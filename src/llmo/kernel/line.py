@@ -158,6 +158,7 @@ class Line:
 
 
 def _entry(worker: Live, job: Job) -> Running:
-    """The ledger's line; a service shares its cores with the one that replaces it, or that could never start."""
-    granted = replace(worker.placement, cores=0) if service.replaces(job, worker.job) else worker.placement
+    """The ledger's line; a service shares its cores and its GPU with the one that replaces it, or that could never
+    start."""
+    granted = replace(worker.placement, cores=0, gpus=()) if service.replaces(job, worker.job) else worker.placement
     return worker.job.needs, granted, label(worker.job)

@@ -102,7 +102,9 @@ def _needs(
     if needs is not None or not operation.service:
         return needs or operation.needs
     wanted = replace(operation.needs, memory=operation.needs.memory + service.memory_of(store, spec, inputs))
-    cores = spec.get("cores")
+    cores, gpus = spec.get("cores"), spec.get("gpus")
+    if isinstance(gpus, int):
+        wanted = replace(wanted, gpus=gpus)
     return replace(wanted, cores=cores, cores_max=cores) if isinstance(cores, int) else wanted
 
 

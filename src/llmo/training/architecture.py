@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmo.errors import ModelError, nearest
-
-# Families whose positions start after the padding id, so that the table is longer than the text may be.
-OFFSET_POSITIONS = {
-    "roberta",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "camembert",
-    "longformer",
-    "mpnet",
-    "data2vec-text",
-    "mvp",
-}
 
 # Surely known: for these the check costs no import of transformers, which brings torch.
 COMMON = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "deberta-v2", "mpnet", "modernbert"}
@@ -57,16 +44,6 @@ def _known(kind: str, folder: Path) -> None:
             hint="the installed transformers does not know it: upgrade it, or take another model",
             where=str(folder),
         )
-
-
-def position_limit(config: Mapping[str, Any]) -> int | None:
-    """The longest text in tokens, special ones included; None where the architecture sets no limit."""
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    if config.get("model_type") in OFFSET_POSITIONS:
-        return positions - int(config.get("pad_token_id") or 0) - 1
-    return positions
 
 
 def _read(path: Path, folder: Path) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import Any
 
 from llmo import sources
 from llmo.context import Context
+from llmo.engines.folder import position_limit
 from llmo.errors import DataError, ModelError
 from llmo.files import publish_json, storage_errors
 from llmo.training import gguf_source, weights
-from llmo.training.architecture import check_config, position_limit
+from llmo.training.architecture import check_config
 
 SOURCE = "source.json"
 KEPT = (

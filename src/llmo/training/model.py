@@ -13,12 +13,13 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from llmo.engines.folder import position_limit
 from llmo.engines.torch import quiet
 from llmo.errors import ModelError, SpecError
 from llmo.specs import LoraSpec, TrainSpec
 from llmo.tasks.base import Task
 from llmo.training import dropout
-from llmo.training.architecture import check_config, position_limit
+from llmo.training.architecture import check_config
 
 PLAIN_ATTENTION_UP_TO = 512  # tokens; past it the fused attention's smaller memory is worth more than speed
 DROPOUTS = (

@@ -108,8 +108,9 @@ class Preference:
 
 def likelihoods(log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The sum over each sequence's learnt tokens `[sequences]`, from what `Speaker.log_probs` gives."""
-    owner = (targets[:, 1:] != IGNORED).nonzero()[:, 0]
-    return log_probs.new_zeros(len(targets)).index_add(0, owner, log_probs)
+    learnt = targets[:, 1:] != IGNORED
+    # Each at its own place, then summed up: a GPU's index_add adds in an order of its own every time.
+    return log_probs.new_zeros(learnt.shape).masked_scatter(learnt, log_probs).sum(1)
 
 
 def _class_weights(task: Task, data: Encoded) -> torch.Tensor:

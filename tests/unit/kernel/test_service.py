@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llmo.errors import NeedsError
 from llmo.kernel import service
 from llmo.store import Store
 from llmo.types import Device, JobState, Needs, Placement, Reason
@@ -50,6 +51,21 @@ def test_nothing_is_up_when_the_process_that_ran_it_was_killed(kernel: Kernel) -
     found = store.endpoints.get("e")
     assert (found.state, found.address, found.job) == ("down", None, job.id)
     store.close()
+
+
+def test_an_endpoint_has_the_gpu_it_asks_for(tmp_path: Path) -> None:
+    cpu, gpu = Device("cpu", "cpu", 1 << 30, 1 << 30, cores=2), Device("cuda:0", "cuda", 8 << 30, 8 << 30, cores=0)
+    with Kernel(tmp_path / "home", [cpu, gpu]) as kernel:
+        old = kernel.reached(kernel.submit("serve", {"endpoint": "news", "gpus": 1, "v": 1}), "running")
+        assert old.needs.gpus == 1
+        assert old.placement is not None
+        assert old.placement.gpus == ("cuda:0",)
+        new = kernel.reached(kernel.submit("serve", {"endpoint": "news", "gpus": 1, "v": 2}), "running")
+        assert kernel.ended(old).state is JobState.STOPPED
+        assert new.placement is not None
+        assert new.placement.gpus == ("cuda:0",)
+    with Kernel(tmp_path / "other", [cpu]) as kernel, pytest.raises(NeedsError, match="needs 1 GPU"):
+        kernel.submit("serve", {"endpoint": "news", "gpus": 1})
 
 
 def test_a_swap_fits_on_a_full_machine(tmp_path: Path) -> None:

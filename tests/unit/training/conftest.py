@@ -11,6 +11,7 @@ import pytest
 from llmo.context import NullContext
 from llmo.specs import TrainSpec
 from llmo.training import operation
+from support.places import ON_GPU, place
 from support.tiny import tiny_chat_dataset, tiny_dataset, tiny_model
 from support.tiny_chat import tiny_chat_model
 
@@ -60,6 +61,8 @@ def train(base: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         length = keys.pop("max_length", 48)
         model = keys.pop("model", base)
         ctx = keys.pop("ctx", None) or NullContext(1, tmp_path / f"{out}-checkpoint")
+        if ON_GPU:
+            ctx.device = place()
         (tmp_path / out).mkdir()
         spec = TrainSpec(**keys).plain() | {"task": {"name": task, "multi_label": None, "max_length": length}}
         return operation.run(spec, {"data": data, "model": model}, tmp_path / out, ctx)

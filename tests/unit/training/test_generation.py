@@ -294,6 +294,7 @@ def test_evaluate_measures_the_same_through_the_engine_that_serves(teach: Train,
     for name in ("loss", "perplexity"):
         for bound in ("value", "low", "high"):
             trained = result["test"]["after"][name][bound]
-            assert report["metrics"][name][bound] == pytest.approx(trained, rel=1e-3)
+            close = 1e-3 if bound == "value" else 1e-2  # rows that are equal but for rounding are drawn otherwise
+            assert report["metrics"][name][bound] == pytest.approx(trained, rel=close)
     details = json.loads((tmp_path / "report" / "report.json").read_text())["details"]
     assert details["tokens"] > 200

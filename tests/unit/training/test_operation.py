@@ -17,6 +17,7 @@ from llmo.errors import DataError, EnvironmentProblem, JobFailed, SpecError
 from llmo.files import sha256_file
 from llmo.specs import TrainSpec
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden
+from support.places import ON_GPU
 from support.tiny import text_rows, tiny_dataset, tiny_model, write_split
 
 
@@ -231,6 +232,7 @@ def test_a_label_that_training_lacks_is_refused_before_training(train: Train, tm
     assert not any("learning_rate" in r for r in ctx.reports)
 
 
+@pytest.mark.skipif(ON_GPU, reason="this GPU computes bf16")
 def test_bf16_is_refused_where_it_is_not_native(train: Train, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     with pytest.raises(EnvironmentProblem, match="does not compute bf16 natively"):

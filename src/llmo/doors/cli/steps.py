@@ -29,6 +29,7 @@ Set = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do it again even if it is done already.")]
 Cores = Annotated[int | None, typer.Option(help="CPU cores this job needs.", min=1)]
 Memory = Annotated[str | None, typer.Option(help="Memory this job needs, e.g. 4GiB.")]
+Gpus = Annotated[int | None, typer.Option(help="GPUs this job needs; without it it runs on the CPU.", min=1)]
 Data = Annotated[str | None, typer.Option(help="A stored data set; default: the one the model was trained on.")]
 Model = Annotated[str, typer.Argument(help="A stored model: NAME, NAME@VERSION or its digest.")]
 
@@ -135,6 +136,7 @@ def train(
     settings: Set = None,
     cores: Cores = None,
     memory: Memory = None,
+    gpus: Gpus = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -152,7 +154,7 @@ def train(
             **assignments(settings),
         }
         inputs = {"data": artifact.digest, "model": flow.ensure_model(api, flow.absolute(model, Path()), live.hear)}
-        job = api.submit("train", spec, inputs, name=name, needs=needs_of("train", cores, memory), fresh=fresh)
+        job = api.submit("train", spec, inputs, name=name, needs=needs_of("train", cores, memory, gpus), fresh=fresh)
         job = flow.wait(api, job, live.hear)
         found = flow.output(api, job)
     emit({"ref": found.ref, "digest": found.digest, **flow.result(job)}, as_json, lambda: _show_trained(found, job))
@@ -372,12 +374,12 @@ def assignments(given: list[str] | None) -> dict[str, Any]:
     return found
 
 
-def needs_of(op: str, cores: int | None, memory: str | None) -> Needs | None:
+def needs_of(op: str, cores: int | None, memory: str | None, gpus: int | None = None) -> Needs | None:
     """What a job is told to need, or None when the operation's own needs are right."""
-    if cores is None and memory is None:
+    if cores is None and memory is None and gpus is None:
         return None
     from llmo.plugins import operation
 
     usual = operation(op).needs
     amount = parse_bytes(memory, "--memory") if memory else usual.memory
-    return Needs(cores=cores or usual.cores, cores_max=cores or usual.cores_max, memory=amount)
+    return Needs(cores=cores or usual.cores, cores_max=cores or usual.cores_max, memory=amount, gpus=gpus or usual.gpus)

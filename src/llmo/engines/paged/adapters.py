@@ -4,7 +4,7 @@ Adapters that run hold a slot each. A token of an answer gathers the rows of its
 what a bag of embeddings does: no row of the batch sees another, and the cost is that of one adapter a row. The tokens
 of prompts are many and of few adapters: at half precision the adapters of all prompts lie side by side as one, each row
 seeing only its own part. Parts of others are multiplied by zero, which is exact. So an answer is the same alone and in
-a mixed batch.
+a mixed batch. (All this is a CPU's; on a GPU a kernel does it for any row: `gpu/kernels.py`.)
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ class Adapters:
         self._dtype, self._device = dtype, device
         self._lock = threading.Lock()
         self._loaded = 0
+        self.version = 0
         self._key: dict[str, str] = {}
         self._lora: dict[str, Lora] = {}
         self._slot: dict[str, int] = {}
@@ -142,17 +143,29 @@ class Adapters:
                 for key in self._lora.keys() - self._key.values() - set(used):
                     del self._lora[key]
 
-    def mix(self, pieces: Sequence[Piece]) -> Mixed | None:
-        """What a step of these pieces, prompts first, needs; None where no piece has an adapter."""
+    def slots(self, pieces: Sequence[Piece]) -> list[int] | None:
+        """For each piece, which of the matrices are its own; None where no piece has an adapter."""
         wanted = {piece.stream.adapter for piece in pieces if piece.stream.adapter is not None}
         if not wanted:
             return None
         with self._lock:
             self._place({key: self._lora[key] for key in wanted})
         slots = {None: self._slots} | self._slot  # the one beyond them is empty
+        return [slots[piece.stream.adapter] for piece in pieces]
+
+    def matrices(self, group: str, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Of all slots: `[slots, ranks, in]` and `[slots, parts, rank, out / parts]`, of which the last is empty. They
+        stay where they are as long as `version` is the same."""
+        return (self._below[group][layer], self._up[group][layer]) if group in self._below else None
+
+    def mix(self, pieces: Sequence[Piece]) -> Mixed | None:
+        """What a step of these pieces, prompts first, needs; None where no piece has an adapter."""
+        slots = self.slots(pieces)
+        if slots is None:
+            return None
         rows = [
-            (slots[p.stream.adapter], p.of_prompt and self._dtype != torch.float32)
-            for p in pieces
+            (slot, p.of_prompt and self._dtype != torch.float32)
+            for p, slot in zip(pieces, slots, strict=True)
             for _ in range(p.count)
         ]
         prompts = [slot for slot, of_prompt in rows if of_prompt]
@@ -226,6 +239,7 @@ class Adapters:
     def _make_room(self, ranks: dict[str, int]) -> None:
         """New matrices, for a rank grew; slots are filled again when they are needed. Where memory does not suffice
         nothing is left, and the next step asks for what it needs itself."""
+        self.version += 1
         self._ranks = dict.fromkeys(GROUPS, 0)
         for kept in (self._slot, self._down, self._below, self._up, self._layers):
             kept.clear()

@@ -2,7 +2,7 @@
 
 A block holds its tokens side by side, keys and values together, so that gathering a stream is one copy of whole
 blocks and writing a token one row. A head's group of queries stands as the rows of one product, which spares
-repeating the keys. The rows are filled up to four, for fewer take another path through the library; and on a CPU more
+repeating the keys. The rows are filled up to four, for fewer take another path through the library; and more
 than 192 tokens are filled up to 512, for the library adds up longer sums in parts that depend on their length. With
 both, a row's bits depend on nothing but its own tokens, in whatever call it stands (measured, at fp32 and bf16).
 """
@@ -134,7 +134,7 @@ class Cache:
     def _width(self, tokens: int) -> int:
         """The blocks of a call that looks at so many tokens."""
         blocks = -(-tokens // BLOCK)
-        return blocks if blocks <= SHORT or self._device.type != "cpu" else -(-blocks // LONG) * LONG
+        return blocks if blocks <= SHORT else -(-blocks // LONG) * LONG
 
     def _filled(self, blocks: list[int], width: int) -> list[int]:
         return blocks[:width] + [SCRATCH] * (width - len(blocks))

@@ -6,7 +6,7 @@ An engine adds the computing: it says which numbers a list of pieces gives, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,9 +40,9 @@ class Batching:
         self._hits = self._drafted = self._accepted = 0
         self._running = False
 
-    def _compute(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
-        """Compute the pieces, prompts first; give the logits of those that are `last`, `[pieces, vocabulary]`. What
-        cannot be computed is a RuntimeError."""
+    def _compute(self, pieces: Sequence[Piece]) -> Iterable[NDArray[np.float32] | int]:
+        """Compute the pieces, prompts first; give the logits `[vocabulary]` of each that is `last`, or the token
+        that its sampler would choose where its stream is `plain`. What cannot be computed is a RuntimeError."""
         raise NotImplementedError
 
     def _score(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -175,7 +175,7 @@ class Batching:
             "accepted": self._accepted,
         }
 
-    def _advance(self, stream: Stream, pieces: Sequence[Piece], logits: Sequence[NDArray[np.float32]]) -> Delta:
+    def _advance(self, stream: Stream, pieces: Sequence[Piece], logits: Sequence[NDArray[np.float32] | int]) -> Delta:
         """Choose the tokens that follow, as long as the next guess is what was chosen, and end the stream where it
         ends. A guess that was wrong is computed over at the next step."""
         if not logits:
@@ -200,17 +200,21 @@ class Batching:
                 break
         return Delta(stream.prompt.id, stream.ids[before:], logprobs, finish, stream.cached)
 
-    def _choose(self, stream: Stream, logits: NDArray[np.float32], logprobs: list[TokenLogprob]) -> Finish | None:
+    def _choose(self, stream: Stream, logits: NDArray[np.float32] | int, logprobs: list[TokenLogprob]) -> Finish | None:
         """Add the token that follows to the stream; how it ends the answer, or that it does not."""
         sampling, constraint = stream.prompt.sampling, stream.constraint
-        token = stream.sampler.choose(logits, None if constraint is None else constraint.mask())
+        if isinstance(logits, int):
+            token = logits
+            stream.sampler.chose(token)
+        else:
+            token = stream.sampler.choose(logits, None if constraint is None else constraint.mask())
         ended = token in self._ends and (constraint is not None or not sampling.ignore_end)
         if ended or token in sampling.stop_ids:
             return "stop"
         stream.ids.append(token)
         if stream.lookup is not None:
             stream.lookup.grew()
-        if sampling.logprobs is not None:
+        if sampling.logprobs is not None and not isinstance(logits, int):
             logprobs.append(token_logprob(logits, token, sampling.logprobs))
         if constraint is not None:
             constraint.accept(token)

@@ -1,4 +1,4 @@
-"""Matrix products at fp32, bf16 and int8 whose rows do not depend on the rows beside them.
+"""Matrix products on a CPU, at fp32, bf16 and int8, whose rows do not depend on the rows beside them.
 
 That is what makes an answer the same alone and in a batch, and it was measured, not assumed: MKL's fp32 product
 changes with the number of rows, oneDNN's packed one does not from two rows on, and the int8 kernel never does.
@@ -22,18 +22,8 @@ class Linear(Protocol):
     def __call__(self, x: Tensor, prompt: int) -> Tensor: ...
 
 
-class Plain:
-    """On a GPU: the library's own product."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
-
-    def __call__(self, x: Tensor, prompt: int) -> Tensor:
-        return functional.linear(x, self._weight, self._bias)
-
-
 class Packed:
-    """On a CPU, fp32 and bf16: weights packed once into oneDNN's blocks."""
+    """At fp32 and bf16: weights packed once into oneDNN's blocks."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 KEY = 3  # tokens that must be the same
 MOST = 15  # guesses of one stream in one step
-_TOGETHER = 128  # guesses of all: each has a row of the vocabulary's size to be read
+TOGETHER = 128  # guesses of all: each has a row of the vocabulary's size to be read
 _FIRST_CHANCE = 0.3  # before a stream has shown how it goes
 _NEWEST_GUESS = 0.2  # weight of the newest guess in a stream's share
 _NEWEST_STEP = 0.05  # weight of the newest step in what a row costs
@@ -95,7 +95,7 @@ def worth(chances: Sequence[float], rows: int, costs: Costs) -> list[int]:
     row, plain = costs.row, costs.of(rows)
     seconds, tokens = plain, float(rows)
     offers = [offer for stream, chance in enumerate(chances) for offer in _offers(chance, stream)]
-    for faster, right, stream in sorted(offers, reverse=True)[:_TOGETHER]:
+    for faster, right, stream in sorted(offers, reverse=True)[:TOGETHER]:
         if faster * seconds <= row * rows:
             break
         counts[stream] += 1

@@ -35,6 +35,11 @@ class Stream:
         return len(self.ids) - self.done
 
     @property
+    def plain(self) -> bool:
+        """Whether its token depends on its logits, its settings and chance alone, and is all that it wants to know."""
+        return not self.sampler.adjusts and self.constraint is None and self.prompt.sampling.logprobs is None
+
+    @property
     def decoding(self) -> bool:
         return self.pending == 1 and self.done >= self.asked
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from llmo.engines.generation import Delta, GenerationOptions, Prompt, Sampling
 from llmo.engines.paged.engine import PagedEngine
 from llmo.errors import ConflictError, InputError, ModelError, NotFoundError
-from llmo.types import Device
+from support.places import place
 from support.tiny_chat import tiny_adapter, tiny_chat_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
@@ -82,7 +82,7 @@ def loaded(base: Path, precision: str = "fp32", cores: int = 2, **options: Any) 
     settings = GenerationOptions(
         **{"cache_bytes": 4 << 20, "chunk": 40, "streams": 8, "precision": precision} | options
     )
-    made.load(base, Device("cpu", "cpu", memory=0, free=0, cores=cores), settings)
+    made.load(base, place(cores), settings)
     return made
 
 

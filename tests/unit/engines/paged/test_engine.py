@@ -14,7 +14,7 @@ from llmo.engines.generation import Delta, GenerationOptions, Grammar, Prompt, S
 from llmo.engines.paged.engine import PagedEngine
 from llmo.engines.paged.stream import Piece
 from llmo.errors import InputError, ModelError
-from llmo.types import Device
+from support.places import place
 from support.tiny_chat import tiny_chat_model
 
 GREEDY = Sampling(max_tokens=40, temperature=0.0, ignore_end=True)
@@ -37,7 +37,7 @@ def threads() -> Iterator[None]:
 def loaded(folder: Path, cores: int = 1, kind: type[PagedEngine] = PagedEngine, **options: Any) -> PagedEngine:
     engine = kind()
     settings = GenerationOptions(**{"cache_bytes": 4 << 20, "chunk": 64, "streams": 8, **options})
-    engine.load(folder, Device("cpu", "cpu", memory=0, free=0, cores=cores), settings)
+    engine.load(folder, place(cores), settings)
     return engine
 
 
@@ -104,12 +104,12 @@ class Faulty(PagedEngine):
     whole_step = False
 
     def _compute(self, pieces: Sequence[Piece]) -> Any:
-        logits = super()._compute(pieces)
+        rows = super()._compute(pieces)
         bad = [piece.stream.asked == 13 for piece in pieces if piece.last]
         if self.whole_step and any(bad):
             raise RuntimeError("out of memory")
-        logits[np.array(bad, bool)] = np.nan
-        return logits
+        broken = np.full(self.vocabulary, np.nan, np.float32)
+        return [broken if b else row for row, b in zip(rows, bad, strict=True)]
 
 
 def test_one_bad_stream_does_not_end_the_others(folder: Path) -> None:

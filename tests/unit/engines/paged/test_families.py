@@ -17,9 +17,10 @@ from llmo.engines.generation import GenerationOptions, Prompt, Sampling
 from llmo.engines.paged.engine import PagedEngine
 from llmo.errors import EnvironmentProblem, InputError, ModelError
 from llmo.types import Device
+from support.places import place
 from support.tiny_chat import tiny_chat_model, tiny_chat_tokenizer
 
-CPU = Device("cpu", "cpu", memory=0, free=0, cores=1)
+PLACE = place()
 SIZES = {
     "vocab_size": 259,
     "hidden_size": 48,
@@ -69,7 +70,7 @@ def model_folder(folder: Path, kind: str, **changes: Any) -> Path:
 
 def loaded(folder: Path, **options: Any) -> PagedEngine:
     engine = PagedEngine()
-    engine.load(folder, CPU, GenerationOptions(**{"cache_bytes": 4 << 20, "chunk": 32, "streams": 4, **options}))
+    engine.load(folder, PLACE, GenerationOptions(**{"cache_bytes": 4 << 20, "chunk": 32, "streams": 4, **options}))
     return engine
 
 
