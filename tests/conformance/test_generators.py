@@ -67,7 +67,7 @@ DRIVERS = {
     "torch-bf16": Driver("torch", "bf16", 0.1),
     "torch-int8": Driver("torch", "int8", 0.2),
     "native-fp32": Driver("native", "fp32", 1e-4),
-    "native-int8": Driver("native", "int8", 0.05),
+    "native-int8": Driver("native", "int8", 0.1),
     "openvino-fp32": Driver("openvino", "fp32", 1e-4, partial(as_graph, precision="fp32")),
     "openvino-bf16": Driver("openvino", "bf16", 0.1, partial(as_graph, precision="bf16")),
     "openvino-int8": Driver("openvino", "int8", 0.2, partial(as_graph, precision="int8")),

@@ -223,13 +223,17 @@ void product(const Crew* c, const Linear& w, const Span& rows, int block, const 
 // `out = x @ w.T`, or is added to. Few rows take several blocks at once, so that enough sums are on their way.
 void multiply(Worker& me, const Linear& w, const float* x, int rows, int prompt, float* out, int stride, bool add) {
     Crew* c = me.c;
-    int blocks = w.n / LANES, wide = rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
-    int chunk = up(blocks / (c->threads * 8) + 1, 4);
     const Span spans[] = {span(w, rows, prompt, false), span(w, rows, prompt, true)};
+    int most = spans[0].rows > spans[1].rows ? spans[0].rows : spans[1].rows;
+    int blocks = w.n / LANES, wide = most <= 2 ? 4 : most <= 4 ? 2 : 1;
+    int chunk = up(blocks / (c->threads * 8) + 1, 4);
     auto tile = [&](const Span& span, int n, int b, int t) {
         int row = span.tile(t), count = span.tile(t + 1) - row;
-#define CASE(R, B) case R: (b > 1 ? product<R, B> : product<R, 1>)(c, w, span, n, x, row, out, stride, add); break;
-        switch (count) { CASE(1, 4) CASE(2, 4) CASE(3, 2) CASE(4, 2) CASE(5, 1) CASE(6, 1) CASE(7, 1) CASE(8, 1) }
+#define CASE(R, B) case R * 8 + B: product<R, B>(c, w, span, n, x, row, out, stride, add); break;
+        switch (count * 8 + b) {
+            CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(7, 1) CASE(8, 1)
+            CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2) CASE(1, 4) CASE(2, 4)
+        }
 #undef CASE
     };
     me.share((blocks + chunk - 1) / chunk, [&](int i) {
@@ -440,7 +444,7 @@ void look(const Crew* c, int index, int head, int first, int end, float* scores)
 void run_step(Worker& me) {
     Crew* c = me.c;
     const Model& m = c->model;
-    const Step& step = *c->step;
+    const Step step = *c->step; // a copy, for behind the last barrier the caller's may be gone
     Shared& s = c->s;
     const int rows = step.rows, prompt = step.prompt, hidden = up(m.hidden, GROUP), head_wide = m.heads * m.dim;
     float* scores = s.scores + me.id * scores_size(c);
