@@ -187,7 +187,8 @@ class LlamaCpp:
 
 
 SIDES: dict[str, Callable[[Path], Any]] = {
-    "llmo": Llmo, "llmo-openvino": partial(Llmo, engine="openvino"), "transformers": Transformers, "openvino-genai": GenAI, "llama.cpp": LlamaCpp,
+    "llmo": Llmo, "llmo-openvino": partial(Llmo, engine="openvino"),
+    "transformers": Transformers, "openvino-genai": GenAI, "llama.cpp": LlamaCpp,
 }  # fmt: skip
 # What each workload shows, and whether more of it is better.
 FIGURES = {
@@ -273,7 +274,8 @@ def perplexities(folder: Path) -> dict[str, float]:
     passages = task.encode_rows(load_tokenizer(folder / "base"), rows)
     found = {}
     for name, engine, precision in (
-        ("fp32", "torch", "fp32"), ("llmo", "native", "int8"), ("openvino-genai", "openvino", "int8"), ("llama.cpp", "llamacpp", "int8"),
+        ("fp32", "torch", "fp32"), ("llmo", "native", "int8"),
+        ("openvino-genai", "openvino", "int8"), ("llama.cpp", "llamacpp", "int8"),
     ):  # fmt: skip
         opened = Llmo(folder, engine, precision).engine
         tally = task.tally_scores(opened.score([p.input_ids for p in passages]), rows, passages)

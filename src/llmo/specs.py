@@ -153,7 +153,9 @@ class TrainSpec(Spec):
     seed: int = Field(13, description="of initialisation, order and dropout")
 
 
-Variant = Literal["onnx-fp32", "onnx-int8", "torch-bf16", "torch-int8", "openvino-bf16", "openvino-int8", "llamacpp-q8"]
+Variant = Literal[
+    "onnx-fp32", "onnx-int8", "native-int8", "torch-bf16", "torch-int8", "openvino-bf16", "openvino-int8", "llamacpp-q8"
+]
 
 
 class CompressSpec(Spec):

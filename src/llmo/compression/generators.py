@@ -252,6 +252,7 @@ def _gguf(model: Path, target: Path) -> None:
 
 
 VARIANTS: dict[str, Variant] = {
+    "native-int8": Variant("native", "int8"),
     "torch-bf16": Variant("torch", "bf16"),
     "torch-int8": Variant("torch", "int8"),
     "openvino-bf16": Variant("openvino", "bf16", _openvino("bf16")),

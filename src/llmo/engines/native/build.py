@@ -55,7 +55,7 @@ def _compile(compiler: list[str], made: Path) -> None:
         built = Path(folder) / made.name
         command = [*compiler, *FLAGS, str(HERE / SOURCES[-1]), "-o", str(built)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=600)
+            done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace", timeout=600)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise _failed(compiler, str(error)) from error
         if done.returncode:

@@ -12,7 +12,8 @@ from llmo.engines.native.build import library
 
 class Linear(Structure):
     _fields_ = (
-        ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("n", c_int32), ("k", c_int32), ("fine", c_int32),
+        ("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p),
+        ("n", c_int32), ("k", c_int32), ("fine", c_int32),
     )  # fmt: skip
 
 
@@ -41,9 +42,9 @@ class Adapter(Structure):
 
 class Step(Structure):
     _fields_ = (
-        ("rows", c_int32), ("prompt", c_int32), ("wanted", c_int32), ("ids", c_void_p), ("positions", c_void_p), ("table", c_void_p),
-        ("tables", c_void_p), ("wanted_rows", c_void_p), ("adapters", c_void_p), ("keys", c_void_p),
-        ("values", c_void_p), ("blocks", c_int64), ("logits", c_void_p),
+        ("rows", c_int32), ("prompt", c_int32), ("wanted", c_int32), ("ids", c_void_p), ("positions", c_void_p),
+        ("table", c_void_p), ("tables", c_void_p), ("wanted_rows", c_void_p), ("adapters", c_void_p),
+        ("keys", c_void_p), ("values", c_void_p), ("blocks", c_int64), ("logits", c_void_p),
     )  # fmt: skip
 
 
@@ -53,7 +54,8 @@ def kernels() -> Any:
     found = ctypes.CDLL(str(library()))
     found.llmo_size.restype = c_int64
     for i, kind in enumerate((Linear, Layer, Model, Adapter, Step)):
-        assert found.llmo_size(i) == ctypes.sizeof(kind), f"{kind.__name__} differs between decoder.cpp and library.py"
+        if found.llmo_size(i) != ctypes.sizeof(kind):
+            raise ImportError(f"{kind.__name__} differs between decoder.cpp and library.py")
     found.llmo_open.restype, found.llmo_open.argtypes = c_void_p, [POINTER(Model), c_int32, c_int32]
     found.llmo_step.restype, found.llmo_step.argtypes = c_int32, [c_void_p, POINTER(Step)]
     found.llmo_close.restype, found.llmo_close.argtypes = None, [c_void_p]

@@ -77,9 +77,9 @@ class Decoder:
         adapters = None if rows.adapters is None else np.array(rows.adapters, np.uint64)
         logits = np.empty((len(wanted), self._model.head.n), np.float32)
         step = library.Step(
-            len(ids), rows.prompt, len(wanted), ids.ctypes.data, positions.ctypes.data, table.ctypes.data, tables.ctypes.data,
-            wanted.ctypes.data, None if adapters is None else adapters.ctypes.data, cache.keys.ctypes.data,
-            cache.values.ctypes.data, cache.blocks, logits.ctypes.data,
+            len(ids), rows.prompt, len(wanted), ids.ctypes.data, positions.ctypes.data, table.ctypes.data,
+            tables.ctypes.data, wanted.ctypes.data, None if adapters is None else adapters.ctypes.data,
+            cache.keys.ctypes.data, cache.values.ctypes.data, cache.blocks, logits.ctypes.data,
         )  # fmt: skip
         if self._kernels.llmo_step(self._crew, ctypes.byref(step)):
             raise RuntimeError("not enough memory for the step")

@@ -20,7 +20,7 @@ from llmo.engines.paged.lookup import MOST, Costs, Lookup, worth
 from support.places import ON_GPU, place
 from support.tiny_chat import tiny_chat_model
 
-DRIVERS = ("torch-fp32", "torch-bf16", "torch-int8", "openvino-fp32", "openvino-int8")
+DRIVERS = ("torch-fp32", "torch-bf16", "torch-int8", "native-fp32", "native-int8", "openvino-fp32", "openvino-int8")
 if ON_GPU:
     DRIVERS = tuple(name for name in DRIVERS if name.startswith("torch"))  # the other has no GPU
 LOOP = [7, 8, 9, 10, 11] * 8
