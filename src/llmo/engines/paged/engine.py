@@ -16,12 +16,13 @@ from llmo.engines.folder import card_precision
 from llmo.engines.generation import GenerationOptions, Prompt, Sampling
 from llmo.engines.paged.adapters import LEAST_ROWS, Adapters
 from llmo.engines.paged.attention import Cache
-from llmo.engines.paged.batching import Batching, check_options
+from llmo.engines.paged.batching import check_options
 from llmo.engines.paged.blocks import BLOCK, Blocks
 from llmo.engines.paged.config import Config, load_config
 from llmo.engines.paged.linear import DTYPES
 from llmo.engines.paged.lookup import TOGETHER
 from llmo.engines.paged.model import Decoder
+from llmo.engines.paged.named import Adapting
 from llmo.engines.paged.stream import Piece, Stream
 from llmo.engines.place import torch_device
 from llmo.engines.sampling import Sampler, log_softmax
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from llmo.engines.paged.gpu.runner import Runner
 
 
-class PagedEngine(Batching):
+class PagedEngine(Adapting):
     """Runs Llama, Mistral, Qwen 2 and Qwen 3 folders at fp32, bf16 or int8, on the CPU or one GPU."""
 
     name: ClassVar[str] = "torch"
@@ -71,17 +72,6 @@ class PagedEngine(Batching):
                 self._gpu = self._runner(model, config, precision, count, options)
             self._adapters = Adapters(config, options.streams, DTYPES[precision], self._device)
         self._start(model, options, Blocks(count), share_answers=on_cpu and precision != "int8")
-
-    def add_adapter(self, name: str, folder: Path) -> None:
-        """Load a LoRA as peft saves it; prompts may name it from now on. Raises ConflictError for a name in use and
-        ModelError for an adapter that does not fit this base or changes nothing."""
-        self._check_open()
-        self._adapters.add(name, folder)
-
-    def remove_adapter(self, name: str) -> None:
-        """Take no more prompts for it; streams that run with it end as they would have. Raises NotFoundError."""
-        self._check_open()
-        self._adapters.remove(name)
 
     def close(self) -> None:
         if self._running:
@@ -165,13 +155,6 @@ class PagedEngine(Batching):
         mixed = self._adapters.mix(pieces)
         pad = max(0, (self._model.least_rows if mixed is None else LEAST_ROWS) - len(ids))
         return self._model.hidden(self._tensor([*ids, *[0] * pad]), cache, cache.batch(pieces, pad), mixed)
-
-    def _adapter(self, name: str | None) -> str | None:
-        key = None if name is None else self._adapters.key(name)
-        if name is not None and key is None:
-            loaded = ", ".join(self._adapters.names()) or "none"
-            raise InputError(f"unknown adapter '{name}'", hint=f"loaded: {loaded}", where="adapter")
-        return key
 
     def _tensor(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

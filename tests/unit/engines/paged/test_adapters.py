@@ -15,10 +15,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llmo.engines.generation import Delta, GenerationOptions, Prompt, Sampling
-from llmo.engines.paged.engine import PagedEngine
+from llmo import plugins
+from llmo.engines.generation import AdapterEngine, Delta, GenerationOptions, Prompt, Sampling
 from llmo.errors import ConflictError, InputError, ModelError, NotFoundError
-from support.places import place
+from support.places import ON_GPU, place
 from support.tiny_chat import tiny_adapter, tiny_chat_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
@@ -32,7 +32,9 @@ KINDS: list[tuple[int, float, list[str], bool]] = [
     (3, 6, ALL, True),
 ]
 GREEDY = Sampling(max_tokens=20, temperature=0.0, ignore_end=True, logprobs=3)
-PRECISIONS = ("fp32", "bf16", "int8")
+DRIVERS = [("torch", "fp32"), ("torch", "bf16"), ("torch", "int8"), ("native", "fp32"), ("native", "int8")]
+if ON_GPU:
+    DRIVERS = [driver for driver in DRIVERS if driver[0] == "torch"]
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +68,11 @@ def merged(base: Path, folder: Path) -> Any:
     return peft.PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
 
 
-@pytest.fixture(params=[(precision, cores) for precision in PRECISIONS for cores in (1, 2, 3, 5)], ids=str)
-def engine(base: Path, adapters: list[Path], request: pytest.FixtureRequest) -> Iterator[PagedEngine]:
+@pytest.fixture(params=[(*driver, cores) for driver in DRIVERS for cores in (1, 2, 3, 5)], ids=str)
+def engine(base: Path, adapters: list[Path], request: pytest.FixtureRequest) -> Iterator[AdapterEngine]:
     before = torch.get_num_threads()
-    made = loaded(base, *request.param)
+    name, precision, cores = request.param
+    made = loaded(base, precision, cores, name)
     for i, folder in enumerate(adapters):
         made.add_adapter(f"a{i}", folder)
     yield made
@@ -77,8 +80,8 @@ def engine(base: Path, adapters: list[Path], request: pytest.FixtureRequest) -> 
     torch.set_num_threads(before)
 
 
-def loaded(base: Path, precision: str = "fp32", cores: int = 2, **options: Any) -> PagedEngine:
-    made = PagedEngine()
+def loaded(base: Path, precision: str = "fp32", cores: int = 2, engine: str = "torch", **options: Any) -> AdapterEngine:
+    made: AdapterEngine = plugins.load("llmo.generators", engine)()
     settings = GenerationOptions(
         **{"cache_bytes": 4 << 20, "chunk": 40, "streams": 8, "precision": precision} | options
     )
@@ -86,7 +89,7 @@ def loaded(base: Path, precision: str = "fp32", cores: int = 2, **options: Any) 
     return made
 
 
-def ask(engine: PagedEngine, asked: Sequence[tuple[list[int], str | None]], tenant: str) -> list[list[Delta]]:
+def ask(engine: AdapterEngine, asked: Sequence[tuple[list[int], str | None]], tenant: str) -> list[list[Delta]]:
     for i, (ids, name) in enumerate(asked):
         engine.add(Prompt(i, ids, GREEDY, tenant=tenant, adapter=name))
     found: dict[int, list[Delta]] = {i: [] for i in range(len(asked))}
@@ -110,8 +113,9 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [rng.integers(3, 259, length).tolist() for length in lengths]
 
 
-def test_each_answers_as_the_merged_model(base: Path, adapters: list[Path]) -> None:
-    engine = loaded(base)
+@pytest.mark.parametrize("name", sorted({driver[0] for driver in DRIVERS}))
+def test_each_answers_as_the_merged_model(name: str, base: Path, adapters: list[Path]) -> None:
+    engine = loaded(base, engine=name)
     ids = prompts(30)[0]
     answers = set()
     for i, folder in enumerate(adapters):
@@ -131,7 +135,7 @@ def test_each_answers_as_the_merged_model(base: Path, adapters: list[Path]) -> N
     assert len(answers) == len(adapters) + 1
 
 
-def test_an_answer_in_a_mixed_batch_is_the_answer_alone(engine: PagedEngine) -> None:
+def test_an_answer_in_a_mixed_batch_is_the_answer_alone(engine: AdapterEngine) -> None:
     """Bit for bit, with the base among them, one adapter twice, and long prompts beside short answers."""
     names = ["a0", "a1", None, "a2", "a3", "a4", "a0", None]
     asked = list(zip(prompts(1, 5, 30, 60, 17, 90, 33, 2), names, strict=True))
@@ -148,7 +152,7 @@ def test_more_adapters_than_streams_take_turns(base: Path, tmp_path: Path) -> No
     assert [tokens(deltas) for deltas in ask(engine, asked, "together")] == alone
 
 
-def test_prefixes_are_not_shared_between_adapters(engine: PagedEngine) -> None:
+def test_prefixes_are_not_shared_between_adapters(engine: AdapterEngine) -> None:
     ids = prompts(100)[0]
     cached = [max(delta.cached for delta in ask(engine, [(ids, name)], "t")[0]) for name in ("a0", "a1", None, "a0")]
     assert cached[:3] == [0, 0, 0]
