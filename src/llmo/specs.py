@@ -185,7 +185,7 @@ class DeploySpec(Spec):
 
 
 class AdapterSpec(Spec):
-    """An adapter of an endpoint: `model` names the version that holds it."""
+    """An adapter or head of an endpoint: `model` names the version that holds it."""
 
     name: Name
     model: str

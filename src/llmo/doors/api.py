@@ -74,7 +74,8 @@ class FeedbackBody(Body):
 
 
 class AdapterBody(Body):
-    """`model` is a version that was trained with LoRA on what the endpoint serves; `name` what it is asked for by."""
+    """`model` is a version that was trained with LoRA on what the endpoint serves, or on the trunk of an encoder;
+    `name` what it is asked for by."""
 
     name: str
     model: str

@@ -124,12 +124,13 @@ class Deployed:
         return self.api.predict(self.name, texts)
 
     def adapters(self) -> list[Adapter]:
-        """What it answers beside its own model, each as the model `ENDPOINT:NAME` in OpenAI's protocol."""
+        """What it answers beside its own model, each asked for as `ENDPOINT:NAME`."""
         return self.api.adapters(self.name)
 
     def add_adapter(self, name: str, model: Model) -> Adapter:
-        """Answer with the adapter of a model that was trained with LoRA on what is served, at once and without a
-        restart. Raises ModelError for one that does not fit or does nothing, ConflictError for a name in use."""
+        """Answer with a model that was trained with LoRA on what is served, or, over an encoder, with method head or
+        lora on the same trunk; at once and without a restart. Raises ModelError or GateRefused for one that does not
+        fit or does nothing, ConflictError for a name in use."""
         return self.api.add_adapter(self.name, name, model.artifact.digest)
 
     def remove_adapter(self, name: str) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,12 @@ from llmo.types import Device
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One item for the model: token ids with special tokens; `id` is echoed in its chunks."""
+    """One item for the model: token ids with special tokens; `id` is echoed in its chunks. `adapter` names one of the
+    further models that were added; None is the model that was loaded."""
 
     id: int
     input_ids: Sequence[int]
-    params: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +59,21 @@ class Embedder(Engine, Protocol):
     """
 
     def embed(self, requests: Sequence[Request]) -> Iterator[Chunk]: ...
+
+
+class TakesAdapters(Protocol):
+    """An engine, of either kind, whose `abilities` hold "adapters": it runs further models by name, mixed in one batch.
+
+    `add_adapter` raises ConflictError for a name in use, and ModelError for a model that does not fit what is loaded in
+    every module, or has no effect. After `remove_adapter` nothing may name it (NotFoundError where it is not loaded);
+    what runs with it ends as it would have. Both may be called from any thread while another one runs the engine.
+    """
+
+    def add_adapter(self, name: str, folder: Path) -> None: ...
+
+    def remove_adapter(self, name: str) -> None: ...
+
+
+class Shared(Engine, TakesAdapters, Protocol):
+    """An engine of an encoder that takes models trained on the same trunk: a folder as training leaves it, of method
+    `head` or `lora`. One with another trunk is refused, and a request for one that is not loaded is InputError."""

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llmo.engines.base import TakesAdapters
 from llmo.types import Device
 
 Finish = Literal["stop", "length"]
@@ -131,18 +132,8 @@ class GenerationEngine(Protocol):
     def close(self) -> None: ...
 
 
-class AdapterEngine(GenerationEngine, Protocol):
-    """An engine whose `abilities` hold "adapters": LoRA adapters of its base by name, many of them in one batch.
-
-    `add_adapter` takes a folder as peft saves it and raises ConflictError for a name in use, and ModelError for an
-    adapter that does not fit the base in every module, or changes nothing. After `remove_adapter` no prompt may name
-    it (NotFoundError where it is not loaded); streams that run with it end as they would have. Both may be called from
-    any thread while another one steps.
-    """
-
-    def add_adapter(self, name: str, folder: Path) -> None: ...
-
-    def remove_adapter(self, name: str) -> None: ...
+class AdapterEngine(GenerationEngine, TakesAdapters, Protocol):
+    """An engine that takes LoRA adapters of its base; each in a folder as peft saves it."""
 
 
 @dataclass(frozen=True, slots=True)

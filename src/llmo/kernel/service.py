@@ -35,7 +35,7 @@ def memory_of(store: Store, spec: Mapping[str, Any], inputs: Mapping[str, str]) 
     artifact = store.catalog.find(inputs.get("model", ""))
     if artifact is None:
         return 0
-    generates = _task_of(artifact.card) == "generation"
+    generates = task_of(artifact.card) == "generation"
     return artifact.size + (int(spec.get("cache_mib", 0)) << 20 if generates else 0)
 
 
@@ -122,12 +122,13 @@ def _described(store: Store, job: Job) -> dict[str, Any]:
         "job": job.id,
         "model": digest,
         "model_ref": artifact.ref if artifact is not None else "",
-        "task": _task_of(card),
+        "task": task_of(card),
         "engine": str(card.get("engine", "")),
         "precision": str(card.get("precision", "")),
     }
 
 
-def _task_of(card: Mapping[str, Any]) -> str:
+def task_of(card: Mapping[str, Any]) -> str:
+    """The name of a model's task; empty for a base, which has none."""
     task = card.get("task")
     return str(task.get("task", "")) if isinstance(task, Mapping) else str(task or "")

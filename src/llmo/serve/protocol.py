@@ -3,11 +3,11 @@
 On connection the replica says hello: `{"hello": 1, "deadline_seconds": s}`. Then, multiplexed by `id`:
 `{"id", "op": "predict", "texts", "deadline" (unix seconds or null), "logits", "tenant"}` is answered
 `{"id", "answers": [...]}`, and so is `{"id", "op": "embed", "texts" (strings or lists of token ids), "deadline",
-"tenant"}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant", "adapter" (its folder, or null)}` is
-answered `{"id", "delta": [Part.to_json(), ...]}` any number of times and then `{"id", "done": Usage.to_json()}`; either
-may be answered `{"id", "error": LLMOError.to_json()}`, which ends it. `{"op": "cancel", "id"}` has no answer;
-`{"id", "op": "stats"}` is answered `{"id", "stats": {...}}`, and `{"id", "op": "adapter", "folder"}`, which loads one,
-`{"id", "loaded": folder}` or an error.
+"tenant"}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant"}` is answered
+`{"id", "delta": [Part.to_json(), ...]}` any number of times and then `{"id", "done": Usage.to_json()}`; all may name
+what answers instead of the model, as `"adapter": folder`, and may be answered `{"id", "error": LLMOError.to_json()}`,
+which ends them. `{"op": "cancel", "id"}` has no answer; `{"id", "op": "stats"}` is answered `{"id", "stats": {...}}`,
+and `{"id", "op": "adapter", "folder"}`, which loads one, `{"id", "loaded": folder}` or an error.
 """
 
 from __future__ import annotations
@@ -221,14 +221,16 @@ class Link(Frames):
 
 
 def predict_once(
-    address: str, texts: Sequence[str], *, logits: bool = False, timeout: float = 300.0
+    address: str, texts: Sequence[str], *, logits: bool = False, adapter: str | None = None, timeout: float = 300.0
 ) -> list[dict[str, Any]]:
-    """Ask a replica without a gateway and without an event loop: one connection, one call, its answers.
+    """Ask a replica without a gateway and without an event loop: one connection, one call, its answers; `adapter` is
+    the folder of what answers instead of its model.
 
     Raises UnreachableError when it is not there or goes away, DeadlineError after `timeout` seconds, and what
     the replica raises.
     """
-    body = {"op": "predict", "texts": list(texts), "deadline": time.time() + timeout, "logits": logits}
+    body: dict[str, Any] = {"op": "predict", "texts": list(texts), "deadline": time.time() + timeout, "logits": logits}
+    body["adapter"] = adapter
     answers: list[dict[str, Any]] = _once(address, body, timeout)["answers"]
     return answers
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
 from llmo.kernel.paging import Use
-from llmo.serve.adapters import Ready
+from llmo.serve.adapters import Ready, missing
 from llmo.serve.ask import Ask
 from llmo.serve.protocol import Link, ReplicaGone
 from llmo.serve.stream import Stream
@@ -201,10 +201,7 @@ class Router:
         known = self._table[name].adapters if colon and name in self._table else None
         if known is None:
             await self._find(name)
-        raise NotFoundError(
-            f"the endpoint '{name}' has no adapter '{adapter}'{nearest(adapter, sorted(known or ()))}",
-            hint=f"it has: {', '.join(sorted(known)) if known else 'none'}",
-        )
+        raise missing(name, adapter, known or ())
 
     def _named(self, model: str) -> tuple[str, str | None] | None:
         if model in self._table:
@@ -230,24 +227,26 @@ class Router:
         name: str,
         texts: Sequence[str],
         *,
+        adapter: str | None = None,
         deadline: float | None = None,
         logits: bool = False,
         tenant: str = "",
     ) -> Reply:
-        """Answers of the endpoint's model; `deadline` in unix seconds, None for the endpoint's own.
+        """Answers of the endpoint's model, or of one of its adapters; `deadline` in unix seconds, None for the
+        endpoint's own.
 
         Raises NotFoundError, UnreachableError, and what the replica raises (BusyError, DeadlineError, InputError).
         A call whose replica goes before it answers is sent once more to another one: predicting twice is harmless.
         """
         body = {"op": "predict", "texts": texts, "deadline": deadline, "logits": logits, "tenant": tenant}
-        model, answers = await self._ask(name, lambda replica: replica.call(body), len(texts), deadline)
-        return Reply(model, answers)
+        return Reply(*await self._send(name, adapter, Replica.call, body, len(texts), deadline))
 
-    async def embed(self, name: str, inputs: Sequence[str | Sequence[int]], *, tenant: str = "") -> Reply:
+    async def embed(
+        self, name: str, inputs: Sequence[str | Sequence[int]], *, adapter: str | None = None, tenant: str = ""
+    ) -> Reply:
         """Embeddings of texts or token ids, each `{"embedding": base64 of float32, "tokens"}`. Raises as `predict`."""
         body = {"op": "embed", "texts": inputs, "deadline": None, "tenant": tenant}
-        model, answers = await self._ask(name, lambda replica: replica.call(body), len(inputs))
-        return Reply(model, answers)
+        return Reply(*await self._send(name, adapter, Replica.call, body, len(inputs)))
 
     async def generate(
         self, name: str, ask: Ask, *, adapter: str | None = None, tenant: str = "", deadline: float | None = None
@@ -255,23 +254,34 @@ class Router:
         """The beginning of an answer of the endpoint's model, or of one of its adapters. Raises as `predict`; once it
         has begun, a replica that goes ends the stream with ReplicaGone, for nobody else can go on with it."""
         body = {"op": "generate", "ask": ask.to_json(), "deadline": deadline, "tenant": tenant}
+        return Generating(*await self._send(name, adapter, Replica.open, body, ask.choices, deadline))
+
+    async def _send(
+        self,
+        name: str,
+        adapter: str | None,
+        send: Callable[[Replica, Mapping[str, Any]], Awaitable[T]],
+        body: Mapping[str, Any],
+        size: int,
+        deadline: float | None = None,
+    ) -> tuple[str, T]:
+        """The version that answers, the endpoint's model or an adapter's, and what it says."""
         if adapter is None:
-            answer = await self._ask(name, lambda replica: replica.open(body), ask.choices, deadline)
-            return Generating(*answer)
+            return await self._ask(name, lambda replica: send(replica, body), size, deadline)
         answering: list[Ready] = []
 
-        async def opened(replica: Replica) -> Stream:
+        async def sent(replica: Replica) -> T:
             ready = self._table[name].adapters.get(adapter)  # of the very table that named the replica
             if ready is None:
                 raise NotFoundError(f"the endpoint '{name}' has no adapter '{adapter}' any more")
             answering[:] = [ready]
-            return await replica.open({**body, "adapter": ready.folder})
+            return await send(replica, {**body, "adapter": ready.folder})
 
-        _, stream = await self._ask(name, opened, ask.choices, deadline)
-        return Generating(answering[0].adapter.model_ref, stream)
+        _, said = await self._ask(name, sent, size, deadline)
+        return answering[0].adapter.model_ref, said
 
     async def _ask(
-        self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int = 1, deadline: float | None = None
+        self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int, deadline: float | None
     ) -> tuple[str, T]:
         """As `_answer`, while the endpoint is known to be asked; `size` is what it counts while it waits for one."""
         if name not in self._table:

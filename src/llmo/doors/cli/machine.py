@@ -103,14 +103,14 @@ def endpoints(
 
 
 def adapters(
-    endpoint: Annotated[str, typer.Argument(help="An endpoint that generates.")],
+    endpoint: Annotated[str, typer.Argument(help="The endpoint.")],
     add: Annotated[
-        str | None, typer.Option(metavar="NAME=MODEL", help="Answer with the adapter of this model too, at once.")
+        str | None, typer.Option(metavar="NAME=MODEL", help="Answer with this model's adapter or head too, at once.")
     ] = None,
     remove: Annotated[str | None, typer.Option(help="Take the adapter of this name away.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List an endpoint's adapters; each is asked for as the model ENDPOINT:NAME.
+    """List an endpoint's adapters (and heads, over an encoder); each is asked for as the model ENDPOINT:NAME.
 
     Example: llmo adapters assistant --add formal=formal@2
     """

@@ -104,7 +104,8 @@ class Door:
         await _while_there(receive, self._answer_embedded(wanted, key, out))
 
     async def _answer_embedded(self, wanted: embeddings.Wanted, key: Key, out: _Out) -> None:
-        reply = await self._router.embed(wanted.model, wanted.inputs, tenant=key.id)
+        out.model, adapter = await self._router.find(wanted.model)
+        reply = await self._router.embed(out.model, wanted.inputs, adapter=adapter, tenant=key.id)
         await out.json(200, wanted.answer(reply.answers), {})
 
     async def _answer(self, wanted: Wanted, key: Key, out: _Out) -> None:
