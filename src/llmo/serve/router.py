@@ -15,7 +15,7 @@ from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
 from llmo.kernel.paging import Use
 from llmo.serve.adapters import Ready
 from llmo.serve.ask import Ask
-from llmo.serve.protocol import Link, ReplicaGone
+from llmo.serve.protocol import Link, ReplicaGone, frame
 from llmo.serve.stream import Stream
 from llmo.serve.waking import Waking, patience
 from llmo.types import Adapter, Endpoint
@@ -88,6 +88,9 @@ class Replica:
     def close(self) -> None:
         if self._link is not None:
             self._link.close()
+
+
+Call = Callable[[Replica, Mapping[str, Any]], Awaitable[T]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,13 +243,13 @@ class Router:
         A call whose replica goes before it answers is sent once more to another one: predicting twice is harmless.
         """
         body = {"op": "predict", "texts": texts, "deadline": deadline, "logits": logits, "tenant": tenant}
-        model, answers = await self._ask(name, lambda replica: replica.call(body), len(texts), deadline)
+        model, answers = await self._ask(name, body, Replica.call, len(texts), deadline)
         return Reply(model, answers)
 
     async def embed(self, name: str, inputs: Sequence[str | Sequence[int]], *, tenant: str = "") -> Reply:
         """Embeddings of texts or token ids, each `{"embedding": base64 of float32, "tokens"}`. Raises as `predict`."""
         body = {"op": "embed", "texts": inputs, "deadline": None, "tenant": tenant}
-        model, answers = await self._ask(name, lambda replica: replica.call(body), len(inputs))
+        model, answers = await self._ask(name, body, Replica.call, len(inputs))
         return Reply(model, answers)
 
     async def generate(
@@ -256,22 +259,22 @@ class Router:
         has begun, a replica that goes ends the stream with ReplicaGone, for nobody else can go on with it."""
         body = {"op": "generate", "ask": ask.to_json(), "deadline": deadline, "tenant": tenant}
         if adapter is None:
-            answer = await self._ask(name, lambda replica: replica.open(body), ask.choices, deadline)
+            answer = await self._ask(name, body, Replica.open, ask.choices, deadline)
             return Generating(*answer)
         answering: list[Ready] = []
 
-        async def opened(replica: Replica) -> Stream:
+        async def opened(replica: Replica, body: Mapping[str, Any]) -> Stream:
             ready = self._table[name].adapters.get(adapter)  # of the very table that named the replica
             if ready is None:
                 raise NotFoundError(f"the endpoint '{name}' has no adapter '{adapter}' any more")
             answering[:] = [ready]
             return await replica.open({**body, "adapter": ready.folder})
 
-        _, stream = await self._ask(name, opened, ask.choices, deadline)
+        _, stream = await self._ask(name, body, opened, ask.choices, deadline)
         return Generating(answering[0].adapter.model_ref, stream)
 
     async def _ask(
-        self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int = 1, deadline: float | None = None
+        self, name: str, body: Mapping[str, Any], ask: Call[T], size: int, deadline: float | None = None
     ) -> tuple[str, T]:
         """As `_answer`, while the endpoint is known to be asked; `size` is what it counts while it waits for one."""
         if name not in self._table:
@@ -279,13 +282,13 @@ class Router:
         asked = self._asked.setdefault(name, _Asked())
         asked.now += 1
         try:
-            return await self._answer(name, ask, size, deadline)
+            return await self._answer(name, body, ask, size, deadline)
         finally:
             asked.now -= 1
             asked.at = time.monotonic()
 
     async def _answer(
-        self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int, deadline: float | None
+        self, name: str, body: Mapping[str, Any], ask: Call[T], size: int, deadline: float | None
     ) -> tuple[str, T]:
         """What the least busy replica says to `ask`, or another one when it is gone or full; and its model."""
         tried: list[Replica] = []
@@ -296,7 +299,7 @@ class Router:
             replica = min((r for r in target.replicas if r not in tried), key=lambda r: r.outstanding, default=None)
             if replica is None and target.endpoint.rests:
                 deadline = deadline or time.time() + patience(target.endpoint)
-                await self._waking.wait(target.endpoint, size, deadline)
+                await self._waking.wait(target.endpoint, size, len(frame(body)), deadline)
                 tried.clear()
                 continue
             if replica is None and not tried and not looked_again:
@@ -307,7 +310,7 @@ class Router:
             if replica is None:
                 break
             try:
-                return target.model, await ask(replica)
+                return target.model, await ask(replica, body)
             except ReplicaGone as gone:
                 failure = gone
                 tried.append(replica)
