@@ -220,8 +220,10 @@ async def _while_there(receive: Receive, answering: Coroutine[Any, Any, None]) -
 
 
 def _model(endpoint: Endpoint, adapter: Adapter | None = None) -> dict[str, Any]:
-    id = endpoint.name if adapter is None else f"{endpoint.name}:{adapter.name}"
-    return {"id": id, "object": "model", "created": int((adapter or endpoint).created_at), "owned_by": "llmo"}
+    """As OpenAI has it; `root` is the version behind the name and `parent` the endpoint of an adapter, as in vLLM."""
+    id, parent = (endpoint.name, None) if adapter is None else (f"{endpoint.name}:{adapter.name}", endpoint.name)
+    known = {"id": id, "object": "model", "created": int((adapter or endpoint).created_at), "owned_by": "llmo"}
+    return {**known, "root": (adapter or endpoint).model_ref, "parent": parent}
 
 
 _ABOUT = {
