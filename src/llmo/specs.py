@@ -178,6 +178,10 @@ class DeploySpec(Spec):
     streams: Positive = Field(16, description="generation: answers written at once")
     context: Positive | None = Field(None, description="generation: tokens of prompt and answer; default: the model's")
     cache_mib: Positive = Field(1024, description="generation: memory for keys and values, in MiB")
+    adapters_mib: Annotated[int, Field(ge=0)] = Field(
+        512,
+        description="generation: memory for adapters, in MiB, with an engine that takes them",
+    )
     deadline_seconds: Annotated[Number, Field(gt=0)] = Field(
         30.0, description="a request older than this is answered 504"
     )

@@ -10,6 +10,7 @@ from llmo.store import Store
 from llmo.types import Endpoint, Job, JobState
 
 _ACTIVE = [state for state in JobState if not state.ended]
+_TAKES_ADAPTERS = ("torch",)  # engines; to ask them for their abilities would import them
 _BACKOFF_SECONDS, _LONGEST_SECONDS = 0.5, 30.0
 
 
@@ -31,12 +32,16 @@ def pinned(job: Job) -> bool:
 
 
 def memory_of(store: Store, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> int:
-    """Bytes that a service needs for its model: the weights and, where it generates, the cache it may fill."""
+    """Bytes that a service needs for its model: the weights and, where it generates, the cache it may fill and what its
+    adapters may take."""
     artifact = store.catalog.find(inputs.get("model", ""))
     if artifact is None:
         return 0
-    generates = _task_of(artifact.card) == "generation"
-    return artifact.size + (int(spec.get("cache_mib", 0)) << 20 if generates else 0)
+    if _task_of(artifact.card) != "generation":
+        return artifact.size
+    engine = spec.get("engine") or artifact.card.get("engine")
+    adapters = spec.get("adapters_mib", 0) if engine in _TAKES_ADAPTERS else 0
+    return artifact.size + (int(spec.get("cache_mib", 0) + adapters) << 20)
 
 
 def announce(store: Store, job: Job) -> None:

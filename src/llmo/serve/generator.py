@@ -33,6 +33,7 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
     options = GenerationOptions(
         streams=spec["streams"],
         cache_bytes=spec["cache_mib"] << 20,
+        adapter_bytes=spec["adapters_mib"] << 20,
         context=spec["context"],
         precision=card["precision"],
     )

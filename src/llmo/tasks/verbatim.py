@@ -114,8 +114,12 @@ def _encoded(tokenizer: Tokenizer, text: str, begin: int, first: bool) -> list[t
 def _going_on(tokenizer: Tokenizer) -> Iterator[None]:
     """Where a text goes on, a tokeniser that writes a space before the first word of all writes none."""
     steps: Any = tokenizer.pre_tokenizer
-    steps = list(steps) if isinstance(steps, pre_tokenizers.Sequence) else [steps]
-    spaces = [s for s in steps if isinstance(s, pre_tokenizers.Metaspace) and s.prepend_scheme == "first"]
+    several = isinstance(steps, pre_tokenizers.Sequence)
+    spaces = [
+        step
+        for step in (steps if several else [steps])
+        if isinstance(step, pre_tokenizers.Metaspace) and step.prepend_scheme == "first"
+    ]
     for space in spaces:
         space.prepend_scheme = "never"
     try:

@@ -239,6 +239,11 @@ def test_a_service_needs_memory_for_its_weights(kernel: Paged) -> None:
     chat = kernel.store.catalog.publish(Kind.MODEL, "chat", kernel.store.home / "made", card, job=None, inputs={})
     job = kernel.submit("serve", {"endpoint": "b", "cache_mib": 64}, {"model": chat.digest})
     assert job.needs.memory == MIB + chat.size + 64 * MIB
+    with_adapters = {"cache_mib": 64, "adapters_mib": 32}
+    job = kernel.submit("serve", {"endpoint": "c", **with_adapters, "engine": "torch"}, {"model": chat.digest})
+    assert job.needs.memory == MIB + chat.size + 96 * MIB
+    job = kernel.submit("serve", {"endpoint": "d", **with_adapters, "engine": "llamacpp"}, {"model": chat.digest})
+    assert job.needs.memory == MIB + chat.size + 64 * MIB
 
 
 def test_who_sleeps_still_sleeps_after_a_kill_and_wakes_then(tmp_path: Path) -> None:
