@@ -15,7 +15,7 @@ from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
 from llmo.kernel.paging import Use
 from llmo.serve.adapters import Ready
 from llmo.serve.ask import Ask
-from llmo.serve.protocol import Link, ReplicaGone, frame
+from llmo.serve.protocol import Link, ReplicaGone, frame, last_used
 from llmo.serve.stream import Stream
 from llmo.serve.waking import Waking, patience
 from llmo.types import Adapter, Endpoint
@@ -175,12 +175,14 @@ class Router:
             self.ready = True
 
     def use(self, name: str, address: str) -> Use:
-        """How the replica of an endpoint is used, for whoever decides which one gives way; any thread may ask."""
+        """How the replica of an endpoint is used, for whoever decides which one gives way; any thread may ask. `at`
+        counts those too who ask it without this router."""
         target, replica = self._table.get(name), self._replicas.get(address)
         asked = self._asked.get(name, _Asked())
         if replica is None:
             return Use(asked=asked.now, at=asked.at)
-        return Use(target is not None and replica in target.replicas, asked.now, replica.outstanding, asked.at)
+        at = max(asked.at, last_used(address))
+        return Use(target is not None and replica in target.replicas, asked.now, replica.outstanding, at)
 
     def endpoints(self) -> list[Endpoint]:
         """What the table holds, by name."""
