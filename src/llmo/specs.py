@@ -227,6 +227,10 @@ class BaseModelSpec(Spec):
     uploads: str | None = None
 
 
+class PlainSpec(Spec):
+    """The operation `plain`."""
+
+
 class TrainJobSpec(TrainSpec):
     """The operation `train`."""
 
@@ -259,6 +263,7 @@ class VerifySpec(Spec):
 
 # What each operation works on: its inputs by name, and those it can do without.
 INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "plain": (("model",), ()),
     "train": (("data", "model"), ()),
     "evaluate": (("data", "model"), ()),
     "compress": (("data", "model"), ()),
@@ -269,6 +274,7 @@ INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 OPERATIONS: dict[str, type[Spec]] = {
     "import": ImportSpec,
     "base-model": BaseModelSpec,
+    "plain": PlainSpec,
     "train": TrainJobSpec,
     "evaluate": EvaluateSpec,
     "compress": CompressSpec,

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmo import pipeline, sources
 from llmo.api import Api
-from llmo.errors import InputError, JobFailed, from_json
+from llmo.errors import InputError, JobFailed, NotFoundError, from_json
 from llmo.settings import Settings
 from llmo.types import Artifact, Event, Job, JobState, Kind
 
@@ -90,6 +90,22 @@ def ensure_model(api: Api, source: str, hear: Callable[[News], None] | None = No
         return source
     job = api.submit("base-model", {"source": source}, name=pipeline.base_name(source))
     return output(api, wait(api, job, hear)).digest
+
+
+def servable(api: Api, model: str, hear: Callable[[News], None] | None = None) -> Artifact:
+    """The stored model that is named. A base, or a source of one (package:NAME, hf:NAME, a folder, a GGUF file), is
+    taken as it is, with the card and the evidence that serving and compressing need. Raises NotFoundError."""
+    try:
+        artifact = api.artifact(model, Kind.MODEL)
+    except NotFoundError:
+        source = absolute(model, Path())
+        if sources.is_local_path(source) and not Path(source).exists():
+            raise
+        artifact = api.artifact(ensure_model(api, source, hear), Kind.MODEL)
+    if "engine" in artifact.card:
+        return artifact
+    name = f"{artifact.name}-plain"
+    return output(api, wait(api, api.submit("plain", {}, {"model": artifact.digest}, name=name), hear))
 
 
 def data_of(api: Api, model: Artifact) -> str:

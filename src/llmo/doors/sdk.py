@@ -96,6 +96,15 @@ class Model(Stored):
         api = api or connection()
         return cls(api.artifact(ref, Kind.MODEL), api)
 
+    @classmethod
+    def plain(cls, source: str | Path, *, api: Api | None = None) -> Model:
+        """A base model that writes, as it is: package:NAME, hf:NAME, a folder, a GGUF file, or a stored one.
+
+        Raises ModelError for one that writes nothing.
+        """
+        api = api or connection()
+        return cls(flow.servable(api, str(source)), api)
+
     @property
     def metrics(self) -> Mapping[str, Any]:
         """Held-out metrics after training, each with its 95% interval: `{"accuracy": {"value", "low", "high"}}`."""

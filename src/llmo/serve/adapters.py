@@ -60,9 +60,14 @@ class AdapterTable:
 
 
 def bases(store: Store, model: str) -> frozenset[str]:
-    """The models whose weights a served one has: itself, and what it was compressed from."""
+    """The models whose weights a served one has: itself, what it was compressed from, and an untouched base's own."""
+    found = {model}
     artifact = store.catalog.find(model)
-    return frozenset({model} if artifact is None else {model, trained(store, artifact).digest})
+    while artifact is not None and ("reference" in artifact.card or artifact.card.get("method") == "none"):
+        made_from = artifact.inputs.get("model", "")
+        found.add(made_from)
+        artifact = store.catalog.find(made_from)
+    return frozenset(found)
 
 
 def trained(store: Store, artifact: Artifact) -> Artifact:

@@ -73,7 +73,7 @@ def _show_model(model: Artifact, line: list[Artifact]) -> None:
     ]
     facts += [
         (key, str(card[key]))
-        for key in ("engine", "precision", "method", "parameters", "trained_parameters", "code")
+        for key in ("origin", "engine", "precision", "method", "parameters", "trained_parameters", "code")
         if key in card
     ]
     facts += [
