@@ -227,6 +227,10 @@ class BaseModelSpec(Spec):
     uploads: str | None = None
 
 
+class ForeignAdapterSpec(BaseModelSpec):
+    """The operation `adapter`."""
+
+
 class PlainSpec(Spec):
     """The operation `plain`."""
 
@@ -264,6 +268,7 @@ class VerifySpec(Spec):
 # What each operation works on: its inputs by name, and those it can do without.
 INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plain": (("model",), ()),
+    "adapter": (("model",), ()),
     "train": (("data", "model"), ()),
     "evaluate": (("data", "model"), ()),
     "compress": (("data", "model"), ()),
@@ -275,6 +280,7 @@ OPERATIONS: dict[str, type[Spec]] = {
     "import": ImportSpec,
     "base-model": BaseModelSpec,
     "plain": PlainSpec,
+    "adapter": ForeignAdapterSpec,
     "train": TrainJobSpec,
     "evaluate": EvaluateSpec,
     "compress": CompressSpec,

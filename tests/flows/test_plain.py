@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
+import peft
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import llmo as llmo_sdk
 from llmo.settings import Settings
@@ -15,6 +19,8 @@ from support.project import Said, llmo
 from support.serving import greedy
 from support.tiny import tiny_model
 from support.tiny_chat import tiny_adapter, tiny_chat_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # of peft
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,44 @@ def test_adapters_of_the_base_are_adapters_of_what_serves_it(home: Path, tmp_pat
         system.remove_adapter("base", "formal")
 
 
+def test_an_adapter_that_peft_saved_elsewhere_is_imported_and_answers(place: tuple[Path, Said], home: Path) -> None:
+    folder = place[0] / "poet"
+    network = AutoModelForCausalLM.from_pretrained(place[0] / "talker", dtype=torch.float32)
+    tuned = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(len(name)))
+    tuned.save_pretrained(folder)
+    tuned.merge_and_unload().save_pretrained(place[0] / "merged")
+    added = llmo("adapters", "base", "--add", f"poet={folder}", "--json")
+    assert added.code == 0, added.err
+    [known] = added.json
+    assert (known["name"], known["model_ref"], known["answers"]) == ("poet", "poet@1", True)
+    made = stored(home, "poet")
+    assert (made.card["origin"], made.card["trained_on"]) == ("imported", str(place[0] / "talker"))
+    assert made.inputs == {"model": stored(home, "talker-plain").digest}
+    with System(Settings(home=home)) as system, llmo_sdk.gateway("base", api=system) as door:
+        ask = {"messages": [{"role": "user", "content": "Hello there"}], "temperature": 0, "max_tokens": 12}
+        found = httpx.post(
+            f"{door.url}/v1/chat/completions",
+            json={**ask, "model": "base:poet", "return_token_ids": True},
+            headers={"authorization": f"Bearer {door.key}"},
+            timeout=60,
+            trust_env=False,
+        ).json()
+    choice = found["choices"][0]
+    assert found["system_fingerprint"] == "poet@1"
+    assert choice["token_ids"] == greedy(place[0] / "merged", found["prompt_token_ids"], 12)[: len(choice["token_ids"])]
+    again = llmo("adapters", "base", "--add", f"poet={folder}")
+    assert again.code == 2
+    assert "already" in again.err
+    (folder / "adapter_model.safetensors").unlink()
+    broken = llmo("adapters", "base", "--add", f"other={folder}")
+    assert broken.code == 2
+    assert "adapter_model.safetensors" in broken.err
+
+
 def test_what_cannot_be_served_as_it_is_says_so(home: Path, tmp_path: Path) -> None:
     tiny_model(tmp_path / "encoder")
     refused = llmo("deploy", tmp_path / "encoder", "--endpoint", "x")
@@ -89,6 +133,7 @@ def test_what_cannot_be_served_as_it_is_says_so(home: Path, tmp_path: Path) -> N
     unknown = llmo("deploy", "talkr", "--endpoint", "x")
     assert unknown.code == 2
     assert "talker" in unknown.err
+    assert llmo("deploy", "x" * 5000, "--endpoint", "x").code == 2
     blind = llmo("compress", "talker")
     assert blind.code == 2
     assert "--data" in blind.err

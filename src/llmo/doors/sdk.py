@@ -136,9 +136,14 @@ class Deployed:
         """What it answers beside its own model, each as the model `ENDPOINT:NAME` in OpenAI's protocol."""
         return self.api.adapters(self.name)
 
-    def add_adapter(self, name: str, model: Model) -> Adapter:
-        """Answer with the adapter of a model that was trained with LoRA on what is served, at once and without a
-        restart. Raises ModelError for one that does not fit or does nothing, ConflictError for a name in use."""
+    def add_adapter(self, name: str, model: Model | str | Path) -> Adapter:
+        """Answer with the adapter of a model that was trained with LoRA on what is served, or of a folder as peft saved
+        it elsewhere, at once and without a restart.
+
+        Raises ModelError for one that does not fit or does nothing, ConflictError for a name in use.
+        """
+        if not isinstance(model, Model):
+            return self.api.add_adapter(self.name, name, flow.adapter(self.api, self.name, name, str(model)))
         return self.api.add_adapter(self.name, name, model.artifact.digest)
 
     def remove_adapter(self, name: str) -> None:
