@@ -322,7 +322,10 @@ class System:
     def _deploy(self, spec: DeploySpec, model: str) -> Job:
         artifact = self.artifact(model)
         if "engine" not in artifact.card:
-            raise ModelError(f"{artifact.ref} is a base model, which gives no answers", hint="train it: llmo train")
+            raise ModelError(
+                f"{artifact.ref} is a base model, which has no card and no evidence of what it answers",
+                hint="train it, or let `llmo deploy` (the operation `plain`) make it one that is served as it is",
+            )
         reference = artifact.inputs.get("model") if "reference" in artifact.card else None
         steps = [to_json(step) for step in pipeline.deployment(model, reference, spec.plain())]
         return self._start("pipeline", {"steps": steps}, {}, name=spec.endpoint)

@@ -36,12 +36,6 @@ FURTHER: dict[str, tuple[Task, str, dict[str, Any]]] = {
 }
 
 
-def able() -> list[str]:
-    return [
-        name for name in plugins.names("llmo.engines") if "adapters" in plugins.load("llmo.engines", name).abilities
-    ]
-
-
 @pytest.fixture(scope="module", params=[(a, t) for a in sorted(SIZES) for t in LABELS], ids="-".join)
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     architecture, task = request.param
@@ -57,7 +51,7 @@ def further(base: Path) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(params=able())
+@pytest.fixture(params=plugins.takes_adapters("llmo.engines"))
 def engine(request: pytest.FixtureRequest, base: Path) -> Iterator[Shared]:
     made: Shared = plugins.load("llmo.engines", request.param)()
     made.load(base, CPU)
@@ -213,6 +207,32 @@ def test_what_does_not_fit_is_refused_and_the_others_answer_on(
         engine.add_adapter("bad", spoilt)
     assert caught.value.hint
     assert np.array_equal(run(engine, [(TEXTS[2], "good")])[0], before[0])
+
+
+def test_what_would_not_fit_into_the_memory_set_aside_is_refused(
+    engine: Shared, base: Path, further: dict[str, Path]
+) -> None:
+    alone = run(engine, [(TEXTS[2], None)])
+    engine.close()
+    engine.load(base, CPU, adapter_bytes=128 << 10)
+    names: list[str] = []
+    with pytest.raises(ModelError, match=r"need 1 MiB, and 0 MiB are set aside") as refused:
+        while True:
+            engine.add_adapter(f"a{len(names)}", further["lora"])
+            names.append(f"a{len(names)}")
+    assert "adapters_mib=1" in refused.value.hint
+    assert names
+    with pytest.raises(InputError, match="unknown adapter"):
+        run(engine, [(TEXTS[2], f"a{len(names)}")])
+    engine.remove_adapter(names[0])
+    engine.add_adapter("another", further["head"])
+    assert np.array_equal(run(engine, [(TEXTS[2], None)])[0], alone[0])
+
+
+@pytest.mark.parametrize("kind", ["llmo.engines", "llmo.generators"])
+def test_who_takes_adapters_is_known_without_importing_it(kind: str) -> None:
+    taking = [name for name in plugins.names(kind) if "adapters" in plugins.load(kind, name).abilities]
+    assert plugins.takes_adapters(kind) == taking != []
 
 
 def test_a_trunk_that_was_trained_is_another_one(engine: Shared, base: Path, tmp_path: Path) -> None:

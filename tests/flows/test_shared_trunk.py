@@ -34,6 +34,7 @@ from support.headed import further_model, topics
 from support.project import project
 from support.serving import ThreadReplica, deploy, eventually, served_model, with_evidence
 from support.tiny import text_rows
+from support.tiny_chat import tiny_adapter
 
 CLOSE = 1e-5  # of logits at fp32: mixed, alone, and of the model served by itself
 TEXTS = [row["text"] for row in text_rows(12, seed=3, longest=40)]
@@ -70,10 +71,10 @@ class Place:
         made = with_evidence(further_model(self.folder / name, trunk, task, method, seed=seed))
         return self.publish(name, made, base or self.base.digest, method=method)
 
-    def serve(self, model: Artifact) -> None:
+    def serve(self, model: Artifact, **changes: Any) -> None:
         """A new replica, which knows nothing of further models, takes the endpoint over."""
         folder = self.system.store.catalog.path(model.digest)
-        replica = self.stack.enter_context(ThreadReplica(folder, deploy(queue=128)))
+        replica = self.stack.enter_context(ThreadReplica(folder, deploy(queue=128, **changes)))
         up: dict[str, Any] = {"state": "up", "task": "text-classification", "address": replica.address}
         self.system.store.endpoints.set("news", job=None, model=model.digest, model_ref=model.ref, **up)
 
@@ -162,10 +163,13 @@ def test_every_door_takes_the_name(place: Place, api: Client) -> None:
     with openai.OpenAI(base_url=f"{place.url}/v1", api_key=place.key, max_retries=0) as client:
         vectors = {
             name: np.array(client.embeddings.create(model=name, input=TEXTS[0]).data[0].embedding)
-            for name in ("news", "news:urgent", "news:tuned")
+            for name in ("news", "news:urgent", "news:tuned", "news@1", "tuned@1")
         }
+        assert list(client.models.list()) == [], "none of them writes"
     assert np.abs(vectors["news"] - vectors["news:urgent"]).max() < CLOSE
     assert np.abs(vectors["news"] - vectors["news:tuned"]).max() > 1e-3
+    for version, name in (("news@1", "news"), ("tuned@1", "news:tuned")):
+        assert np.abs(vectors[version] - vectors[name]).max() < CLOSE
     for name, says in (("news:urgnt", "did you mean 'urgent'"), ("new:urgent", "no endpoint"), ("short@7", "short")):
         for asks in (api.predict, place.system.predict) if "@" not in name else (api.predict,):
             with pytest.raises(NotFoundError, match=says):
@@ -261,6 +265,15 @@ def test_a_new_replica_answers_with_them_and_so_does_another_model_of_the_trunk(
     place.serve(place.news)
 
 
+def test_no_more_are_taken_than_the_memory_set_aside_holds(place: Place, api: Client) -> None:
+    place.serve(place.news, adapters_mib=0)
+    with pytest.raises(ModelError, match="1 loaded ones need 1 MiB, and 0 MiB are set aside") as caught:
+        api.add_adapter("news", "urgent", "urgent")
+    assert "adapters_mib=1" in caught.value.hint
+    assert api.adapters("news") == []
+    place.serve(place.news)
+
+
 def test_an_engine_that_takes_none_names_those_that_do(place: Place, api: Client) -> None:
     folder = place.folder / "small"
     served_model(folder)
@@ -298,6 +311,8 @@ def test_from_training_to_a_verified_answer_of_one_trunk(tmp_path: Path) -> None
         second = sdk.train(data, name="second", method="lora", seed=2, **how)
         deployed = sdk.deploy(first, "t", cores=1)
         deployed.add_adapter("second", second)
+        with pytest.raises(ModelError, match="over a BertForSequenceClassification"):
+            deployed.add_adapter("poet", tiny_adapter(tmp_path / "poet"))
         assert [(adapter.base, adapter.answers) for adapter in deployed.adapters()] == [
             (second.artifact.inputs["model"], True)
         ]

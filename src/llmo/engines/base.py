@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llmo.errors import ModelError
 from llmo.types import Device
 
 
@@ -76,4 +77,16 @@ class TakesAdapters(Protocol):
 
 class Shared(Engine, TakesAdapters, Protocol):
     """An engine of an encoder that takes models trained on the same trunk: a folder as training leaves it, of method
-    `head` or `lora`. One with another trunk is refused, and a request for one that is not loaded is InputError."""
+    `head` or `lora`. One with another trunk is refused, and a request for one that is not loaded is InputError. All of
+    them take at most `adapter_bytes`."""
+
+    def load(self, model: Path, device: Device, *, adapter_bytes: int = 64 << 20) -> None: ...
+
+
+def no_room(count: int, needed: int, memory: int) -> ModelError:
+    """What `add_adapter` raises when `count` loaded ones, with the new one, would need more bytes than there are."""
+    return ModelError(
+        f"with this adapter the {count} loaded ones need {-(-needed >> 20)} MiB, and {memory >> 20} MiB are set aside "
+        "for adapters",
+        hint=f"deploy it again with `--set adapters_mib={-(-needed >> 20)}`, or train at a lower rank",
+    )

@@ -138,13 +138,15 @@ class AdapterEngine(GenerationEngine, TakesAdapters, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How much an engine may take: `streams` at once, `cache_bytes` for keys and values, `context` tokens (None: the
-    model's own), `chunk` prompt tokens computed in one step beside the running streams, and `precision`
-    (fp32, bf16 or int8; None: as the model folder's card says). `lookup` allows it to compute several tokens of an
-    answer in one step, guessed from the text so far, where that is faster; answers are the same."""
+    """How much an engine may take: `streams` at once, `cache_bytes` for keys and values, `adapter_bytes` for adapters
+    (if it takes any), `context` tokens (None: the model's own), `chunk` prompt tokens computed in one step beside the
+    running streams, and `precision` (fp32, bf16 or int8; None: as the model folder's card says). `lookup` allows it to
+    compute several tokens of an answer in one step, guessed from the text so far, where that is faster; answers are the
+    same."""
 
     streams: int = 16
     cache_bytes: int = 1 << 30
+    adapter_bytes: int = 512 << 20
     context: int | None = None
     chunk: int = 256
     precision: str | None = None

@@ -38,6 +38,10 @@ class Head:
         logits: Tensor = self._model(inputs_embeds=hidden, attention_mask=mask).logits
         return logits
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._model.state_dict().values())
+
     def says(self) -> bool:
         """Whether its logits depend on the text at all. Raises ValueError for logits that are not finite."""
         weight = next(self._model.parameters())

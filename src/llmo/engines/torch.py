@@ -36,11 +36,11 @@ class TorchEngine:
         self._device = torch.device("cpu")
         self._pad_id = 0
 
-    def load(self, model: Path, device: Device) -> None:
+    def load(self, model: Path, device: Device, *, adapter_bytes: int = 64 << 20) -> None:
         self._device = torch_device(device)
         torch.set_num_threads(device.cores)
         self._pad_id = pad_token_id(read_config(model))
-        self._trunk = Trunk(open_model(model).to(self._device), self._device)
+        self._trunk = Trunk(open_model(model).to(self._device), self._device, adapter_bytes)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
         return self._through(Trunk.logits, chunks, requests)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmo.engines import updates
-from llmo.engines.base import Request
+from llmo.engines.base import Request, no_room
 from llmo.engines.folder import require
 from llmo.engines.heads import Head
 from llmo.engines.updates import Update, Updates
@@ -40,17 +40,22 @@ class Further:
     head: Head
     update: Update
 
+    @property
+    def nbytes(self) -> int:
+        return self.head.nbytes + sum(side.nbytes for pair in self.update.values() for side in pair)
+
 
 Row = tuple[Request, Further | None]  # None: the model that was loaded
 Said = Iterator[tuple[Sequence[Request], Tensor]]
 
 
 class Trunk:
-    """Models by name beside the one that was loaded, `model` (fp32, in eval mode). `add` and `remove` may be called
-    from any thread; the rest is the engine's own."""
+    """Models by name beside the one that was loaded, `model` (fp32, in eval mode), which all take at most `memory`
+    bytes. `add` and `remove` may be called from any thread; the rest is the engine's own."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, memory: int) -> None:
         self._model = model
+        self._memory = memory
         self._device = device
         self._modules = _mixable(model, device)
         self._updates = Updates(self._modules)
@@ -61,11 +66,14 @@ class Trunk:
     def add(self, name: str, folder: Path, config: Any, make: Callable[[Any], Any]) -> None:
         """`make` builds the folder's model from its `config`. Raises ConflictError for a name in use, and ModelError
         for a model of another trunk or shape, one that says the same of every text, or whose adapter changes nothing or
-        does not apply in every module."""
+        does not apply in every module, and when the memory is full."""
         made = self._read(folder, config, make)
         with self._lock:
             if name in self._further:
                 raise ConflictError(f"a model named '{name}' is loaded", hint="remove it first, or take another name")
+            needed = made.nbytes + sum(further.nbytes for further in self._further.values())
+            if needed > self._memory:
+                raise no_room(len(self._further) + 1, needed, self._memory)
             self._further[name] = made
 
     def remove(self, name: str) -> None:

@@ -14,6 +14,7 @@ from llmo.types import Adapter, Artifact, Endpoint
 
 _NOT_ENCODERS = ("", "generation")
 _METHODS = ("head", "lora")  # of training an encoder, that leave its trunk beneath
+_OF_ITS_BASE = ("none", "head")  # methods that leave the weights of the base as they are
 _log = logging.getLogger("llmo.serve")
 
 
@@ -63,12 +64,15 @@ class AdapterTable:
 
 
 def bases(store: Store, model: str) -> frozenset[str]:
-    """The models whose weights a served one has: itself, what it was compressed from, and whose trunk that has."""
+    """The models whose weights a served one has: itself, what it was compressed from, the base of an untouched
+    one, and whose trunk it has."""
+    found = {model}
     artifact = store.catalog.find(model)
-    if artifact is None:
-        return frozenset({model})
-    whole = trained(store, artifact).digest
-    return frozenset({model, whole, trunk(store, whole)})
+    while artifact is not None and ("reference" in artifact.card or artifact.card.get("method") in _OF_ITS_BASE):
+        made_from = artifact.inputs.get("model", "")
+        found.add(made_from)
+        artifact = store.catalog.find(made_from)
+    return frozenset(found)
 
 
 def trained(store: Store, artifact: Artifact) -> Artifact:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from llmo import plugins
-from llmo.engines.base import Engine
+from llmo.engines.base import Engine, Shared
 from llmo.errors import GateRefused, LLMOError, ModelError
 from llmo.serve.batcher import Batcher
 from llmo.serve.pipeline import Call, Pipeline
 from llmo.serve.session import EncoderSession as Session
+from llmo.specs import adapter_bytes
 from llmo.tasks.base import Task
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden
 from llmo.types import Device
@@ -37,6 +39,9 @@ class EncoderPipeline(Pipeline):
 def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device: Device) -> Pipeline:
     """The pipeline of the model in `folder`, not started yet."""
     engine: Engine = plugins.load("llmo.engines", card["engine"])()
+    load = partial(engine.load, folder, device)
+    if "adapters" in engine.abilities:
+        load = partial(cast(Shared, engine).load, folder, device, adapter_bytes=adapter_bytes(spec, generates=False))
 
     def check_adapter(other: Path) -> None:
         if read_card(other)["tokenizer_sha256"] != card["tokenizer_sha256"]:
@@ -50,7 +55,7 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
         load_task(folder),
         load_tokenizer(folder),
         engine,
-        lambda: engine.load(folder, device),
+        load,
         queue=spec["queue"],
         batcher=_batcher(spec["max_batch_tokens"], device),
         check_adapter=check_adapter,

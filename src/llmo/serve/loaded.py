@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from llmo import plugins
 from llmo.engines.base import TakesAdapters
@@ -59,7 +59,7 @@ class LoadedAdapters:
             raise ModelError(
                 f"the {self._engine.name} engine takes no adapters",
                 hint="deploy the model as it was trained, or a variant for an engine that takes them: "
-                f"{', '.join(_able(self._kind)) or 'none is installed'}",
+                f"{', '.join(plugins.takes_adapters(self._kind)) or 'none is installed'}",
             )
         with self._lock:
             if folder not in self._used:
@@ -87,16 +87,3 @@ class LoadedAdapters:
                 cast(TakesAdapters, self._engine).remove_adapter(folder)
         finally:
             self._lock.release()
-
-
-def _able(kind: str) -> list[str]:
-    """The installed engines that take adapters."""
-    found = []
-    for name in plugins.names(kind):
-        try:
-            engine: Any = plugins.load(kind, name)
-        except LLMOError:
-            continue
-        if _ABILITY in engine.abilities:
-            found.append(name)
-    return found

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from typing import Any, cast
 
 from llmo.errors import DeadlineError, LLMOError, TooLargeError, UnreachableError, from_json
@@ -50,6 +53,20 @@ def socket_path(address: str) -> str:
     if not address.startswith(SCHEME):
         raise UnreachableError(f"'{address}' is not the address of a replica", hint="it looks like unix:/path")
     return address.removeprefix(SCHEME)
+
+
+def mark_used(path: str) -> None:
+    """A call came to the replica that listens there, or left it: its socket's time says so to every process."""
+    with suppress(OSError):  # it is leaving, and its socket is gone
+        os.utime(path)
+
+
+def last_used(address: str) -> float:
+    """When a call last came to a replica or left it, in seconds of the monotonic clock; 0 when it is gone."""
+    try:
+        return time.monotonic() - max(0.0, time.time() - Path(socket_path(address)).stat().st_mtime)
+    except OSError:
+        return 0.0
 
 
 def _measured(data: bytes) -> bytes:

@@ -15,7 +15,7 @@ from llmo.errors import InputError, LLMOError, ModelError
 from llmo.serve import calls
 from llmo.serve.ask import Ask, Input
 from llmo.serve.pipeline import Call, check_text
-from llmo.serve.protocol import VERSION, Frames, answers_frame, error_frame, frame
+from llmo.serve.protocol import VERSION, Frames, answers_frame, error_frame, frame, mark_used
 
 _log = logging.getLogger("llmo.serve")
 UNSENT_EVENTS = 20_000  # a gateway that reads nothing for so long is stuck, and is cut off
@@ -58,6 +58,7 @@ class Session(Frames):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._sessions.add(self)
+        self._path: str = transport.get_extra_info("sockname")
         self.transport.write(frame({"hello": VERSION, "deadline_seconds": self._deadline_seconds}))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -71,6 +72,7 @@ class Session(Frames):
         number = body["id"]
         match body["op"]:
             case "predict" | "generate" | "embed":
+                mark_used(self._path)
                 try:
                     call = self.call(body["op"], number, body)
                     self._calls[number] = call
@@ -116,6 +118,7 @@ class Session(Frames):
     def answer(self, number: int, data: bytes) -> None:
         """The last frame of a call; nothing is sent for one that was cancelled."""
         self.forget(number)
+        mark_used(self._path)
         if not self.transport.is_closing():
             self.transport.write(data)
 

@@ -24,6 +24,8 @@ OFFSET_POSITIONS = {
 # Surely known: for these the check costs no import of transformers, which brings torch.
 COMMON = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "deberta-v2", "mpnet", "modernbert"}
 
+_WRITERS = ("ForCausalLM", "LMHeadModel")
+
 
 def check_config(folder: Path) -> dict[str, Any]:
     """The folder's config. Raises ModelError when it is missing, wants code of its own, or is of no known kind."""
@@ -57,6 +59,12 @@ def _known(kind: str, folder: Path) -> None:
             hint="the installed transformers does not know it: upgrade it, or take another model",
             where=str(folder),
         )
+
+
+def writes_text(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture has a language model's head, or does not say."""
+    named = config.get("architectures") or []
+    return not named or any(str(name).endswith(_WRITERS) for name in named)
 
 
 def position_limit(config: Mapping[str, Any]) -> int | None:

@@ -57,7 +57,7 @@ class PagedEngine(Batching):
         self._chunk = options.chunk
         self._model = Decoder(model, config, precision, self._device, self.context)
         self._cache = Cache(config, count, self._model.dtype, self._device)
-        self._adapters = Adapters(config, options.streams, self._model.dtype, self._device)
+        self._adapters = Adapters(config, options.streams, options.adapter_bytes, self._model.dtype, self._device)
         self._start(model, options, Blocks(count), share_answers=precision != "int8")
 
     def add_adapter(self, name: str, folder: Path) -> None:
