@@ -69,15 +69,15 @@ class Api(Protocol):
         """What an endpoint answers beside its own model, as `ENDPOINT:NAME`."""
 
     def add_adapter(self, endpoint: str, name: str, model: str) -> Adapter:
-        """Let a running endpoint answer with the adapter of `model`, a version that was trained with LoRA on what the
-        endpoint serves. Raises ModelError for one that does not fit or does nothing, ConflictError for a name in use.
-        """
+        """Let a running endpoint answer with `model` too, a version that was trained with LoRA on what the endpoint
+        serves; over an encoder, one that was trained with method head or lora on the same trunk. Raises ModelError or
+        GateRefused for one that does not fit or does nothing, ConflictError for a name in use."""
 
     def remove_adapter(self, endpoint: str, name: str) -> None:
         """Answers that have begun end as they would have."""
 
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
-        """Answers in the order of the texts."""
+        """Answers in the order of the texts, of an endpoint or of ENDPOINT:ADAPTER."""
 
     def give_feedback(self, feedback: Mapping[str, Any]) -> Feedback:
         """Keep what somebody says of an answer; `llmo.store.feedback.parse` says what the mapping holds."""

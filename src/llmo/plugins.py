@@ -43,6 +43,12 @@ def names(group: str) -> list[str]:
     return sorted(_entries(group))
 
 
+def takes_adapters(group: str) -> list[str]:
+    """The engines of a group whose abilities hold "adapters", sorted. They are named in a group of their own, for to
+    ask an engine itself imports it."""
+    return names(f"{group}.adapters")
+
+
 def load(group: str, name: str) -> Any:
     """The object registered as `name` in `group`.
 

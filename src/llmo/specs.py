@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -19,6 +20,8 @@ class Spec(BaseModel):
         """As JSON values, with every default written out: what jobs carry and digests are taken of."""
         return self.model_dump(mode="json")
 
+
+_ADAPTERS_MIB, _FURTHER_MIB = 512, 64  # for a model that generates, and over an encoder, where nothing is said
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -181,14 +184,27 @@ class DeploySpec(Spec):
     streams: Positive = Field(16, description="generation: answers written at once")
     context: Positive | None = Field(None, description="generation: tokens of prompt and answer; default: the model's")
     cache_mib: Positive = Field(1024, description="generation: memory for keys and values, in MiB")
+    adapters_mib: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="memory for adapters and heads, in MiB, with an engine that takes them; default: "
+        f"{_ADAPTERS_MIB} where it generates, {_FURTHER_MIB} over an encoder",
+    )
     deadline_seconds: Annotated[Number, Field(gt=0)] = Field(
         30.0, description="a request older than this is answered 504"
     )
     pinned: bool = Field(False, description="stays up; others are put to sleep when another endpoint needs the room")
 
 
+def adapter_bytes(deploy: Mapping[str, Any], *, generates: bool) -> int:
+    """What all adapters of an endpoint may take, if its engine takes any."""
+    wanted = deploy.get("adapters_mib")
+    if wanted is None:
+        wanted = _ADAPTERS_MIB if generates else _FURTHER_MIB
+    return int(wanted) << 20
+
+
 class AdapterSpec(Spec):
-    """An adapter of an endpoint: `model` names the version that holds it."""
+    """An adapter or head of an endpoint: `model` names the version that holds it."""
 
     name: Name
     model: str
@@ -226,6 +242,14 @@ class BaseModelSpec(Spec):
     uploads: str | None = None
 
 
+class ForeignAdapterSpec(BaseModelSpec):
+    """The operation `adapter`."""
+
+
+class PlainSpec(Spec):
+    """The operation `plain`."""
+
+
 class TrainJobSpec(TrainSpec):
     """The operation `train`."""
 
@@ -258,6 +282,8 @@ class VerifySpec(Spec):
 
 # What each operation works on: its inputs by name, and those it can do without.
 INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "plain": (("model",), ()),
+    "adapter": (("model",), ()),
     "train": (("data", "model"), ()),
     "evaluate": (("data", "model"), ()),
     "compress": (("data", "model"), ()),
@@ -268,6 +294,8 @@ INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 OPERATIONS: dict[str, type[Spec]] = {
     "import": ImportSpec,
     "base-model": BaseModelSpec,
+    "plain": PlainSpec,
+    "adapter": ForeignAdapterSpec,
     "train": TrainJobSpec,
     "evaluate": EvaluateSpec,
     "compress": CompressSpec,

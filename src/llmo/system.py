@@ -21,7 +21,7 @@ from llmo.kernel.paging import Usage
 from llmo.kernel.scheduler import Holder, Scheduler, SchedulerLock
 from llmo.kernel.submit import cache_key, submit
 from llmo.plugins import operation
-from llmo.serve.adapters import bases, check_base, folder_of, trained
+from llmo.serve.adapters import bases, check_base, folder_of, missing, trained
 from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
 from llmo.specfile import validate
@@ -200,7 +200,7 @@ class System:
             raise taken(endpoint, name)
         validate({"name": name, "model": model}, AdapterSpec)
         artifact = trained(self.store, self.artifact(model, Kind.MODEL))
-        folder = folder_of(self.store, artifact.digest, artifact.ref)
+        folder = folder_of(self.store, artifact)
         up = next((known.address for known in self.endpoints() if known.name == endpoint), None)
         addresses = up or self._replica(endpoint)
         base = check_base(self.store, artifact, self.store.endpoints.get(endpoint).model, endpoint)
@@ -215,7 +215,9 @@ class System:
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         if not texts:
             raise InputError("there is no text to answer", hint="give one text at least")
-        return predict_once(self._replica(endpoint), list(texts), logits=logits)
+        name, colon, adapter = endpoint.partition(":")
+        folder = self._folder_of(name, adapter) if colon else None
+        return predict_once(self._replica(name), list(texts), logits=logits, adapter=folder)
 
     def awake(self, endpoint: str) -> Endpoint:
         """The endpoint once it answers; its service starts here when no process runs it. Raises UnreachableError."""
@@ -320,7 +322,10 @@ class System:
     def _deploy(self, spec: DeploySpec, model: str) -> Job:
         artifact = self.artifact(model)
         if "engine" not in artifact.card:
-            raise ModelError(f"{artifact.ref} is a base model, which gives no answers", hint="train it: llmo train")
+            raise ModelError(
+                f"{artifact.ref} is a base model, which has no card and no evidence of what it answers",
+                hint="train it, or let `llmo deploy` (the operation `plain`) make it one that is served as it is",
+            )
         reference = artifact.inputs.get("model") if "reference" in artifact.card else None
         steps = [to_json(step) for step in pipeline.deployment(model, reference, spec.plain())]
         return self._start("pipeline", {"steps": steps}, {}, name=spec.endpoint)
@@ -372,6 +377,13 @@ class System:
             return self.store.catalog.get(ref, Kind.MODEL).digest
         except NotFoundError:
             return ""
+
+    def _folder_of(self, endpoint: str, adapter: str) -> str:
+        """What the endpoint's replica loads an adapter from. Raises NotFoundError for one that does not answer now."""
+        known = {found.name: found.model for found in self.adapters(endpoint) if found.answers}
+        if adapter not in known:
+            raise missing(endpoint, adapter, known)
+        return folder_of(self.store, self.store.catalog.get(known[adapter]))
 
     def _replica(self, endpoint: str) -> str:
         """The address of an endpoint's service, which is started here first when no process runs it, and woken."""

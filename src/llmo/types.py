@@ -186,8 +186,9 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA that an endpoint also answers with, as the model `ENDPOINT:NAME`; `base` is what it was trained on. One
-    that was trained on another model than is served now `answers` only when its own is served again."""
+    """A LoRA, or a model of an encoder's trunk, that an endpoint also answers with as the model `ENDPOINT:NAME`; `base`
+    is the model whose weights lie beneath. One of another base than is served now `answers` only when its own is served
+    again."""
 
     endpoint: str
     name: str

@@ -134,7 +134,7 @@ def test_fifty_answer_mixed_as_they_do_alone(place: Place, api: Client) -> None:
 
 
 @pytest.mark.usefixtures("two")
-def test_a_model_is_an_endpoint_an_adapter_or_the_version_of_either(place: Place) -> None:
+def test_a_model_is_an_endpoint_an_adapter_or_the_version_of_either(place: Place, api: Client) -> None:
     eventually(lambda: _models(place) == ["chat", "chat:a", "chat:b"], "all three are listed")
     assert place.client.models.retrieve("chat:a").id == "chat:a"
     plain, voiced = place.answer("chat"), place.answer("chat:a")
@@ -142,6 +142,8 @@ def test_a_model_is_an_endpoint_an_adapter_or_the_version_of_either(place: Place
     assert (plain.system_fingerprint, voiced.system_fingerprint) == ("served@1", "voice0@1")
     assert place.text("served@1") == plain.choices[0].message.content
     assert place.text("voice0@1") == voiced.choices[0].message.content
+    (predicted,) = api.predict("chat:a", ["Hello there"])
+    assert predicted["text"].startswith(voiced.choices[0].message.content)
     for model, says in (("chat:c", "it has: a, b"), ("chad:a", "did you mean 'chat'"), ("voice7@1", "no endpoint")):
         with pytest.raises(openai.NotFoundError, match=says) as missing:
             place.answer(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ import transformers
 
 from llmo.compression.export import export
 from llmo.doors.server import serve_in_thread
+from llmo.serve.openai import embeddings
 from llmo.settings import Settings
 from llmo.system import System
 from llmo.tasks.card import load_tokenizer, read_card, write_card
@@ -78,6 +80,32 @@ def test_embeddings_are_those_of_plain_transformers_in_every_form(ask: openai.Op
     answer = ask.embeddings.create(model="topics", input=TEXTS)
     assert (answer.object, answer.model, [one.index for one in answer.data]) == ("list", "topics", list(range(12)))
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == sum(map(len, ids))
+
+
+def test_the_model_may_be_the_version_that_is_served(ask: openai.OpenAI) -> None:
+    answer = ask.embeddings.create(model="m@1", input=TEXTS[0])
+    assert answer.model == "m@1"
+    assert np.array_equal([answer.data[0].embedding], embed(ask, TEXTS[0]))
+    with pytest.raises(openai.NotFoundError, match="m@2"):
+        ask.embeddings.create(model="m@2", input=TEXTS[0])
+
+
+@pytest.mark.parametrize("form", [{}, {"encoding_format": "float"}])  # the client's own is base64
+def test_no_other_request_waits_while_numbers_are_written(
+    ask: openai.OpenAI, form: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, beside = embeddings.Wanted.answer, []
+
+    def written(wanted: embeddings.Wanted, answers: bytes) -> bytes:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        beside.append(len(answers))
+        return write(wanted, answers)
+
+    monkeypatch.setattr(embeddings.Wanted, "answer", written)
+    many = [[5, 6, 7]] * 1024
+    assert embed(ask, many, **form).shape == (1024, HIDDEN)
+    assert len(beside) == 1
 
 
 def test_a_batch_of_answers_and_embeddings_gives_each_its_own(ask: openai.OpenAI) -> None:

@@ -1,4 +1,5 @@
-"""Tiny model folders with a head and a card, as training leaves them, in several architectures."""
+"""Tiny model folders with a head and a card, as training leaves them, in several architectures; and further ones that
+were trained on the trunk of such a folder."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ import transformers
 from transformers import AutoConfig
 
 from llmo.engines.torch import quiet
+from llmo.specs import LoraSpec, TrainSpec
+from llmo.tasks.base import Task
 from llmo.tasks.card import write_card
+from llmo.tasks.text_classification import TextClassification
+from llmo.training import folder as trained
+from llmo.training.model import build
 from support.tiny import HEADS, HIDDEN, INNER, LAYERS, POSITIONS, tiny_model
 
 LABELS = {
@@ -62,3 +68,21 @@ def headed_model(
     card = {"task": task, "labels": LABELS[task], "max_length": max_length, "options": {}}
     write_card(folder, {"task": card, "engine": "torch", "precision": "fp32"})
     return folder
+
+
+def further_model(folder: Path, base: Path, task: Task, method: str = "head", *, seed: int = 1, **lora: Any) -> Path:
+    """A model trained on the trunk of `base`, by method `head`, `lora` or `full`: new weights where it trains."""
+    torch.manual_seed(seed)
+    built = build(base, task, TrainSpec(method=method, lora=LoraSpec(**lora)))
+    with torch.no_grad():
+        for name, weight in built.trainable():
+            if weight.ndim == 2:
+                weight.normal_(0.0, 0.1 if "lora_" in name else 0.5)
+    folder.mkdir(parents=True)
+    trained.write(folder, built, base, task)
+    write_card(folder, {"task": task.to_card(), "engine": "torch", "precision": "fp32", "method": method})
+    return folder
+
+
+def topics(labels: int, max_length: int = 64) -> TextClassification:
+    return TextClassification([f"topic{i}" for i in range(labels)], max_length)

@@ -42,10 +42,14 @@ def eventually(get: Callable[[], T], what: str, patience: float = PATIENCE) -> T
 
 def served_model(folder: Path, task: str = "text-classification", *, seed: int = 0) -> Path:
     """A model folder with a card and golden evidence, as training leaves it."""
-    headed_model(folder, task, seed=seed)
-    rows = span_rows(8) if task == "token-classification" else text_rows(8)
-    texts = [row["text"] for row in rows]
-    encodings = load_task(folder).encode(load_tokenizer(folder), texts)
+    return with_evidence(headed_model(folder, task, seed=seed))
+
+
+def with_evidence(folder: Path) -> Path:
+    """The folder of an encoder, with golden evidence now."""
+    task = load_task(folder)
+    texts = [row["text"] for row in (span_rows(8) if task.name == "token-classification" else text_rows(8))]
+    encodings = task.encode(load_tokenizer(folder), texts)
     logits = direct(folder, [e.input_ids for e in encodings])
     write_golden(
         folder,

@@ -74,7 +74,8 @@ class FeedbackBody(Body):
 
 
 class AdapterBody(Body):
-    """`model` is a version that was trained with LoRA on what the endpoint serves; `name` what it is asked for by."""
+    """`model` is a version that was trained with LoRA on what the endpoint serves, or on the trunk of an encoder;
+    `name` what it is asked for by."""
 
     name: str
     model: str
@@ -183,7 +184,7 @@ def _jobs(app: FastAPI, system: System) -> None:
 
     @app.post("/v1/jobs", dependencies=[Depends(require("jobs.submit"))], status_code=202)
     def submit(body: JobBody) -> Any:
-        """Submit one step: import, base-model, train, evaluate, compress, verify or serve."""
+        """Submit one step: import, base-model, plain, adapter, train, evaluate, compress, verify or serve."""
         _refuse_path(body.spec.get("source"))
         needs = Needs(**body.needs.model_dump()) if body.needs else None
         job = system.submit(body.op, body.spec, body.inputs, name=body.name, needs=needs, fresh=body.fresh)

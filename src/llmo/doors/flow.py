@@ -11,7 +11,7 @@ from typing import Any
 
 from llmo import pipeline, sources
 from llmo.api import Api
-from llmo.errors import InputError, JobFailed, from_json
+from llmo.errors import InputError, JobFailed, NotFoundError, from_json
 from llmo.settings import Settings
 from llmo.types import Artifact, Event, Job, JobState, Kind
 
@@ -92,6 +92,37 @@ def ensure_model(api: Api, source: str, hear: Callable[[News], None] | None = No
     return output(api, wait(api, job, hear)).digest
 
 
+def servable(api: Api, model: str, hear: Callable[[News], None] | None = None) -> Artifact:
+    """The stored model that is named. A base, or a source of one (package:NAME, hf:NAME, a folder, a GGUF file), is
+    taken as it is, with the card and the evidence that serving and compressing need. Raises NotFoundError."""
+    try:
+        artifact = api.artifact(model, Kind.MODEL)
+    except NotFoundError:
+        source = absolute(model, Path())
+        if not _names_source(source):
+            raise
+        artifact = api.artifact(ensure_model(api, source, hear), Kind.MODEL)
+    if "engine" in artifact.card:
+        return artifact
+    name = f"{artifact.name}-plain"
+    return output(api, wait(api, api.submit("plain", {}, {"model": artifact.digest}, name=name), hear))
+
+
+def adapter(api: Api, endpoint: str, name: str, model: str) -> str:
+    """The ref of the model that holds an adapter for an endpoint; a folder as peft saved it is stored as `name` first.
+
+    Raises ModelError for a folder whose adapter does not fit what the endpoint serves.
+    """
+    source = absolute(model, Path())
+    stored = sources.is_stored(model) or any(known.name == model for known in api.artifacts(Kind.MODEL))
+    served = next((known.model for known in api.endpoints() if known.name == endpoint), None)
+    if stored or served is None or not _names_source(source):
+        return model
+    artifact = api.artifact(served, Kind.MODEL)
+    base = reference(artifact).get("reference", artifact.digest)
+    return output(api, wait(api, api.submit("adapter", {"source": source}, {"model": base}, name=name))).digest
+
+
 def data_of(api: Api, model: Artifact) -> str:
     """The digest of the data set a model was trained on, found through its lineage."""
     for artifact in reversed(api.lineage(model.digest)):
@@ -111,6 +142,14 @@ def absolute(source: str, base: Path) -> str:
         return str(inside.resolve() if ".." in inside.parts else inside.absolute())
     except (OSError, ValueError, RuntimeError):  # no path at all: whoever reads it says so
         return source
+
+
+def _names_source(source: str) -> bool:
+    """Whether it is a path where something is, or a source of another kind."""
+    try:
+        return not sources.is_local_path(source) or Path(source).exists()
+    except (OSError, ValueError):  # no path at all
+        return False
 
 
 def located(source: str, base: Path) -> str:

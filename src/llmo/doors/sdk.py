@@ -96,6 +96,15 @@ class Model(Stored):
         api = api or connection()
         return cls(api.artifact(ref, Kind.MODEL), api)
 
+    @classmethod
+    def plain(cls, source: str | Path, *, api: Api | None = None) -> Model:
+        """A base model that writes, as it is: package:NAME, hf:NAME, a folder, a GGUF file, or a stored one.
+
+        Raises ModelError for one that writes nothing.
+        """
+        api = api or connection()
+        return cls(flow.servable(api, str(source)), api)
+
     @property
     def metrics(self) -> Mapping[str, Any]:
         """Held-out metrics after training, each with its 95% interval: `{"accuracy": {"value", "low", "high"}}`."""
@@ -124,12 +133,16 @@ class Deployed:
         return self.api.predict(self.name, texts)
 
     def adapters(self) -> list[Adapter]:
-        """What it answers beside its own model, each as the model `ENDPOINT:NAME` in OpenAI's protocol."""
+        """What it answers beside its own model, each asked for as `ENDPOINT:NAME`."""
         return self.api.adapters(self.name)
 
-    def add_adapter(self, name: str, model: Model) -> Adapter:
-        """Answer with the adapter of a model that was trained with LoRA on what is served, at once and without a
-        restart. Raises ModelError for one that does not fit or does nothing, ConflictError for a name in use."""
+    def add_adapter(self, name: str, model: Model | str | Path) -> Adapter:
+        """Answer with a model that was trained with LoRA on what is served, or with the LoRA in a folder as peft saved
+        it elsewhere; over an encoder, with a model of method head or lora on the same trunk. At once and without a
+        restart. Raises ModelError or GateRefused for one that does not fit or does nothing, ConflictError for a name
+        in use."""
+        if not isinstance(model, Model):
+            return self.api.add_adapter(self.name, name, flow.adapter(self.api, self.name, name, str(model)))
         return self.api.add_adapter(self.name, name, model.artifact.digest)
 
     def remove_adapter(self, name: str) -> None:

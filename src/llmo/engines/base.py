@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmo.errors import ModelError
 from llmo.types import Device
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One item for the model: token ids with special tokens; `id` is echoed in its chunks."""
+    """One item for the model: token ids with special tokens; `id` is echoed in its chunks. `adapter` names one of the
+    further models that were added; None is the model that was loaded."""
 
     id: int
     input_ids: Sequence[int]
-    params: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +60,33 @@ class Embedder(Engine, Protocol):
     """
 
     def embed(self, requests: Sequence[Request]) -> Iterator[Chunk]: ...
+
+
+class TakesAdapters(Protocol):
+    """An engine, of either kind, whose `abilities` hold "adapters": it runs further models by name, mixed in one batch.
+
+    `add_adapter` raises ConflictError for a name in use, and ModelError for a model that does not fit what is loaded in
+    every module, or has no effect. After `remove_adapter` nothing may name it (NotFoundError where it is not loaded);
+    what runs with it ends as it would have. Both may be called from any thread while another one runs the engine.
+    """
+
+    def add_adapter(self, name: str, folder: Path) -> None: ...
+
+    def remove_adapter(self, name: str) -> None: ...
+
+
+class Shared(Engine, TakesAdapters, Protocol):
+    """An engine of an encoder that takes models trained on the same trunk: a folder as training leaves it, of method
+    `head` or `lora`. One with another trunk is refused, and a request for one that is not loaded is InputError. All of
+    them take at most `adapter_bytes`."""
+
+    def load(self, model: Path, device: Device, *, adapter_bytes: int = 64 << 20) -> None: ...
+
+
+def no_room(count: int, needed: int, memory: int) -> ModelError:
+    """What `add_adapter` raises when `count` loaded ones, with the new one, would need more bytes than there are."""
+    return ModelError(
+        f"with this adapter the {count} loaded ones need {-(-needed >> 20)} MiB, and {memory >> 20} MiB are set aside "
+        "for adapters",
+        hint=f"deploy it again with `--set adapters_mib={-(-needed >> 20)}`, or train at a lower rank",
+    )

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llmo.engines.base import TakesAdapters
 from llmo.types import Device
 
 Finish = Literal["stop", "length"]
@@ -131,29 +132,21 @@ class GenerationEngine(Protocol):
     def close(self) -> None: ...
 
 
-class AdapterEngine(GenerationEngine, Protocol):
-    """An engine whose `abilities` hold "adapters": LoRA adapters of its base by name, many of them in one batch.
-
-    `add_adapter` takes a folder as peft saves it and raises ConflictError for a name in use, and ModelError for an
-    adapter that does not fit the base in every module, or changes nothing. After `remove_adapter` no prompt may name
-    it (NotFoundError where it is not loaded); streams that run with it end as they would have. Both may be called from
-    any thread while another one steps.
-    """
-
-    def add_adapter(self, name: str, folder: Path) -> None: ...
-
-    def remove_adapter(self, name: str) -> None: ...
+class AdapterEngine(GenerationEngine, TakesAdapters, Protocol):
+    """An engine that takes LoRA adapters of its base; each in a folder as peft saves it."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How much an engine may take: `streams` at once, `cache_bytes` for keys and values, `context` tokens (None: the
-    model's own), `chunk` prompt tokens computed in one step beside the running streams, and `precision`
-    (fp32, bf16 or int8; None: as the model folder's card says). `lookup` allows it to compute several tokens of an
-    answer in one step, guessed from the text so far, where that is faster; answers are the same."""
+    """How much an engine may take: `streams` at once, `cache_bytes` for keys and values, `adapter_bytes` for adapters
+    (if it takes any), `context` tokens (None: the model's own), `chunk` prompt tokens computed in one step beside the
+    running streams, and `precision` (fp32, bf16 or int8; None: as the model folder's card says). `lookup` allows it to
+    compute several tokens of an answer in one step, guessed from the text so far, where that is faster; answers are the
+    same."""
 
     streams: int = 16
     cache_bytes: int = 1 << 30
+    adapter_bytes: int = 512 << 20
     context: int | None = None
     chunk: int = 256
     precision: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from llmo.engines.base import Chunk, Request
 from llmo.engines.batch import Ids, chunks, means, pad
 from llmo.engines.folder import pad_token_id, position_limit, read_config, require
 from llmo.engines.place import torch_device
+from llmo.engines.trunk import Row, Said, Trunk
 from llmo.errors import ModelError
 from llmo.tasks.card import load_task
 from llmo.types import Device
@@ -27,48 +29,71 @@ class TorchEngine:
     """What every other engine is compared with."""
 
     name: ClassVar[str] = "torch"
-    abilities: ClassVar[frozenset[str]] = frozenset({"classify", "embed"})
+    abilities: ClassVar[frozenset[str]] = frozenset({"classify", "embed", "adapters"})
 
     def __init__(self) -> None:
-        self._model: Any = None
+        self._trunk: Trunk | None = None
         self._device = torch.device("cpu")
         self._pad_id = 0
         self._vocabulary = 0
         self._positions: int | None = None
 
-    def load(self, model: Path, device: Device) -> None:
+    def load(self, model: Path, device: Device, *, adapter_bytes: int = 64 << 20) -> None:
         self._device = torch_device(device)
         torch.set_num_threads(device.cores)
         config = read_config(model)
         self._pad_id, self._positions = pad_token_id(config), position_limit(config)
-        self._model = open_model(model).to(self._device)
-        self._vocabulary = self._model.get_input_embeddings().num_embeddings
+        opened = open_model(model).to(self._device)
+        self._vocabulary = opened.get_input_embeddings().num_embeddings
+        self._trunk = Trunk(opened, self._device, adapter_bytes)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
-        if requests:
-            yield from chunks(requests, self._through(lambda model: model, "logits", requests))
+        return self._through(Trunk.logits, chunks, requests)
 
     def embed(self, requests: Sequence[Request]) -> Iterator[Chunk]:
-        if requests:
-            yield from means(requests, self._through(lambda model: model.base_model, "last_hidden_state", requests))
+        return self._through(Trunk.hidden, means, requests)
 
-    def _through(self, part: Callable[[Any], Any], output: str, requests: Sequence[Request]) -> NDArray[np.float32]:
-        """What a part of the model says of the padded batch."""
-        if self._model is None:
-            raise ModelError("the engine is closed", hint="load a model first")
-        ids, mask = pad(requests, self._pad_id)
+    def add_adapter(self, name: str, folder: Path) -> None:
+        auto_class = _auto_class(folder)
         try:
-            self._check(ids)
+            with quiet():
+                config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+                self._loaded().add(name, folder, config, partial(auto_class.from_config, dtype=torch.float32))
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"transformers cannot open the model: {_first_line(error)}", where=str(folder)) from error
+
+    def remove_adapter(self, name: str) -> None:
+        self._loaded().remove(name)
+
+    def _loaded(self) -> Trunk:
+        if self._trunk is None:
+            raise ModelError("the engine is closed", hint="load a model first")
+        return self._trunk
+
+    def _through(
+        self,
+        part: Callable[[Trunk, Sequence[Row], torch.Tensor, torch.Tensor], Said],
+        cut: Callable[[Sequence[Request], NDArray[np.float32]], Iterator[Chunk]],
+        requests: Sequence[Request],
+    ) -> Iterator[Chunk]:
+        """What a part of the model says of the padded batch, cut into chunks."""
+        if not requests:
+            return
+        rows = self._loaded().rows(requests)
+        padded = pad([request for request, _ in rows], self._pad_id)
+        try:
+            self._check(padded[0])
             with torch.inference_mode():
-                inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-                said = part(self._model)(**{name: value.to(self._device) for name, value in inputs.items()})
-                found: NDArray[np.float32] = getattr(said, output).float().cpu().numpy()
+                ids, mask = (torch.from_numpy(array).to(self._device) for array in padded)
+                found = [(some, said.float().cpu().numpy()) for some, said in part(self._loaded(), rows, ids, mask)]
         except (IndexError, RuntimeError) as error:
+            count, longest = padded[0].shape
             raise ModelError(
-                f"the model cannot run this batch of {ids.shape[0]} x {ids.shape[1]} tokens: {_first_line(error)}",
+                f"the model cannot run this batch of {count} x {longest} tokens: {_first_line(error)}",
                 hint="the tokenizer may not belong to this model, or the text is longer than its positions",
             ) from error
-        return found
+        for some, said in found:
+            yield from cut(some, said)
 
     def _check(self, ids: Ids) -> None:
         """Raises IndexError, as a CPU does; a GPU that is asked for a row that is not there never answers again."""
@@ -78,7 +103,7 @@ class TorchEngine:
             raise IndexError(f"the model reads at most {self._positions}")
 
     def close(self) -> None:
-        self._model = None
+        self._trunk = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -88,15 +113,8 @@ def open_model(folder: Path) -> Any:
 
     Raises ModelError when weights are missing, broken or do not fit the config.
     """
-    config = read_config(folder)
+    auto_class = _auto_class(folder)
     require(folder, "model.safetensors")
-    if config.get("auto_map"):
-        raise ModelError(
-            "the model wants to run code of its own (auto_map in config.json)",
-            hint="LLMO runs no code from model folders; use an architecture that transformers knows",
-            where=str(folder),
-        )
-    auto_class = getattr(transformers, load_task(folder).auto_class)
     try:
         with quiet():
             model, info = auto_class.from_pretrained(
@@ -123,6 +141,17 @@ def open_model(folder: Path) -> Any:
             where=str(folder),
         )
     return model.eval()
+
+
+def _auto_class(folder: Path) -> Any:
+    """The class of transformers that opens the folder. Raises ModelError for one that brings code of its own."""
+    if read_config(folder).get("auto_map"):
+        raise ModelError(
+            "the model wants to run code of its own (auto_map in config.json)",
+            hint="LLMO runs no code from model folders; use an architecture that transformers knows",
+            where=str(folder),
+        )
+    return getattr(transformers, load_task(folder).auto_class)
 
 
 @contextmanager

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llmo import plugins
 from llmo.errors import NotFoundError
+from llmo.specs import adapter_bytes
 from llmo.store import Store
 from llmo.types import Endpoint, Job, JobState
 
@@ -31,12 +33,17 @@ def pinned(job: Job) -> bool:
 
 
 def memory_of(store: Store, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> int:
-    """Bytes that a service needs for its model: the weights and, where it generates, the cache it may fill."""
+    """Bytes that a service needs for its model: the weights, what its adapters may take and, where it generates, the
+    cache it may fill."""
     artifact = store.catalog.find(inputs.get("model", ""))
     if artifact is None:
         return 0
-    generates = _task_of(artifact.card) == "generation"
-    return artifact.size + (int(spec.get("cache_mib", 0)) << 20 if generates else 0)
+    card = artifact.card
+    generates = task_of(card) == "generation"
+    engine = spec.get("engine") or card.get("engine") if generates else card.get("engine")
+    taking = plugins.takes_adapters("llmo.generators" if generates else "llmo.engines")
+    adapters = adapter_bytes(spec, generates=generates) if engine in taking else 0
+    return artifact.size + adapters + (int(spec.get("cache_mib", 0)) << 20 if generates else 0)
 
 
 def announce(store: Store, job: Job) -> None:
@@ -122,12 +129,13 @@ def _described(store: Store, job: Job) -> dict[str, Any]:
         "job": job.id,
         "model": digest,
         "model_ref": artifact.ref if artifact is not None else "",
-        "task": _task_of(card),
+        "task": task_of(card),
         "engine": str(card.get("engine", "")),
         "precision": str(card.get("precision", "")),
     }
 
 
-def _task_of(card: Mapping[str, Any]) -> str:
+def task_of(card: Mapping[str, Any]) -> str:
+    """The name of a model's task; empty for a base, which has none."""
     task = card.get("task")
     return str(task.get("task", "")) if isinstance(task, Mapping) else str(task or "")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from llmo.errors import LLMOError, ModelError
+from llmo.errors import LLMOError, ModelError, NotFoundError, nearest
+from llmo.kernel.service import task_of
 from llmo.store import Store
 from llmo.tasks.card import ADAPTER
 from llmo.types import Adapter, Artifact, Endpoint
 
+_NOT_ENCODERS = ("", "generation")
+_METHODS = ("head", "lora")  # of training an encoder, that leave its trunk beneath
+_OF_ITS_BASE = ("none", "head")  # methods that leave the weights of the base as they are
 _log = logging.getLogger("llmo.serve")
 
 
@@ -50,7 +54,7 @@ class AdapterTable:
     def _folder(self, adapter: Adapter) -> str | None:
         if adapter.model not in self._folders:
             try:
-                self._folders[adapter.model] = folder_of(self._store, adapter.model, adapter.model_ref)
+                self._folders[adapter.model] = folder_of(self._store, self._store.catalog.get(adapter.model))
             except LLMOError as error:  # its bytes are gone: it cannot answer, and the others can
                 if adapter.model not in self._gone:
                     self._gone.add(adapter.model)
@@ -60,9 +64,15 @@ class AdapterTable:
 
 
 def bases(store: Store, model: str) -> frozenset[str]:
-    """The models whose weights a served one has: itself, and what it was compressed from."""
+    """The models whose weights a served one has: itself, what it was compressed from, the base of an untouched
+    one, and whose trunk it has."""
+    found = {model}
     artifact = store.catalog.find(model)
-    return frozenset({model} if artifact is None else {model, trained(store, artifact).digest})
+    while artifact is not None and ("reference" in artifact.card or artifact.card.get("method") in _OF_ITS_BASE):
+        made_from = artifact.inputs.get("model", "")
+        found.add(made_from)
+        artifact = store.catalog.find(made_from)
+    return frozenset(found)
 
 
 def trained(store: Store, artifact: Artifact) -> Artifact:
@@ -72,22 +82,48 @@ def trained(store: Store, artifact: Artifact) -> Artifact:
     return store.catalog.find(artifact.inputs.get("model", "")) or artifact
 
 
-def folder_of(store: Store, model: str, ref: str) -> str:
-    """The folder with a stored model's adapter. Raises ModelError for one without, StorageError when it is gone."""
-    folder = store.catalog.path(model) / ADAPTER
-    if not folder.is_dir():
-        raise ModelError(f"{ref} has no adapter beside its weights", hint="train it with `method: lora`")
-    return str(folder)
+def trunk(store: Store, model: str) -> str:
+    """Whose trunk a model has: its base's, as long as only heads were trained; else its own."""
+    artifact = store.catalog.find(model)
+    while artifact is not None and artifact.card.get("method") == "head" and "model" in artifact.inputs:
+        model = artifact.inputs["model"]
+        artifact = store.catalog.find(model)
+    return model
+
+
+def folder_of(store: Store, artifact: Artifact) -> str:
+    """What a replica loads: of a model that generates its adapter, of an encoder all of it, for its head is among its
+    weights. Raises ModelError for one without, StorageError when it is gone."""
+    path = store.catalog.path(artifact.digest)
+    method = artifact.card.get("method")
+    if task_of(artifact.card) not in _NOT_ENCODERS:
+        if method not in _METHODS:
+            raise ModelError(
+                f"{artifact.ref} was trained with method {method}, so it has a trunk of its own",
+                hint="train it with `method: head` or `method: lora`, or deploy it by itself",
+            )
+        return str(path)
+    if not (path / ADAPTER).is_dir():
+        raise ModelError(f"{artifact.ref} has no adapter beside its weights", hint="train it with `method: lora`")
+    return str(path / ADAPTER)
 
 
 def check_base(store: Store, artifact: Artifact, served: str, endpoint: str) -> str:
-    """The digest of the model that the adapter was trained on. Raises ModelError when the endpoint serves another."""
+    """The digest of the model whose trunk it was trained on. Raises ModelError when the endpoint serves another."""
     base = artifact.inputs.get("model", "")
-    if base and base in bases(store, served):
-        return base
+    if base and trunk(store, base) in bases(store, served):
+        return trunk(store, base)
     found = [store.catalog.find(digest) for digest in (base, served)]
     theirs, ours = (a.ref if a is not None else "a model that is not stored here" for a in found)
+    method = "lora" if task_of(artifact.card) in _NOT_ENCODERS else "head"
     raise ModelError(
         f"{artifact.ref} was trained on {theirs}, and the endpoint '{endpoint}' serves {ours}",
-        hint=f"train it on what is served: llmo train --model {ours} --method lora, or deploy {theirs}",
+        hint=f"train it on what is served: llmo train --model {ours} --method {method}, or deploy {theirs}",
+    )
+
+
+def missing(endpoint: str, name: str, known: Collection[str]) -> NotFoundError:
+    return NotFoundError(
+        f"the endpoint '{endpoint}' has no adapter '{name}'{nearest(name, sorted(known))}",
+        hint=f"it has: {', '.join(sorted(known)) or 'none'}",
     )

@@ -91,13 +91,13 @@ class Gateway:
         self.metrics.began()
         status, label = CLIENT_GONE, UNKNOWN
         try:
-            reply = await self._answer(name, scope, receive)
-            if reply is not None:
-                label, status = name, 200
+            found = await self._answer(name, scope, receive)
+            if found is not None:
+                (label, reply), status = found, 200
                 await send_json(send, 200, self._head(name, reply.model) + reply.answers + b"}", {})
         except LLMOError as error:
             status = error.status
-            label = name if name in self.router else UNKNOWN
+            label = endpoint if (endpoint := name.partition(":")[0]) in self.router else UNKNOWN
             if isinstance(error, UnauthorizedError | ForbiddenError):
                 self.access.audit.denied(scope, error)
             await error_response(error)(scope, receive, send)
@@ -108,22 +108,28 @@ class Gateway:
         finally:
             self.metrics.seen(label, status, time.perf_counter() - began)
 
-    async def _answer(self, name: str, scope: Scope, receive: Receive) -> Reply | None:
-        """The reply, or None when the client has gone."""
+    async def _answer(self, name: str, scope: Scope, receive: Receive) -> tuple[str, Reply] | None:
+        """The endpoint and its reply, or None when the client has gone."""
         key = await self.access.check(scope["headers"], "predict")
         data = await read_body(scope, receive, self._body_limit)
         if data is None:
             return None
         body = parse(data, self._max_texts)
         self.quotas.take(key.id, len(body.texts))
-        return await self._call(name, body, key.id, receive)
+        endpoint, adapter = await self.router.find(name)
+        reply = await self._call(endpoint, adapter, body, key.id, receive)
+        return None if reply is None else (endpoint, reply)
 
-    async def _call(self, name: str, body: PredictBody, tenant: str, receive: Receive) -> Reply | None:
+    async def _call(
+        self, endpoint: str, adapter: str | None, body: PredictBody, tenant: str, receive: Receive
+    ) -> Reply | None:
         """Ask the router, while watching for the client to go and the deadline to pass: both end the call."""
         deadline = None if body.deadline_seconds is None else time.time() + body.deadline_seconds
         timeout = None if body.deadline_seconds is None else body.deadline_seconds + _GRACE
         reply = asyncio.ensure_future(
-            self.router.predict(name, body.texts, deadline=deadline, logits=body.logits, tenant=tenant)
+            self.router.predict(
+                endpoint, body.texts, adapter=adapter, deadline=deadline, logits=body.logits, tenant=tenant
+            )
         )
         left = asyncio.ensure_future(gone(receive))
         try:
@@ -161,8 +167,10 @@ class Gateway:
             openapi_extra=_documented(PredictRequest),
             responses={code: {"description": text} for code, text in _PROBLEMS.items()},
         )
-        async def predict(name: Annotated[str, Path(description="the endpoint")], request: Request) -> Response:
-            """Answers of the endpoint's model for one text or many."""
+        async def predict(
+            name: Annotated[str, Path(description="the endpoint, or ENDPOINT:ADAPTER")], request: Request
+        ) -> Response:
+            """Answers of the endpoint's model, or of one that was added to it, for one text or many."""
             return Handled(lambda scope, receive, send: self.predict(name, scope, receive, send))
 
         @router.get("/healthz", dependencies=[Depends(require("public"))])

@@ -64,11 +64,10 @@ class GenerationPipeline(Lifecycle[Call, _Step]):
         queue: int = 1024,
         takes_tools: bool = True,
     ) -> None:
-        super().__init__(load, engine, {"prompts": self._make_prompts, "answers": self._write})
+        super().__init__(load, engine, LoadedAdapters(engine), {"prompts": self._make_prompts, "answers": self._write})
         self._task = task
         self._tokenizer = tokenizer
         self._engine = engine
-        self._adapters = LoadedAdapters(engine)
         self._most = streams
         self._takes_tools = takes_tools
         self.paces = Paces()
@@ -101,19 +100,9 @@ class GenerationPipeline(Lifecycle[Call, _Step]):
             self._calls.add(call)
             self._changed.notify_all()
 
-    def expire(self, now: float) -> None:
-        """As every pipeline; beside it, adapters that nobody asked for in a long while are given back."""
-        with self._changed:
-            self._adapters.give_back({c.adapter for c in self._calls if c.adapter is not None})
-        super().expire(now)
-
     def _late(self, call: Call, now: float) -> bool:
         """One that has begun is in time, unless it is strict."""
         return super()._late(call, now) and (call.strict or not call.begun)
-
-    def load_adapter(self, folder: str) -> None:
-        """Have an adapter in the engine before it is asked for. Raises ModelError for one that does not fit."""
-        self._adapters.need(folder)
 
     def stats(self) -> dict[str, Any]:
         """Numbers for metrics: places taken in the queue, streams, the engine's own numbers and the paces."""

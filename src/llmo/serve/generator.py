@@ -14,6 +14,7 @@ from llmo.serve.ask import Ask, Input
 from llmo.serve.calls import Call, Heard, Part, Usage
 from llmo.serve.generation import GenerationPipeline
 from llmo.serve.session import GenerationSession as Session
+from llmo.specs import adapter_bytes
 from llmo.tasks.card import load_task, load_tokenizer, read_golden
 from llmo.types import Device
 
@@ -33,6 +34,7 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
     options = GenerationOptions(
         streams=spec["streams"],
         cache_bytes=spec["cache_mib"] << 20,
+        adapter_bytes=adapter_bytes(spec, generates=True),
         context=spec["context"],
         precision=card["precision"],
     )

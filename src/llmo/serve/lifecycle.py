@@ -10,14 +10,17 @@ from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from llmo.errors import DeadlineError, JobFailed, LLMOError, UnreachableError
+from llmo.serve.loaded import LoadedAdapters
 
 _log = logging.getLogger("llmo.serve")
 
 
 class Open(Protocol):
-    """A call; `deadline` is in unix seconds, and it is `over` once nobody waits for it."""
+    """A call; `deadline` is in unix seconds, and it is `over` once nobody waits for it. `adapter` is the folder of what
+    answers it, if it is not the model itself."""
 
     deadline: float
+    adapter: str | None
     over: bool
 
 
@@ -37,13 +40,21 @@ class Lifecycle(ABC, Generic[C, W]):
     """From `start` to `close`; every call that was accepted is ended once, whatever happens.
 
     The engine belongs to one thread, which loads it, works with it until `_stopping`, and closes it. What it gives goes
-    through `_work` to the thread that answers; None there is the end. `cancel`, `expire` and `drain` may be called from
-    any thread, and so must be `_end`. `broken` says what makes the replica of no use.
+    through `_work` to the thread that answers; None there is the end. `cancel`, `expire`, `load_adapter` and `drain`
+    may be called from any thread, and so must be `_end`. `broken` says what makes the replica of no use.
     """
 
-    def __init__(self, load: Callable[[], None], engine: Closes, threads: Mapping[str, Callable[[], None]]) -> None:
-        """`load` loads the engine; `threads` by name, those beside the engine's own."""
+    def __init__(
+        self,
+        load: Callable[[], None],
+        engine: Closes,
+        adapters: LoadedAdapters,
+        threads: Mapping[str, Callable[[], None]],
+    ) -> None:
+        """`load` loads the engine, and `adapters` has what it holds beside it; `threads` by name, those beside the
+        engine's own."""
         self._load = load
+        self._adapters = adapters
         self._owned = engine
         self.broken: LLMOError | None = None
         self._changed = threading.Condition()
@@ -80,9 +91,15 @@ class Lifecycle(ABC, Generic[C, W]):
         """Nobody wants the answer any more: what waits leaves the queue, and nothing further is told."""
         self._end(call, None)
 
+    def load_adapter(self, folder: str) -> None:
+        """Have an adapter in the engine before it is asked for. Raises ModelError for one that does not fit."""
+        self._adapters.need(folder)
+
     def expire(self, now: float) -> None:
-        """Answer every call that is late, whether it waits or runs; `now` in unix seconds."""
+        """Answer every call that is late, whether it waits or runs; `now` in unix seconds. Beside it, adapters that
+        nobody asked for in a long while are given back."""
         with self._changed:
+            self._adapters.give_back({call.adapter for call in self._calls if call.adapter is not None})
             late = [call for call in self._calls if self._late(call, now)]
         for call in late:
             self._end(call, too_late())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, cast
+from typing import Protocol, cast
 
 from llmo import plugins
-from llmo.engines.generation import AdapterEngine, GenerationEngine
+from llmo.engines.base import TakesAdapters
 from llmo.errors import LLMOError, ModelError
 
 _ABILITY = "adapters"
@@ -17,11 +17,34 @@ _IDLE_SECONDS = 600.0
 _LOOK_SECONDS = 10.0
 
 
-class LoadedAdapters:
-    """What is not loaded yet is loaded by whoever needs it, so a replica that was started again needs no telling."""
+class Able(Protocol):
+    """An engine of either kind."""
 
-    def __init__(self, engine: GenerationEngine, idle_seconds: float = _IDLE_SECONDS) -> None:
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def abilities(self) -> frozenset[str]: ...
+
+
+class LoadedAdapters:
+    """What is not loaded yet is loaded by whoever needs it, so a replica that was started again needs no telling.
+
+    `kind` is the entry point group of the engine, where others of its kind are found; `check` says of a folder what the
+    engine does not know, and raises ModelError.
+    """
+
+    def __init__(
+        self,
+        engine: Able,
+        kind: str = "llmo.generators",
+        *,
+        check: Callable[[Path], None] = lambda _: None,
+        idle_seconds: float = _IDLE_SECONDS,
+    ) -> None:
         self._engine = engine
+        self._kind = kind
+        self._check = check
         self._idle_seconds = idle_seconds
         self._lock = threading.Lock()
         self._used: dict[str, float] = {}
@@ -36,12 +59,13 @@ class LoadedAdapters:
             raise ModelError(
                 f"the {self._engine.name} engine takes no adapters",
                 hint="deploy the model as it was trained, or a variant for an engine that takes them: "
-                f"{', '.join(_able()) or 'none is installed'}",
+                f"{', '.join(plugins.takes_adapters(self._kind)) or 'none is installed'}",
             )
         with self._lock:
             if folder not in self._used:
                 try:
-                    cast(AdapterEngine, self._engine).add_adapter(folder, Path(folder))
+                    self._check(Path(folder))
+                    cast(TakesAdapters, self._engine).add_adapter(folder, Path(folder))
                 except LLMOError:
                     raise
                 except Exception as error:  # an engine is a plugin, and its library raises what it likes
@@ -60,19 +84,6 @@ class LoadedAdapters:
             self._used |= dict.fromkeys(self._used.keys() & set(busy), now)
             for folder in [folder for folder, used in self._used.items() if now - used > self._idle_seconds]:
                 del self._used[folder]
-                cast(AdapterEngine, self._engine).remove_adapter(folder)
+                cast(TakesAdapters, self._engine).remove_adapter(folder)
         finally:
             self._lock.release()
-
-
-def _able() -> list[str]:
-    """The installed engines that take adapters."""
-    found = []
-    for name in plugins.names("llmo.generators"):
-        try:
-            engine: Any = plugins.load("llmo.generators", name)
-        except LLMOError:
-            continue
-        if _ABILITY in engine.abilities:
-            found.append(name)
-    return found

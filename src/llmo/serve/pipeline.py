@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from queue import Empty
 from typing import Any, cast
 
@@ -25,7 +27,9 @@ from llmo.serve.batcher import Batcher, Item
 from llmo.serve.embedding import Input
 from llmo.serve.gauge import Gauge
 from llmo.serve.lifecycle import Lifecycle, too_late
+from llmo.serve.loaded import LoadedAdapters
 from llmo.tasks.base import Encoding, Logits, Task
+from llmo.tasks.card import load_task
 
 LONGEST_TEXT = 1 << 20  # bytes of UTF-8
 _CHUNK = 32  # texts tokenised at once: enough for the tokeniser, few enough that the engine starts early
@@ -40,7 +44,8 @@ class Call:
     """One predict call. `done` hears once: the JSON list of answers, or the error; in the thread that knows it.
 
     `deadline` is in unix seconds. A call whose answer nobody wants any more is `over`. With `embed` the answers are
-    embeddings, and a text may be token ids as well.
+    embeddings, and a text may be token ids as well. `adapter` is the folder of the model on the same trunk that answers
+    instead. A `test` is the replica's own, for which the queue is never full.
     """
 
     texts: Sequence[Input]
@@ -48,6 +53,8 @@ class Call:
     done: Done
     logits: bool = False
     embed: bool = False
+    adapter: str | None = None
+    test: bool = False
     over: bool = False
     arrived: float = 0.0
     left: int = 0
@@ -66,6 +73,7 @@ class _Text:
     call: Call
     index: int
     encoding: Encoding
+    task: Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +100,10 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
         *,
         queue: int = 1024,
         batcher: Batcher | None = None,
+        check_adapter: Callable[[Path], None] = lambda _: None,
     ) -> None:
-        super().__init__(load, engine, {"texts": self._encode_and_answer})
+        adapters = LoadedAdapters(engine, "llmo.engines", check=check_adapter)
+        super().__init__(load, engine, adapters, {"texts": self._encode_and_answer})
         self._task = task
         self._tokenizer = tokenizer
         self._engine = engine
@@ -114,7 +124,7 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
             )
         with self._changed:
             self._check_accepting()
-            if self._waiting + count > self.queue:
+            if self._waiting + count > self.queue and not call.test:
                 wanted = max(self._waiting + count - self.queue, self._waiting // 2)
                 wait = max(_SHORTEST_WAIT, self.gauge.seconds_for(wanted))
                 raise BusyError(
@@ -170,21 +180,30 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                 if isinstance(item, tuple):
                     fresh += [(item[0], i) for i in range(item[1], min(item[1] + _CHUNK, len(item[0].texts)))]
             for start in range(0, len(fresh), _CHUNK):
-                self._encode(fresh[start : start + _CHUNK])
+                self._encode([(call, i) for call, i in fresh[start : start + _CHUNK] if not call.over])
             if None in work:
                 return
 
     def _encode(self, places: Sequence[tuple[Call, int]]) -> None:
-        wanted = [(call, i) for call, i in places if not call.over]
-        encoded = self._encodings([call.texts[i] for call, i in wanted])
+        """Let the texts stand in line, each as the model that answers it sees it."""
         ready: list[Item] = []
-        for (call, i), found in zip(wanted, encoded, strict=True):
-            encoding = embedding.whole(found, self._task.max_length) if call.embed else found
-            if isinstance(encoding, LLMOError):
-                encoding.where = call.where(i)
-                self._end(call, encoding)
-            else:
-                ready.append(Item(len(encoding.input_ids), call.deadline, _Text(call, i, encoding)))
+        for adapter in dict.fromkeys(call.adapter for call, _ in places):
+            wanted = [(call, i) for call, i in places if call.adapter == adapter]
+            try:
+                task = self._task_of(adapter)
+            except LLMOError as error:
+                for call, _ in wanted:
+                    self._end(call, error)
+                continue
+            for (call, i), found in zip(
+                wanted, self._encodings(task, [call.texts[i] for call, i in wanted]), strict=True
+            ):
+                encoding = embedding.whole(found, task.max_length) if call.embed else found
+                if isinstance(encoding, LLMOError):
+                    encoding.where = call.where(i)
+                    self._end(call, encoding)
+                else:
+                    ready.append(Item(len(encoding.input_ids), call.deadline, _Text(call, i, encoding, task)))
         with self._changed:
             for item in ready:
                 text: _Text = item.payload
@@ -193,14 +212,19 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                     self._batcher.add(item)
             self._changed.notify_all()
 
-    def _encodings(self, texts: Sequence[Input]) -> Sequence[Encoding | LLMOError]:
-        if not texts:
-            return []
+    def _task_of(self, adapter: str | None) -> Task:
+        """The task of the model that answers, which is loaded if it is not there yet."""
+        if adapter is None:
+            return self._task
+        self._adapters.need(adapter)
+        return _further_task(adapter)
+
+    def _encodings(self, task: Task, texts: Sequence[Input]) -> Sequence[Encoding | LLMOError]:
         try:
-            return embedding.encode(self._task, self._tokenizer, texts)
+            return embedding.encode(task, self._tokenizer, texts)
         except Exception as error:  # the Rust library raises what it likes; only the text at fault may suffer
             if len(texts) > 1:
-                return [encoding for text in texts for encoding in self._encodings([text])]
+                return [encoding for text in texts for encoding in self._encodings(task, [text])]
             _log.warning("a text could not be tokenised: %s", error)
             return [InputError("the text cannot be tokenised", hint="check it for unusual characters")]
 
@@ -226,7 +250,7 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
     def _answer_one(self, text: _Text, logits: Logits) -> bytes:
         if text.call.embed:
             return embedding.answer(logits, text.encoding)
-        answer = self._task.answer(logits, text.encoding, str(text.call.texts[text.index]))
+        answer = text.task.answer(logits, text.encoding, str(text.call.texts[text.index]))
         answer["tokens"] = text.encoding.length
         if text.call.logits:
             answer |= {"logits": logits.tolist(), "input_ids": list(text.encoding.input_ids)}
@@ -257,7 +281,9 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                 self._work.put(ran)
 
     def _run(self, items: Sequence[Item]) -> Sequence[Logits | LLMOError]:
-        requests = [Request(n, item.payload.encoding.input_ids) for n, item in enumerate(items)]
+        requests = [
+            Request(n, item.payload.encoding.input_ids, item.payload.call.adapter) for n, item in enumerate(items)
+        ]
         embed = items[0].payload.call.embed
         try:
             run = cast(Embedder, self._engine).embed if embed else self._engine.run
@@ -294,6 +320,11 @@ def _alike(batch: Sequence[Item]) -> list[list[Item]]:
     """Logits and embeddings are different outputs of the engine: a batch of both is run as two."""
     kinds = [[item for item in batch if item.payload.call.embed is embed] for embed in (False, True)]
     return [items for items in kinds if items]
+
+
+@lru_cache(1024)
+def _further_task(folder: str) -> Task:
+    return load_task(Path(folder))
 
 
 def check_text(text: object, where: str) -> None:

@@ -3,21 +3,24 @@
 On connection the replica says hello: `{"hello": 1, "deadline_seconds": s}`. Then, multiplexed by `id`:
 `{"id", "op": "predict", "texts", "deadline" (unix seconds or null), "logits", "tenant"}` is answered
 `{"id", "answers": [...]}`, and so is `{"id", "op": "embed", "texts" (strings or lists of token ids), "deadline",
-"tenant"}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant", "adapter" (its folder, or null)}` is
-answered `{"id", "delta": [Part.to_json(), ...]}` any number of times and then `{"id", "done": Usage.to_json()}`; either
-may be answered `{"id", "error": LLMOError.to_json()}`, which ends it. `{"op": "cancel", "id"}` has no answer;
-`{"id", "op": "stats"}` is answered `{"id", "stats": {...}}`, and `{"id", "op": "adapter", "folder"}`, which loads one,
-`{"id", "loaded": folder}` or an error.
+"tenant"}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant"}` is answered
+`{"id", "delta": [Part.to_json(), ...]}` any number of times and then `{"id", "done": Usage.to_json()}`; all may name
+what answers instead of the model, as `"adapter": folder`, and may be answered `{"id", "error": LLMOError.to_json()}`,
+which ends them. `{"op": "cancel", "id"}` has no answer; `{"id", "op": "stats"}` is answered `{"id", "stats": {...}}`,
+and `{"id", "op": "adapter", "folder"}`, which loads one, `{"id", "loaded": folder}` or an error.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from typing import Any, cast
 
 from llmo.errors import DeadlineError, LLMOError, TooLargeError, UnreachableError, from_json
@@ -50,6 +53,20 @@ def socket_path(address: str) -> str:
     if not address.startswith(SCHEME):
         raise UnreachableError(f"'{address}' is not the address of a replica", hint="it looks like unix:/path")
     return address.removeprefix(SCHEME)
+
+
+def mark_used(path: str) -> None:
+    """A call came to the replica that listens there, or left it: its socket's time says so to every process."""
+    with suppress(OSError):  # it is leaving, and its socket is gone
+        os.utime(path)
+
+
+def last_used(address: str) -> float:
+    """When a call last came to a replica or left it, in seconds of the monotonic clock; 0 when it is gone."""
+    try:
+        return time.monotonic() - max(0.0, time.time() - Path(socket_path(address)).stat().st_mtime)
+    except OSError:
+        return 0.0
 
 
 def _measured(data: bytes) -> bytes:
@@ -221,14 +238,16 @@ class Link(Frames):
 
 
 def predict_once(
-    address: str, texts: Sequence[str], *, logits: bool = False, timeout: float = 300.0
+    address: str, texts: Sequence[str], *, logits: bool = False, adapter: str | None = None, timeout: float = 300.0
 ) -> list[dict[str, Any]]:
-    """Ask a replica without a gateway and without an event loop: one connection, one call, its answers.
+    """Ask a replica without a gateway and without an event loop: one connection, one call, its answers; `adapter` is
+    the folder of what answers instead of its model.
 
     Raises UnreachableError when it is not there or goes away, DeadlineError after `timeout` seconds, and what
     the replica raises.
     """
-    body = {"op": "predict", "texts": list(texts), "deadline": time.time() + timeout, "logits": logits}
+    body: dict[str, Any] = {"op": "predict", "texts": list(texts), "deadline": time.time() + timeout, "logits": logits}
+    body["adapter"] = adapter
     answers: list[dict[str, Any]] = _once(address, body, timeout)["answers"]
     return answers
 

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
 from llmo.kernel.paging import Use
-from llmo.serve.adapters import Ready
+from llmo.serve.adapters import Ready, missing
 from llmo.serve.ask import Ask
-from llmo.serve.protocol import Link, ReplicaGone
+from llmo.serve.connection import Replica, stats_of
+from llmo.serve.protocol import ReplicaGone, frame, last_used
 from llmo.serve.stream import Stream
 from llmo.serve.waking import Waking, patience
 from llmo.types import Adapter, Endpoint
@@ -23,7 +24,6 @@ from llmo.types import Adapter, Endpoint
 T = TypeVar("T")
 
 _TRIES = 3  # replicas asked for one request before it fails
-_STATS_SECONDS = 1.0
 _log = logging.getLogger("llmo.serve")
 
 
@@ -43,51 +43,7 @@ class Generating:
     stream: Stream
 
 
-class Replica:
-    """One address, and the connection to it while there is one."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.outstanding = 0
-        self._link: Link | None = None
-        self._connecting = asyncio.Lock()
-
-    async def call(self, body: Mapping[str, Any]) -> Any:
-        """As `Link.call`, over a connection made anew when the last one ended. Raises ReplicaGone."""
-        self.outstanding += 1  # before the connection is there, so that a burst is divided as well
-        try:
-            return await (await self._connected()).call(body)
-        finally:
-            self.outstanding -= 1
-
-    async def open(self, body: Mapping[str, Any]) -> Stream:
-        """As `Link.open`, once the first frame is there; raises what came instead of it."""
-        self.outstanding += 1
-        try:
-            stream = (await self._connected()).open(body, self._ended)
-        except BaseException:
-            self._ended()
-            raise
-        try:
-            await stream.begun()
-        except BaseException:
-            stream.close()
-            raise
-        return stream
-
-    async def _connected(self) -> Link:
-        if self._link is None or self._link.closed:
-            async with self._connecting:
-                if self._link is None or self._link.closed:
-                    self._link = await Link.connect(self.address)
-        return self._link
-
-    def _ended(self) -> None:
-        self.outstanding -= 1
-
-    def close(self) -> None:
-        if self._link is not None:
-            self._link.close()
+Call = Callable[[Replica, Mapping[str, Any]], Awaitable[T]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +128,14 @@ class Router:
             self.ready = True
 
     def use(self, name: str, address: str) -> Use:
-        """How the replica of an endpoint is used, for whoever decides which one gives way; any thread may ask."""
+        """How the replica of an endpoint is used, for whoever decides which one gives way; any thread may ask. `at`
+        counts those too who ask it without this router."""
         target, replica = self._table.get(name), self._replicas.get(address)
         asked = self._asked.get(name, _Asked())
         if replica is None:
             return Use(asked=asked.now, at=asked.at)
-        return Use(target is not None and replica in target.replicas, asked.now, replica.outstanding, asked.at)
+        at = max(asked.at, last_used(address))
+        return Use(target is not None and replica in target.replicas, asked.now, replica.outstanding, at)
 
     def endpoints(self) -> list[Endpoint]:
         """What the table holds, by name."""
@@ -201,10 +159,7 @@ class Router:
         known = self._table[name].adapters if colon and name in self._table else None
         if known is None:
             await self._find(name)
-        raise NotFoundError(
-            f"the endpoint '{name}' has no adapter '{adapter}'{nearest(adapter, sorted(known or ()))}",
-            hint=f"it has: {', '.join(sorted(known)) if known else 'none'}",
-        )
+        raise missing(name, adapter, known or ())
 
     def _named(self, model: str) -> tuple[str, str | None] | None:
         if model in self._table:
@@ -230,24 +185,26 @@ class Router:
         name: str,
         texts: Sequence[str],
         *,
+        adapter: str | None = None,
         deadline: float | None = None,
         logits: bool = False,
         tenant: str = "",
     ) -> Reply:
-        """Answers of the endpoint's model; `deadline` in unix seconds, None for the endpoint's own.
+        """Answers of the endpoint's model, or of one of its adapters; `deadline` in unix seconds, None for the
+        endpoint's own.
 
         Raises NotFoundError, UnreachableError, and what the replica raises (BusyError, DeadlineError, InputError).
         A call whose replica goes before it answers is sent once more to another one: predicting twice is harmless.
         """
         body = {"op": "predict", "texts": texts, "deadline": deadline, "logits": logits, "tenant": tenant}
-        model, answers = await self._ask(name, lambda replica: replica.call(body), len(texts), deadline)
-        return Reply(model, answers)
+        return Reply(*await self._send(name, adapter, body, Replica.call, len(texts), deadline))
 
-    async def embed(self, name: str, inputs: Sequence[str | Sequence[int]], *, tenant: str = "") -> Reply:
+    async def embed(
+        self, name: str, inputs: Sequence[str | Sequence[int]], *, adapter: str | None = None, tenant: str = ""
+    ) -> Reply:
         """Embeddings of texts or token ids, each `{"embedding": base64 of float32, "tokens"}`. Raises as `predict`."""
         body = {"op": "embed", "texts": inputs, "deadline": None, "tenant": tenant}
-        model, answers = await self._ask(name, lambda replica: replica.call(body), len(inputs))
-        return Reply(model, answers)
+        return Reply(*await self._send(name, adapter, body, Replica.call, len(inputs)))
 
     async def generate(
         self, name: str, ask: Ask, *, adapter: str | None = None, tenant: str = "", deadline: float | None = None
@@ -255,23 +212,34 @@ class Router:
         """The beginning of an answer of the endpoint's model, or of one of its adapters. Raises as `predict`; once it
         has begun, a replica that goes ends the stream with ReplicaGone, for nobody else can go on with it."""
         body = {"op": "generate", "ask": ask.to_json(), "deadline": deadline, "tenant": tenant}
+        return Generating(*await self._send(name, adapter, body, Replica.open, ask.choices, deadline))
+
+    async def _send(
+        self,
+        name: str,
+        adapter: str | None,
+        body: Mapping[str, Any],
+        send: Call[T],
+        size: int,
+        deadline: float | None = None,
+    ) -> tuple[str, T]:
+        """The version that answers, the endpoint's model or an adapter's, and what it says."""
         if adapter is None:
-            answer = await self._ask(name, lambda replica: replica.open(body), ask.choices, deadline)
-            return Generating(*answer)
+            return await self._ask(name, body, send, size, deadline)
         answering: list[Ready] = []
 
-        async def opened(replica: Replica) -> Stream:
+        async def sent(replica: Replica, body: Mapping[str, Any]) -> T:
             ready = self._table[name].adapters.get(adapter)  # of the very table that named the replica
             if ready is None:
                 raise NotFoundError(f"the endpoint '{name}' has no adapter '{adapter}' any more")
             answering[:] = [ready]
-            return await replica.open({**body, "adapter": ready.folder})
+            return await send(replica, {**body, "adapter": ready.folder})
 
-        _, stream = await self._ask(name, opened, ask.choices, deadline)
-        return Generating(answering[0].adapter.model_ref, stream)
+        _, said = await self._ask(name, body, sent, size, deadline)
+        return answering[0].adapter.model_ref, said
 
     async def _ask(
-        self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int = 1, deadline: float | None = None
+        self, name: str, body: Mapping[str, Any], ask: Call[T], size: int, deadline: float | None
     ) -> tuple[str, T]:
         """As `_answer`, while the endpoint is known to be asked; `size` is what it counts while it waits for one."""
         if name not in self._table:
@@ -279,13 +247,13 @@ class Router:
         asked = self._asked.setdefault(name, _Asked())
         asked.now += 1
         try:
-            return await self._answer(name, ask, size, deadline)
+            return await self._answer(name, body, ask, size, deadline)
         finally:
             asked.now -= 1
             asked.at = time.monotonic()
 
     async def _answer(
-        self, name: str, ask: Callable[[Replica], Awaitable[T]], size: int, deadline: float | None
+        self, name: str, body: Mapping[str, Any], ask: Call[T], size: int, deadline: float | None
     ) -> tuple[str, T]:
         """What the least busy replica says to `ask`, or another one when it is gone or full; and its model."""
         tried: list[Replica] = []
@@ -296,7 +264,7 @@ class Router:
             replica = min((r for r in target.replicas if r not in tried), key=lambda r: r.outstanding, default=None)
             if replica is None and target.endpoint.rests:
                 deadline = deadline or time.time() + patience(target.endpoint)
-                await self._waking.wait(target.endpoint, size, deadline)
+                await self._waking.wait(target.endpoint, size, len(frame(body)), deadline)
                 tried.clear()
                 continue
             if replica is None and not tried and not looked_again:
@@ -307,7 +275,7 @@ class Router:
             if replica is None:
                 break
             try:
-                return target.model, await ask(replica)
+                return target.model, await ask(replica, body)
             except ReplicaGone as gone:
                 failure = gone
                 tried.append(replica)
@@ -322,7 +290,7 @@ class Router:
     async def stats(self) -> dict[str, list[dict[str, Any]]]:
         """Each endpoint's replicas' numbers; a replica that does not answer in a second is left out."""
         asked = [(name, replica) for name, target in self._table.items() for replica in target.replicas]
-        found = await asyncio.gather(*(_stats_of(replica) for _, replica in asked))
+        found = await asyncio.gather(*(stats_of(replica) for _, replica in asked))
         by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in self._table}
         for (name, _), numbers in zip(asked, found, strict=True):
             if numbers is not None:
@@ -384,13 +352,3 @@ def _unreachable(endpoint: Endpoint, failure: Exception) -> UnreachableError:
         f"no replica of '{endpoint.name}' answers: {failure}",
         hint=f"it is started again by itself when it can be; see `llmo logs {endpoint.job or ''}`".rstrip(),
     )
-
-
-async def _stats_of(replica: Replica) -> dict[str, Any] | None:
-    try:
-        async with asyncio.timeout(_STATS_SECONDS):
-            answer = await replica.call({"op": "stats"})
-    except (ReplicaGone, TimeoutError):
-        return None
-    numbers: dict[str, Any] = answer["stats"]
-    return numbers

@@ -15,7 +15,7 @@ from llmo.errors import InputError, LLMOError, ModelError
 from llmo.serve import calls
 from llmo.serve.ask import Ask, Input
 from llmo.serve.pipeline import Call, check_text
-from llmo.serve.protocol import VERSION, Frames, answers_frame, error_frame, frame
+from llmo.serve.protocol import VERSION, Frames, answers_frame, error_frame, frame, mark_used
 
 _log = logging.getLogger("llmo.serve")
 UNSENT_EVENTS = 20_000  # a gateway that reads nothing for so long is stuck, and is cut off
@@ -36,13 +36,9 @@ class Served(Protocol):
 
     def drain(self, timeout: float) -> bool: ...
 
-    def stats(self) -> dict[str, Any]: ...
-
-
-class Generates(Served, Protocol):
-    """A pipeline that takes adapters."""
-
     def load_adapter(self, folder: str) -> None: ...
+
+    def stats(self) -> dict[str, Any]: ...
 
 
 class Session(Frames):
@@ -62,6 +58,7 @@ class Session(Frames):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self._sessions.add(self)
+        self._path: str = transport.get_extra_info("sockname")
         self.transport.write(frame({"hello": VERSION, "deadline_seconds": self._deadline_seconds}))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -75,6 +72,7 @@ class Session(Frames):
         number = body["id"]
         match body["op"]:
             case "predict" | "generate" | "embed":
+                mark_used(self._path)
                 try:
                     call = self.call(body["op"], number, body)
                     self._calls[number] = call
@@ -103,11 +101,24 @@ class Session(Frames):
         raise NotImplementedError
 
     def load_adapter(self, number: int, folder: str) -> None:
-        self.transport.write(error_frame(number, InputError("a model that does not generate takes no adapters")))
+        loading = self._loop.run_in_executor(None, self._pipeline.load_adapter, folder)
+
+        def tell(done: asyncio.Future[None]) -> None:
+            if done.cancelled() or self.transport.is_closing():
+                return
+            error = done.exception()
+            if error is None:
+                self.transport.write(frame({"id": number, "loaded": folder}))
+                return
+            known = error if isinstance(error, LLMOError) else ModelError(f"the adapter cannot be loaded: {error}")
+            self.transport.write(error_frame(number, known))
+
+        loading.add_done_callback(tell)
 
     def answer(self, number: int, data: bytes) -> None:
         """The last frame of a call; nothing is sent for one that was cancelled."""
         self.forget(number)
+        mark_used(self._path)
         if not self.transport.is_closing():
             self.transport.write(data)
 
@@ -131,7 +142,14 @@ class EncoderSession(Session):
         def done(outcome: bytes | LLMOError) -> None:
             self._loop.call_soon_threadsafe(self._done, number, outcome)
 
-        return Call(body["texts"], self.deadline(body), done, logits=body.get("logits", False), embed=op == "embed")
+        return Call(
+            body["texts"],
+            self.deadline(body),
+            done,
+            logits=body.get("logits", False),
+            embed=op == "embed",
+            adapter=body.get("adapter"),
+        )
 
     def _done(self, number: int, outcome: bytes | LLMOError) -> None:
         if number not in self._calls:
@@ -150,9 +168,8 @@ class GenerationSession(Session):
     read, it waits here, bounded by what the calls in flight can say and by UNSENT_EVENTS.
     """
 
-    def __init__(self, pipeline: Generates, deadline_seconds: float, sessions: set[Session]) -> None:
+    def __init__(self, pipeline: Served, deadline_seconds: float, sessions: set[Session]) -> None:
         super().__init__(pipeline, deadline_seconds, sessions)
-        self._generating = pipeline
         self._heard: deque[tuple[int, calls.Heard]] = deque()
         self._due = False
         self._paused = False
@@ -195,21 +212,6 @@ class GenerationSession(Session):
             tenant=body.get("tenant", ""),
             adapter=body.get("adapter"),
         )
-
-    def load_adapter(self, number: int, folder: str) -> None:
-        loading = self._loop.run_in_executor(None, self._generating.load_adapter, folder)
-
-        def tell(done: asyncio.Future[None]) -> None:
-            if done.cancelled() or self.transport.is_closing():
-                return
-            error = done.exception()
-            if error is None:
-                self.transport.write(frame({"id": number, "loaded": folder}))
-                return
-            known = error if isinstance(error, LLMOError) else ModelError(f"the adapter cannot be loaded: {error}")
-            self.transport.write(error_frame(number, known))
-
-        loading.add_done_callback(tell)
 
     def forget(self, number: int) -> Any:
         self._whole.pop(number, None)

@@ -1,4 +1,4 @@
-"""Requests to endpoints that are asleep: they wait until the endpoint is up, bounded in number and in time."""
+"""Requests to endpoints that are asleep: they wait until the endpoint is up, bounded in number, bytes and time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from llmo.errors import BusyError, DeadlineError
 from llmo.types import Endpoint
 
 _DEADLINE_SECONDS, _PLACES = 30.0, 1024  # of an endpoint that does not say
+_MOST_BYTES = 64 << 20  # of all requests that wait, as JSON: a thousand places alone would hold gigabytes
 _SUPPOSED_SECONDS = 5.0  # that waking takes, before it was measured
 
 
@@ -32,27 +33,28 @@ class Waking:
         self._woken = woken
         self._lines: dict[str, _Line] = {}
         self._took: dict[str, float] = {}
+        self._bytes = 0
 
     def __contains__(self, name: str) -> bool:
         """Whether requests wait for that endpoint; any thread may ask."""
         return name in self._lines
 
-    async def wait(self, endpoint: Endpoint, size: int, deadline: float) -> None:
-        """Until `heard` says that it sleeps no more, for a call of `size` texts or prompts; `deadline` in unix seconds.
+    async def wait(self, endpoint: Endpoint, size: int, length: int, deadline: float) -> None:
+        """Until `heard` says that it sleeps no more, for a call of `size` texts or prompts and `length` bytes;
+        `deadline` in unix seconds.
 
         Raises BusyError when too many wait, DeadlineError when it takes too long (it goes on waking then).
         """
         name, places = endpoint.name, int(endpoint.deploy.get("queue", _PLACES))
-        first = name not in self._lines
-        line = self._lines.setdefault(name, _Line())
+        line = self._lines.get(name) or _Line()
         if line.size and line.size + size > places:
-            wait = self._took.get(name, _SUPPOSED_SECONDS)
-            raise BusyError(
-                f"the endpoint '{name}' is waking, and {line.size} texts or prompts wait for it",
-                hint=f"send it again in {wait:.1f} s",
-                retry_after=round(wait, 3),
-            )
+            raise self._busy(name, f"{line.size} texts or prompts wait for it")
+        if self._bytes and self._bytes + length > _MOST_BYTES:
+            raise self._busy(name, f"requests of {self._bytes >> 20} MiB wait for this and other endpoints")
+        first = name not in self._lines
+        self._lines[name] = line
         line.size += size
+        self._bytes += length
         try:
             async with asyncio.timeout(max(0.0, deadline - time.time())):
                 if first:
@@ -65,8 +67,17 @@ class Waking:
             ) from None
         finally:
             line.size -= size
+            self._bytes -= length
             if line.size == 0 and self._lines.get(name) is line:
                 del self._lines[name]
+
+    def _busy(self, name: str, what: str) -> BusyError:
+        wait = self._took.get(name, _SUPPOSED_SECONDS)
+        return BusyError(
+            f"the endpoint '{name}' is waking, and {what}",
+            hint=f"send it again in {wait:.1f} s",
+            retry_after=round(wait, 3),
+        )
 
     def heard(self, endpoints: Mapping[str, Endpoint]) -> None:
         """How the endpoints are now: those who wait for one that sleeps no more, or is gone, go on."""

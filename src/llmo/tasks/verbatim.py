@@ -8,13 +8,14 @@ is turned into tokens without the mark and without special tokens. What spells n
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from llmo.errors import InputError
 from llmo.tasks.template import Messages
@@ -69,7 +70,7 @@ class Verbatim:
         for number, (begin, end) in [*zip(found.ids, found.offsets, strict=True), (None, (len(text), len(text)))]:
             if number is not None and number not in special:
                 continue
-            for own, stop in self._between(tokenizer, text[done:begin], special):
+            for own, stop in self._between(tokenizer, text[done:begin], special, first=done == 0):
                 ids.append(own)
                 ends.append(done + stop)
             if number is not None:
@@ -78,8 +79,11 @@ class Verbatim:
             done = end
         return ids, np.array(ends, np.int64)
 
-    def _between(self, tokenizer: Tokenizer, text: str, special: Mapping[int, str]) -> list[tuple[int, int]]:
-        """The tokens of what stands between two special ones, and where each ends in it, marks counted.
+    def _between(
+        self, tokenizer: Tokenizer, text: str, special: Mapping[int, str], *, first: bool
+    ) -> list[tuple[int, int]]:
+        """The tokens of what stands between two special ones (before them all: `first`), and where each ends in it,
+        marks counted.
 
         Where the vocabulary itself knows a spelling (Unigram and WordLevel models may), it is read letter by letter.
         """
@@ -87,18 +91,42 @@ class Verbatim:
         plain = self.plain(text)
         tokenizer.encode_special_tokens = True  # as text
         try:
-            found = _encoded(tokenizer, plain, 0)
+            found = _encoded(tokenizer, plain, 0, first)
             if any(own in special and special[own] in plain for own, _ in found):
-                found = [one for place, letter in enumerate(plain) for one in _encoded(tokenizer, letter, place)]
+                found = [
+                    one
+                    for place, letter in enumerate(plain)
+                    for one in _encoded(tokenizer, letter, place, first and place == 0)
+                ]
         finally:
             tokenizer.encode_special_tokens = False
         return [(own, kept[end - 1] + 1 if end else 0) for own, end in found]
 
 
-def _encoded(tokenizer: Tokenizer, text: str, begin: int) -> list[tuple[int, int]]:
-    """Each token and where it ends in a text that begins at `begin`."""
-    found = tokenizer.encode(text, add_special_tokens=False)
+def _encoded(tokenizer: Tokenizer, text: str, begin: int, first: bool) -> list[tuple[int, int]]:
+    """Each token and where it ends in a text that begins at `begin`; `first`: nothing stands before it."""
+    with nullcontext() if first else _going_on(tokenizer):
+        found = tokenizer.encode(text, add_special_tokens=False)
     return [(own, begin + end) for own, (_, end) in zip(found.ids, found.offsets, strict=True)]
+
+
+@contextmanager
+def _going_on(tokenizer: Tokenizer) -> Iterator[None]:
+    """Where a text goes on, a tokeniser that writes a space before the first word of all writes none."""
+    steps: Any = tokenizer.pre_tokenizer
+    several = isinstance(steps, pre_tokenizers.Sequence)
+    spaces = [
+        step
+        for step in (steps if several else [steps])
+        if isinstance(step, pre_tokenizers.Metaspace) and step.prepend_scheme == "first"
+    ]
+    for space in spaces:
+        space.prepend_scheme = "never"
+    try:
+        yield
+    finally:
+        for space in spaces:
+            space.prepend_scheme = "first"
 
 
 def _texts(value: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from llmo.errors import ModelError, nearest
 
 # Surely known: for these the check costs no import of transformers, which brings torch.
 COMMON = {"bert", "roberta", "xlm-roberta", "distilbert", "electra", "camembert", "deberta-v2", "mpnet", "modernbert"}
+
+_WRITERS = ("ForCausalLM", "LMHeadModel")
 
 
 def check_config(folder: Path) -> dict[str, Any]:
@@ -44,6 +47,12 @@ def _known(kind: str, folder: Path) -> None:
             hint="the installed transformers does not know it: upgrade it, or take another model",
             where=str(folder),
         )
+
+
+def writes_text(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture has a language model's head, or does not say."""
+    named = config.get("architectures") or []
+    return not named or any(str(name).endswith(_WRITERS) for name in named)
 
 
 def _read(path: Path, folder: Path) -> dict[str, Any]:

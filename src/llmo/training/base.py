@@ -37,7 +37,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     source = str(spec["source"])
     ctx.report(0, 3, phase="find")
     folder = _find(source, spec.get("uploads"))
-    _unchanged(folder, spec.get("source_digest"))
+    unchanged(folder, spec.get("source_digest"))
     file = gguf_source.find(folder)
     if file is None:
         return _bring(source, folder, None, out, ctx)
@@ -130,7 +130,8 @@ def _find(source: str, uploads: str | None) -> Path:
     return folder
 
 
-def _unchanged(folder: Path, promised: str | None) -> None:
+def unchanged(folder: Path, promised: str | None) -> None:
+    """Raises DataError when a source is not what it was when its import was asked for."""
     if promised is not None and sources.fingerprint(folder) != promised:
         raise DataError(
             "the model folder has changed since this was submitted",

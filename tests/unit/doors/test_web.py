@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -14,9 +15,11 @@ from llmo.doors import web
 from llmo.doors.api import create_app
 from llmo.settings import Settings
 from llmo.system import System
+from llmo.types import Artifact, Kind
 from support.browser import CHROMIUM, Browser
 from support.chatting import VERSION, Place, chat_place
 from support.serving import eventually
+from support.tiny_chat import tiny_adapter
 
 FILES = sorted(web.pages())
 ENTER = 13
@@ -206,6 +209,50 @@ def test_two_endpoints_answer_the_same_conversation_and_the_better_one_goes_on(p
     assert (mended.kind, mended.correction) == ("correction", "What it should have said")
     assert mended.answers[0]["content"] == second.answers[0]["content"]
     assert page.problems == []
+
+
+@pytest.fixture
+def formal(place: Place, tmp_path: Path) -> Iterator[Artifact]:
+    """A model whose adapter is `assistant:formal`."""
+    tiny_adapter(tmp_path / "formal" / "adapter")
+    store = place.system.store
+    made = store.catalog.publish(Kind.MODEL, "formal", tmp_path / "formal", {}, job=None, inputs={})
+    store.adapters.add("assistant", "formal", model=made.digest, model_ref=made.ref, base="sha256:3")
+    yield made
+    store.adapters.remove("assistant", "formal")
+
+
+@needs_browser
+def test_adapters_are_offered_answer_and_are_compared_with_their_own_endpoint(
+    page: Browser, place: Place, formal: Artifact
+) -> None:
+    before = len(place.system.feedback())
+    headers = {"authorization": f"Bearer {place.asking}"}
+    eventually(
+        lambda: "formal@1" in httpx.get(f"{place.url}/v1/models", headers=headers, trust_env=False).text,
+        "the gateway knows of it",
+    )
+    press(page, "New chat")
+    page.send("Page.reload")
+    page.until("document.readyState === 'complete' && document.querySelector('.empty') !== null")
+    for field in ("first", "second"):
+        offered = page.js(f"[...{FIELD % field}.options].map(o => o.text.split(',')[0])")
+        assert offered == [f"assistant ({VERSION})", "assistant:formal (formal@1)", f"other ({VERSION})"]
+        fill(page, field, "assistant" if field == "first" else "assistant:formal")
+    if not page.js("document.querySelector('#compare').checked"):
+        page.click("#compare")
+    fill(page, "max_tokens", 8)
+    ask(page, "Hello")
+    page.until(f"document.querySelectorAll('.turn').length === 1 && {DONE}")
+    titles = page.js("[...document.querySelectorAll('.answer h3')].map(h => h.textContent)")
+    assert [title.split(" · ")[:2] for title in titles] == [["assistant", VERSION], ["assistant:formal", "formal@1"]]
+    press(page, "This one is better")
+    page.until("document.querySelector('#status').textContent.includes('Kept')")
+    [kept] = place.system.feedback("assistant")[before:]
+    assert [(a["endpoint"], a["model"]) for a in kept.answers] == [("assistant", VERSION), ("assistant", "formal@1")]
+    assert kept.answers[1]["digest"] == formal.digest
+    assert page.problems == []
+    page.click("#compare")
 
 
 @needs_browser

@@ -16,6 +16,7 @@ from llmo.errors import NeedsError, StorageError
 from llmo.kernel import paging, service
 from llmo.kernel.paging import Use
 from llmo.kernel.placement import make_room
+from llmo.specs import adapter_bytes
 from llmo.store import Store
 from llmo.types import Device, Endpoint, Job, JobState, Kind, Needs, Reason
 from support.kernel import DEVICES, Kernel, alive
@@ -239,6 +240,26 @@ def test_a_service_needs_memory_for_its_weights(kernel: Paged) -> None:
     chat = kernel.store.catalog.publish(Kind.MODEL, "chat", kernel.store.home / "made", card, job=None, inputs={})
     job = kernel.submit("serve", {"endpoint": "b", "cache_mib": 64}, {"model": chat.digest})
     assert job.needs.memory == MIB + chat.size + 64 * MIB
+    with_adapters = {"cache_mib": 64, "adapters_mib": 32}
+    job = kernel.submit("serve", {"endpoint": "c", **with_adapters, "engine": "torch"}, {"model": chat.digest})
+    assert job.needs.memory == MIB + chat.size + 96 * MIB
+    job = kernel.submit("serve", {"endpoint": "d", **with_adapters, "engine": "llamacpp"}, {"model": chat.digest})
+    assert job.needs.memory == MIB + chat.size + 64 * MIB
+    for engine, adapters in (("torch", 32), ("onnx", 0)):
+        made = kernel.store.home / engine
+        made.mkdir()
+        (made / "weights").write_bytes(engine.encode())
+        card = {"task": {"task": "text-classification"}, "engine": engine}
+        topics = kernel.store.catalog.publish(Kind.MODEL, "topics", made, card, job=None, inputs={})
+        job = kernel.submit("serve", {"endpoint": engine, **with_adapters}, {"model": topics.digest})
+        assert job.needs.memory == MIB + topics.size + adapters * MIB
+
+
+def test_memory_for_adapters_where_nothing_is_said_of_it() -> None:
+    for unsaid in ({}, {"adapters_mib": None}):
+        assert adapter_bytes(unsaid, generates=True) == 512 * MIB
+        assert adapter_bytes(unsaid, generates=False) == 64 * MIB
+    assert adapter_bytes({"adapters_mib": 0}, generates=True) == 0
 
 
 def test_who_sleeps_still_sleeps_after_a_kill_and_wakes_then(tmp_path: Path) -> None:

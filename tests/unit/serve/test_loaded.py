@@ -9,6 +9,7 @@ import pytest
 
 from llmo.engines.generation import GenerationOptions, Prompt
 from llmo.engines.llamacpp.engine import LlamaCppEngine
+from llmo.engines.onnx import OnnxEngine
 from llmo.engines.paged.engine import PagedEngine
 from llmo.errors import InputError, ModelError
 from llmo.serve.loaded import LoadedAdapters
@@ -29,6 +30,9 @@ def test_an_engine_that_takes_none_names_those_that_do() -> None:
     with pytest.raises(ModelError, match="llamacpp engine takes no adapters") as caught:
         LoadedAdapters(LlamaCppEngine()).need("somewhere")
     assert "torch" in caught.value.hint
+    with pytest.raises(ModelError, match="onnx engine takes no adapters") as caught:
+        LoadedAdapters(OnnxEngine(), "llmo.engines").need("somewhere")
+    assert caught.value.hint.endswith(": torch")
 
 
 def test_what_is_idle_is_given_back_and_loaded_again_when_asked_for(engine: PagedEngine, tmp_path: Path) -> None:

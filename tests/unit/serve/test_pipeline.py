@@ -134,6 +134,16 @@ def test_a_full_queue_says_when_to_come_back(held: tuple[Pipeline, HeldEngine]) 
     assert pipeline.stats()["queue"] == 4
 
 
+def test_the_replicas_own_test_is_taken_when_the_queue_is_full(held: tuple[Pipeline, HeldEngine]) -> None:
+    pipeline, engine = held
+    occupy(pipeline, engine)
+    ask(pipeline, ["goal", "coach", "team", "cup"])
+    heard = Heard()
+    pipeline.submit(Call(["win"], FOREVER, heard, test=True))
+    engine.go.set()
+    assert isinstance(heard.get(), bytes)
+
+
 def test_more_texts_than_the_queue_holds_will_never_fit(held: tuple[Pipeline, HeldEngine]) -> None:
     with pytest.raises(TooLargeError, match="queue holds 4"):
         ask(held[0], ["goal"] * 5)

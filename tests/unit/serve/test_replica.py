@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from llmo.serve.encoder import self_test
 from llmo.serve.pipeline import Pipeline
 from llmo.serve.protocol import predict_once
 from llmo.serve.replica import new_socket_path
+from llmo.serve.router import Router
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden, write_card
-from support.serving import CPU, ProcessReplica, ThreadReplica, served_model
+from llmo.types import Endpoint
+from support.serving import CPU, ProcessReplica, ThreadReplica, eventually, served_model
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +76,21 @@ def test_a_folder_others_can_enter_is_refused(monkeypatch: pytest.MonkeyPatch) -
         (Path(short) / f"llmo-{os.getuid()}").chmod(0o755)
         with pytest.raises(EnvironmentProblem, match="private"):
             new_socket_path()
+
+
+def test_what_is_asked_beside_the_gateway_is_seen_by_its_router(model: Path) -> None:
+    async def used(address: str) -> float:
+        row = Endpoint("topics", "up", "sha256:0", "m@1", 3, address=address)
+        async with Router(lambda: [row]).running() as router:
+            return router.use("topics", address).at
+
+    with ThreadReplica(model) as replica:
+        before = time.monotonic()
+        eventually(lambda: time.monotonic() > before + 0.01, "the clock of files went on")
+        assert asyncio.run(used(replica.address)) < before
+        predict_once(replica.address, ["goal"])
+        assert before < asyncio.run(used(replica.address)) <= time.monotonic()
+    assert asyncio.run(used(replica.address)) == 0
 
 
 def test_serving_onnx_imports_no_torch_and_answers_as_torch_does(model: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ class Fake:
                 import json
 
                 body = json.loads(data)
-                if body["op"] in ("predict", "generate"):
+                if body["op"] in ("predict", "embed", "generate"):
                     fake.asked += 1
                     self._tasks = asyncio.ensure_future(fake.reply(self, body))
 
@@ -362,6 +362,27 @@ async def test_waiting_for_an_endpoint_is_bounded_in_time_and_in_number(tmp_path
         await until(lambda: router.use("topics", a.address).asked == 1)
         made.point(a)
         assert (await first).answers == b'["a"]'
+
+
+async def test_waiting_is_bounded_in_bytes_over_all_endpoints(tmp_path: Path) -> None:
+    async with world(tmp_path) as (made, router, a, _):
+        made.rows = [Endpoint(name, "asleep", "sha256:0", "m@1", 3) for name in ("topics", "mood")]
+        await router.refresh()
+        large = "x" * (20 << 20)
+        waiting = [asyncio.create_task(router.predict("topics", [large])) for _ in range(3)]
+        await until(lambda: router.use("topics", a.address).asked == 3)
+        for name in ("topics", "mood"):
+            with pytest.raises(BusyError, match="requests of 60 MiB wait") as full:
+                await router.predict(name, [large])
+            assert full.value.extra["retry_after"] > 0
+        small = asyncio.create_task(router.embed("topics", ["goal", [5, 6]]))
+        await until(lambda: router.use("topics", a.address).asked == 4)
+        waiting.pop().cancel()
+        await until(lambda: router.use("topics", a.address).asked == 3)
+        waiting.append(asyncio.create_task(router.predict("topics", [large])))
+        await until(lambda: router.use("topics", a.address).asked == 4)
+        made.point(a)
+        assert {reply.answers for reply in await asyncio.gather(small, *waiting)} == {b'["a"]'}
 
 
 @pytest.mark.parametrize(("state", "error"), [("down", UnreachableError), ("", NotFoundError)])

@@ -10,7 +10,7 @@ import pytest
 
 from llmo.errors import LLMOError
 from llmo.serve import calls
-from llmo.serve.router import Replica
+from llmo.serve.connection import Replica
 from llmo.serve.session import GenerationSession, Session
 
 

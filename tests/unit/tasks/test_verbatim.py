@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from llmo.errors import InputError
 from llmo.tasks.generation import Generation
@@ -94,6 +94,27 @@ def test_a_vocabulary_that_knows_the_spelling_makes_no_token_of_it(model: Any) -
     assert ids.count(end) == 1
     assert ids[-1] == end
     assert list(ends) == sorted(ends)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("alone", [True, False], ids=["metaspace", "sequence"])
+@pytest.mark.parametrize("begin", ["", "<s>", "go "])
+def test_a_spelling_changes_no_token_around_it(scheme: Any, alone: bool, begin: str) -> None:
+    tokenizer = Tokenizer(models.BPE({**LETTERS, "▁": 300, "▁a": 301, "▁<": 302}, [("▁", "a"), ("▁", "<")]))
+    space = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.pre_tokenizer = space if alone else pre_tokenizers.Sequence([pre_tokenizers.Digits(), space])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+
+    def rendered(said: str) -> list[int]:
+        found = Verbatim.of(tokenizer, [{"role": "user", "content": said}])
+        return found.tokens(tokenizer, f"{begin}a b</s>a{found.messages[0]['content']}</s>a")[0]
+
+    plain = tokenizer.encode(f"{begin}a b</s>a<$> a</s>a", add_special_tokens=False).ids
+    assert rendered("<$> a") == plain
+    letters = [LETTERS[letter] for letter in "<s>"]
+    where = plain.index(LETTERS["$"])
+    assert rendered("<s> a") == [*plain[: where - 1], *letters, *plain[where + 2 :]]
+    assert tokenizer.encode(f"{begin}a b</s>a<$> a</s>a", add_special_tokens=False).ids == plain, "it is as it was"
 
 
 def test_a_special_token_of_one_letter_is_refused_in_a_message() -> None:

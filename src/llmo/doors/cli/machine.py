@@ -73,7 +73,7 @@ def _show_model(model: Artifact, line: list[Artifact]) -> None:
     ]
     facts += [
         (key, str(card[key]))
-        for key in ("engine", "precision", "method", "parameters", "trained_parameters", "code")
+        for key in ("origin", "engine", "precision", "method", "parameters", "trained_parameters", "code")
         if key in card
     ]
     facts += [
@@ -103,14 +103,15 @@ def endpoints(
 
 
 def adapters(
-    endpoint: Annotated[str, typer.Argument(help="An endpoint that generates.")],
+    endpoint: Annotated[str, typer.Argument(help="The endpoint.")],
     add: Annotated[
-        str | None, typer.Option(metavar="NAME=MODEL", help="Answer with the adapter of this model too, at once.")
+        str | None,
+        typer.Option(metavar="NAME=MODEL", help="Answer with this model's adapter or head, or peft's folder, too."),
     ] = None,
     remove: Annotated[str | None, typer.Option(help="Take the adapter of this name away.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List an endpoint's adapters; each is asked for as the model ENDPOINT:NAME.
+    """List an endpoint's adapters (and heads, over an encoder); each is asked for as the model ENDPOINT:NAME.
 
     Example: llmo adapters assistant --add formal=formal@2
     """
@@ -121,7 +122,7 @@ def adapters(
         if remove is not None:
             api.remove_adapter(endpoint, remove)
         if add is not None:
-            api.add_adapter(endpoint, name, model)
+            api.add_adapter(endpoint, name, flow.adapter(api, endpoint, name, model))
         found = api.adapters(endpoint)
     rows = [
         (f"{a.endpoint}:{a.name}", a.model_ref, ago(a.created_at), "yes" if a.answers else "no: of another base")

@@ -32,6 +32,13 @@ Memory = Annotated[str | None, typer.Option(help="Memory this job needs, e.g. 4G
 Gpus = Annotated[int | None, typer.Option(help="GPUs this job needs; without it it runs on the CPU.", min=1)]
 Data = Annotated[str | None, typer.Option(help="A stored data set; default: the one the model was trained on.")]
 Model = Annotated[str, typer.Argument(help="A stored model: NAME, NAME@VERSION or its digest.")]
+Served = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A stored model, or a base that is taken as it is: package:NAME, hf:NAME, a folder, a GGUF file.",
+    ),
+]
 
 _TOLD_BY_TEXT = ("messages", "tools", "chosen", "rejected")  # a conversation's text is its transcript
 
@@ -194,7 +201,7 @@ def evaluate(
 
 
 def compress(
-    model: Model,
+    model: Served,
     data: Data = None,
     name: Annotated[str | None, typer.Option(help="What the result is called; default: MODEL-compressed.")] = None,
     max_drop: Annotated[float, typer.Option(help="Largest loss of the task's metric on dev.")] = 0.005,
@@ -207,10 +214,11 @@ def compress(
     Example: llmo compress newsdesk --max-drop 0.005
     """
     with closing(flow.connect()) as api:
-        artifact = api.artifact(model, Kind.MODEL)
+        artifact = _servable(api, model, as_json)
         inputs = {"model": artifact.digest, "data": data or flow.data_of(api, artifact)}
         spec = {"max_drop": max_drop, **assignments(settings)}
-        job = api.submit("compress", spec, inputs, name=name or f"{artifact.name}-compressed", fresh=fresh)
+        made = name or f"{_served_name(artifact)}-compressed"
+        job = api.submit("compress", spec, inputs, name=made, fresh=fresh)
         job = _do(api, job, as_json)
         found = flow.output(api, job)
     emit({"ref": found.ref, **flow.result(job)}, as_json, lambda: summary.show_variants(flow.result(job)))
@@ -240,19 +248,19 @@ def verify(
 
 
 def deploy(
-    model: Model,
+    model: Served,
     endpoint: Annotated[str | None, typer.Option(help="The public name; default: the model's.")] = None,
     pinned: Annotated[bool, typer.Option("--pinned", help="Never put it to sleep for another endpoint.")] = False,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Verify a model and put it behind an endpoint of the running server.
+    """Verify a model and put it behind an endpoint of the running server. A base model that writes is served as it is.
 
     Example: llmo deploy newsdesk-compressed --endpoint newsdesk
     """
     with closing(flow.connect()) as api:
-        artifact = api.artifact(model, Kind.MODEL)
-        name = endpoint or artifact.name.removesuffix("-compressed")
+        artifact = _servable(api, model, as_json)
+        name = endpoint or _served_name(artifact)
         spec = {"endpoint": name, **({"pinned": True} if pinned else {}), **assignments(settings)}
         job = api.submit("serve", spec, {"model": artifact.digest})
         _do(api, job, as_json)
@@ -264,6 +272,16 @@ def deploy(
             f"endpoint {name} serves {artifact.ref}; try: llmo predict {name} 'a text'", soft_wrap=True
         ),
     )
+
+
+def _servable(api: Api, model: str, as_json: bool) -> Artifact:
+    with Live(api, quiet=as_json) as live:
+        return flow.servable(api, model, live.hear)
+
+
+def _served_name(model: Artifact) -> str:
+    """What a model is called whatever was made of it."""
+    return model.name.removesuffix("-compressed").removesuffix("-plain")
 
 
 def predict(

@@ -13,12 +13,11 @@ export class Server {
     this.key = key;
   }
 
-  /** The endpoints that generate text: {name, model (version), state}. */
+  /** What generates text, endpoints and their adapters (ENDPOINT:ADAPTER): {name, model (version), state}. */
   async generators() {
-    const endpoints = await this.#json("v1/endpoints");
-    return endpoints
-      .filter(({ task }) => task === "generation")
-      .map(({ name, model_ref: model, state }) => ({ name, model, state }));
+    const [endpoints, { data }] = await Promise.all([this.#json("v1/endpoints"), this.#json("v1/models")]);
+    const states = new Map(endpoints.map(({ name, state }) => [name, state]));
+    return data.map(({ id: name, root: model }) => ({ name, model, state: states.get(endpointOf(name)) ?? "gone" }));
   }
 
   async rate(entry) {
@@ -60,6 +59,11 @@ export class Server {
     const told = await reply.json().catch(() => ({}));
     throw refusal(reply.status, told.error ?? {});
   }
+}
+
+/** The endpoint behind a name that may be one of its adapters. */
+export function endpointOf(name) {
+  return name.split(":")[0];
 }
 
 /** Our own errors say what and hint, those in OpenAI's shape say message. */

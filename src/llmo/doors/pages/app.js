@@ -1,6 +1,6 @@
 // The chat page: the key, the endpoints, the settings, and what a question sets going.
 
-import { Refused, Server } from "./api.js";
+import { endpointOf, Refused, Server } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { TurnView } from "./view.js";
 
@@ -153,8 +153,8 @@ function stop() {
 // -- saying what one thinks of it
 
 function entry(turn, answers, more) {
-  const said = answers.map(({ endpoint, model, text }) => ({ endpoint, model, content: text }));
-  return { endpoint: answers[0].endpoint, messages: conversation.messages(turn), answers: said, ...more };
+  const said = answers.map(({ endpoint, model, text }) => ({ endpoint: endpointOf(endpoint), model, content: text }));
+  return { endpoint: said[0].endpoint, messages: conversation.messages(turn), answers: said, ...more };
 }
 
 async function tell(feedback, done) {

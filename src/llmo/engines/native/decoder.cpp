@@ -38,7 +38,9 @@ struct Model {
 };
 
 struct Lora {              // of one group of one adapter, all layers
-    const void *down, *up; // [layers, parts * rank, in], [layers, parts, rank, out]: bf16, or fp32 where weights are
+    const void *down, *up; // [layers, parts * rank, in], [layers, parts, rank, out]: int8, or fp32 where weights are
+    const float* scale;    // [layers, parts * rank] of both together
+    const int32_t* reach;  // [parts * rank, (first, end)] which outputs of its part a rank reaches
     int32_t parts, rank;   // no effect where rank is 0
 };
 
@@ -287,17 +289,36 @@ void normalise(const float* x, const float* weight, float* out, int size, int pa
     for (int i = 0; i < padded; i += LANES) store(out + i, load(x + i) * scale * load(weight + i));
 }
 
+// Add to `out` what R ranks that reach the same outputs make of `x`.
+template <class T, int R> void adapt_ranks(const T* down, const T* rise, const float* scale, const float* x, int in, float* out, int part, const int32_t* reach) {
+    f32x16 dots[R];
+    for (int r = 0; r < R; r++) dots[r] = f32x16{};
+    for (int i = 0; i < in; i += LANES)
+        for (int r = 0; r < R; r++) dots[r] += load(x + i) * load(down + r * in + i);
+    float inner[R];
+    for (int r = 0; r < R; r++) inner[r] = sum(dots[r]) * scale[r];
+    for (int i = reach[0]; i < reach[1]; i += LANES) {
+        f32x16 made = load(out + i);
+        for (int r = 0; r < R; r++) made += load(rise + r * part + i) * inner[r];
+        store(out + i, made);
+    }
+}
+
 // Add to `out` what the row's adapter makes of `x`.
 template <class T> void adapt(const Lora& l, int layer, const float* x, int in, float* out, int wide) {
+    constexpr int SOME = 4;
     int ranks = l.parts * l.rank, part = wide / l.parts;
     const T* down = (const T*)l.down + (int64_t)layer * ranks * in;
     const T* rise = (const T*)l.up + (int64_t)layer * ranks * part;
-    for (int r = 0; r < ranks; r++, down += in, rise += part) {
-        f32x16 dots{};
-        for (int i = 0; i < in; i += LANES) dots += load(x + i) * load(down + i);
-        float inner = sum(dots);
+    const float* scale = l.scale + (int64_t)layer * ranks;
+    for (int r = 0; r < ranks;) {
+        const int32_t* reach = l.reach + 2 * r;
         float* to = out + r / l.rank * part;
-        for (int i = 0; i < part; i += LANES) store(to + i, load(to + i) + load(rise + i) * inner);
+        bool alike = r % l.rank + SOME <= l.rank;
+        for (int i = 2; alike && i < 2 * SOME; i++) alike = reach[i] == reach[i % 2];
+        if (alike) adapt_ranks<T, SOME>(down + (int64_t)r * in, rise + (int64_t)r * part, scale + r, x, in, to, part, reach);
+        else adapt_ranks<T, 1>(down + (int64_t)r * in, rise + (int64_t)r * part, scale + r, x, in, to, part, reach);
+        r += alike ? SOME : 1;
     }
 }
 
@@ -305,7 +326,7 @@ void adapt_row(const Crew* c, int group, int layer, int row, const float* x, int
     if (!c->step->adapters || !c->step->adapters[row]) return;
     const Lora& l = c->step->adapters[row]->group[group];
     if (!l.rank) return;
-    if (c->model.quantised) adapt<bf16>(l, layer, x, in, out, wide);
+    if (c->model.quantised) adapt<int8_t>(l, layer, x, in, out, wide);
     else adapt<float>(l, layer, x, in, out, wide);
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from llmo.engines.folder import card_precision
@@ -52,12 +53,14 @@ class NativeEngine(Adapting):
                 hint="raise cache_bytes",
                 where="cache_bytes",
             )
+        torch.set_num_threads(device.cores)
         self.context = min(config.positions, options.context or config.positions, (count - 1) * BLOCK)
         self.vocabulary = config.vocabulary
         self._config, self._precision, self._chunk = config, precision, options.chunk
         self._model = Decoder(model, config, precision, device.cores, self.context)
         self._cache = Cache(config, count, precision)
-        self._adapters = Adapters(config, precision)
+        torch.set_num_threads(1)  # from now on it only reads adapters, beside threads that leave no core free
+        self._adapters = Adapters(config, precision, options.adapter_bytes)
         self._start(model, options, Blocks(count), share_answers=precision == "fp32")
 
     def close(self) -> None:

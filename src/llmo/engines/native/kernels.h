@@ -33,6 +33,13 @@ static inline f32x16 load(const float* from) { return load_as<f32x16>(from); }
 static inline f32x16 load(const bf16* from) {
     return (f32x16)(__builtin_convertvector(load_as<u16x16>(from), u32x16) << 16);
 }
+static inline f32x16 load(const int8_t* from) {
+#if defined(__AVX512F__) // GCC takes the lanes one by one
+    return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)load_as<i8x16>(from)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load_as<i8x16>(from), i32x16), f32x16);
+#endif
+}
 static inline void store(float* to, f32x16 v) { memcpy(to, &v, sizeof v); }
 static inline void store(bf16* to, f32x16 v) {
     u32x16 bits = (u32x16)v;

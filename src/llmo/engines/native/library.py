@@ -33,7 +33,14 @@ class Model(Structure):
 
 
 class Lora(Structure):
-    _fields_ = (("down", c_void_p), ("up", c_void_p), ("parts", c_int32), ("rank", c_int32))
+    _fields_ = (
+        ("down", c_void_p),
+        ("up", c_void_p),
+        ("scale", c_void_p),
+        ("reach", c_void_p),
+        ("parts", c_int32),
+        ("rank", c_int32),
+    )
 
 
 class Adapter(Structure):

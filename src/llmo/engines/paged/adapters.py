@@ -5,11 +5,14 @@ what a bag of embeddings does: no row of the batch sees another, and the cost is
 of prompts are many and of few adapters: at half precision the adapters of all prompts lie side by side as one, each row
 seeing only its own part. Parts of others are multiplied by zero, which is exact. So an answer is the same alone and in
 a mixed batch. (All this is a CPU's; on a GPU a kernel does it for any row: `gpu/kernels.py`.)
+
+There are as many slots as adapters that were asked for, rounded up to a power of two, and no more than streams. An
+adapter that would not fit into the memory set aside, slots and all, is refused when it is added.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmo.engines.base import no_room
 from llmo.engines.paged.config import Config
 from llmo.engines.paged.lora import GROUPS, Lora, group_sizes, read_lora
 from llmo.engines.paged.named import Named
@@ -86,21 +90,34 @@ def _bag(matrix: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Tenso
     return summed
 
 
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """How much the slots hold: their number, and the rank of each group."""
+
+    slots: int
+    ranks: Mapping[str, int]
+
+
+_NONE = _Room(0, dict.fromkeys(GROUPS, 0))
+
+
 class Adapters(Named[Lora]):
     """Adapters by name. A removed one stays as long as a stream uses it; a name that comes back is another one.
 
-    `add`, `remove`, `names` and `key` may be called from any thread; the rest is the engine's own.
+    At most `most` take part in one step; all of them, slots too, take at most `memory` bytes. `add`, `remove`, `names`
+    and `key` may be called from any thread; the rest is the engine's own.
     """
 
-    def __init__(self, config: Config, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Config, most: int, memory: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self._config = config
         self._sizes = group_sizes(config)
-        self._slots = slots
+        self._most, self._memory = most, memory
         self._dtype, self._device = dtype, device
         self.version = 0
         self._slot: dict[str, int] = {}
-        self._ranks = dict.fromkeys(GROUPS, 0)
+        self._room = _NONE
+        self._asked: frozenset[str] = frozenset()  # keys that the room was made for
         self._down: dict[str, Tensor] = {}  # [layers, slots, in, parts * rank]
         self._below: dict[str, Tensor] = {}  # the same as prompts need it, [layers, slots, parts * rank, in]
         self._up: dict[str, Tensor] = {}  # [layers, slots, parts, rank, out / parts]
@@ -113,7 +130,7 @@ class Adapters(Named[Lora]):
             return None
         with self._lock:
             self._place({key: self._loaded[key] for key in wanted})
-        slots = {None: self._slots} | self._slot  # the one beyond them is empty
+        slots = {None: self._room.slots} | self._slot  # the one beyond them is empty
         return [slots[piece.stream.adapter] for piece in pieces]
 
     def matrices(self, group: str, layer: int) -> tuple[Tensor, Tensor] | None:
@@ -126,6 +143,7 @@ class Adapters(Named[Lora]):
         slots = self.slots(pieces)
         if slots is None:
             return None
+        empty = self._room.slots
         rows = [
             (slot, p.of_prompt and self._dtype != torch.float32)
             for p, slot in zip(pieces, slots, strict=True)
@@ -134,10 +152,10 @@ class Adapters(Named[Lora]):
         prompts = [slot for slot, of_prompt in rows if of_prompt]
         answers = [slot for slot, of_prompt in rows if not of_prompt]
         start = len(prompts)
-        while answers and answers[-1] == self._slots:
+        while answers and answers[-1] == empty:
             answers.pop()
-        if any(slot != self._slots for slot in prompts):
-            prompts += [self._slots] * (LEAST_ROWS - len(prompts))
+        if any(slot != empty for slot in prompts):
+            prompts += [empty] * (LEAST_ROWS - len(prompts))
         else:
             prompts = []
         sides = self._sides(prompts) if prompts else {}
@@ -146,7 +164,7 @@ class Adapters(Named[Lora]):
 
     def _sides(self, rows: Sequence[int]) -> dict[str, Side]:
         """For prompts whose rows have these slots."""
-        used = self._tensor(sorted(set(rows) - {self._slots}))
+        used = self._tensor(sorted(set(rows) - {self._room.slots}))
         sees = (self._tensor(rows)[:, None] == used).to(self._dtype)[:, :, None, None]
         found = {}
         for group, down in self._below.items():
@@ -160,7 +178,7 @@ class Adapters(Named[Lora]):
         own = self._tensor(rows)[:, None]
         found = {}
         for group, (wide, parts, _) in self._sizes.items():
-            rank = self._ranks[group]
+            rank = self._room.ranks[group]
             if rank:
                 down, up = ((own * of + self._count(of)).flatten() for of in (wide, parts * rank))
                 starts = self._count(len(rows) * parts + 1)
@@ -177,14 +195,26 @@ class Adapters(Named[Lora]):
     def _read(self, folder: Path) -> Lora:
         return read_lora(folder, self._config, self._dtype, self._device)
 
+    def _check(self, adapters: Sequence[Lora]) -> None:
+        """The slots, and the adapters themselves."""
+        room = self._room_of(adapters)
+        numbers = sum(room.ranks[g] * parts * (2 * wide + out) for g, (wide, parts, out) in self._sizes.items())
+        slots = numbers * self._config.layers * (room.slots + 1) * self._dtype.itemsize
+        needed = slots + sum(m.nbytes for lora in adapters for m in (*lora.down.values(), *lora.up.values()))
+        if needed > self._memory:
+            raise no_room(len(adapters), needed, self._memory)
+
     def _place(self, wanted: Mapping[str, Lora]) -> None:
         """Give each wanted adapter a slot, and fill those that are new."""
-        ranks = {g: max(rank, *(_even(lora.rank(g)) for lora in wanted.values())) for g, rank in self._ranks.items()}
-        if ranks != self._ranks:
-            self._make_room(ranks)
+        if not wanted.keys() <= self._asked:
+            asked = (self._asked & self._loaded.keys()) | wanted.keys()
+            room = self._room_of([self._loaded[key] for key in asked])
+            if room != self._room:
+                self._make_room(room)
+            self._asked = asked
         kept = {key: slot for key, slot in self._slot.items() if key in wanted}
         held = {slot: key for key, slot in self._slot.items()}
-        free = sorted(set(range(self._slots)) - set(kept.values()), key=lambda slot: (slot in held, slot))
+        free = sorted(set(range(self._room.slots)) - set(kept.values()), key=lambda slot: (slot in held, slot))
         for key, slot in zip(sorted(wanted.keys() - kept.keys()), free, strict=False):
             self._slot.pop(held.get(slot, ""), None)
             self._slot[key] = slot
@@ -194,7 +224,7 @@ class Adapters(Named[Lora]):
     def _fill(self, group: str, slot: int, lora: Lora) -> None:
         down, up = self._down[group][:, slot], self._up[group][:, slot]
         rank = lora.rank(group)
-        if rank < self._ranks[group]:
+        if rank < self._room.ranks[group]:
             down.zero_()
             up.zero_()
         if rank:
@@ -202,17 +232,23 @@ class Adapters(Named[Lora]):
             up[:, :, :rank] = lora.up[group]
         self._below[group][:, slot] = down.transpose(1, 2)
 
-    def _make_room(self, ranks: dict[str, int]) -> None:
-        """New matrices, for a rank grew; slots are filled again when they are needed. Where memory does not suffice
-        nothing is left, and the next step asks for what it needs itself."""
+    def _room_of(self, loras: Collection[Lora]) -> _Room:
+        """What all of these need. A GPU's recorded steps know the slot of no adapter by its number: all are there."""
+        some = self._most if self._device.type == "cuda" else 1 << max(0, len(loras) - 1).bit_length()
+        slots = min(self._most, some)
+        return _Room(slots, {group: _even(max((lora.rank(group) for lora in loras), default=0)) for group in GROUPS})
+
+    def _make_room(self, room: _Room) -> None:
+        """New matrices; slots are filled again when they are needed. Where memory does not suffice nothing is left, and
+        the next step asks for what it needs itself."""
         self.version += 1
-        self._ranks = dict.fromkeys(GROUPS, 0)
+        self._room, self._asked = _NONE, frozenset()
         for kept in (self._slot, self._down, self._below, self._up, self._layers):
             kept.clear()
         for group, (wide, parts, out) in self._sizes.items():
-            rank = ranks[group]
+            rank = room.ranks[group]
             if rank:
-                shape = (self._config.layers, self._slots + 1)
+                shape = (self._config.layers, room.slots + 1)
                 empty = partial(torch.zeros, dtype=self._dtype, device=self._device)
                 self._down[group] = empty((*shape, wide, parts * rank))
                 self._below[group] = empty((*shape, parts * rank, wide))
@@ -221,7 +257,7 @@ class Adapters(Named[Lora]):
                     list(self._down[group].flatten(1, 2).unbind()),
                     list(self._up[group].flatten(1, 3).unbind()),
                 )
-        self._ranks = ranks
+        self._room = room
 
 
 def _even(rank: int) -> int:

@@ -70,7 +70,7 @@ class PagedEngine(Adapting):
                 self._cache = Cache(config, count, DTYPES[precision], self._device)
             else:
                 self._gpu = self._runner(model, config, precision, count, options)
-            self._adapters = Adapters(config, options.streams, DTYPES[precision], self._device)
+            self._adapters = Adapters(config, options.streams, options.adapter_bytes, DTYPES[precision], self._device)
         self._start(model, options, Blocks(count), share_answers=on_cpu and precision != "int8")
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from llmo.engines.folder import require
+from llmo.engines import peft
 from llmo.engines.paged.config import Config
-from llmo.errors import ModelError
+from llmo.engines.peft import unfit
 
 GROUPS = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -26,11 +23,6 @@ GROUPS = {
 }
 _NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(self_attn|mlp)\.(\w+_proj)\.lora_(A|B)\.weight")
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-# What changes the arithmetic beyond two matrices and a factor, with the value that leaves it out.
-_PLAIN = {
-    "use_dora": False, "bias": "none", "lora_bias": False, "modules_to_save": None, "fan_in_fan_out": False,
-    "rank_pattern": {}, "alpha_pattern": {}, "trainable_token_indices": None, "target_parameters": None,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +52,9 @@ def group_sizes(config: Config) -> dict[str, tuple[int, int, int]]:
 def read_lora(folder: Path, config: Config, dtype: torch.dtype, device: torch.device) -> Lora:
     """Raises ModelError for an adapter of another kind or shape, one not all of whose modules apply, or one that
     changes nothing."""
-    settings = _settings(folder)
+    settings = peft.settings(folder)
     tensors = _tensors(folder)
-    rank, scale = _scale(settings, folder)
+    rank, scale = peft.scale(settings, folder)
     layers = range(config.layers)
     modules = _modules(tensors, settings, config, folder)
     down, up = {}, {}
@@ -76,9 +68,9 @@ def read_lora(folder: Path, config: Config, dtype: torch.dtype, device: torch.de
             above = torch.stack([pair[1] for pair in fused]) * scale
             up[group] = above.to(device, dtype).view(config.layers, parts, -1, out)
             if not (down[group].isfinite().all() and up[group].isfinite().all()):
-                raise _unfit(f"with its scale the adapter's {group} is not finite at {dtype}", folder)
+                raise unfit(f"with its scale the adapter's {group} is not finite at {dtype}", folder)
     if not any((down[group].any() and up[group].any()) for group in down):
-        raise _unfit("the adapter changes nothing: its matrices are zero", folder, "train it before it is deployed")
+        raise unfit("the adapter changes nothing: its matrices are zero", folder, "train it before it is deployed")
     return Lora(down, up)
 
 
@@ -101,12 +93,12 @@ def _fused(
         a = tensors.get((layer, name, "A"), torch.zeros(rank, wide))
         b = tensors.get((layer, name, "B"), torch.zeros(out, rank))
         if a.shape != (rank, wide) or b.shape != (out, rank):
-            raise _unfit(
+            raise unfit(
                 f"layer {layer}'s {name} is {list(b.shape)} x {list(a.shape)}, it should be {out} x {rank} x {wide}",
                 folder,
             )
         if not torch.isfinite(a.sum() + b.sum()):
-            raise _unfit(f"layer {layer}'s {name} is not finite", folder)
+            raise unfit(f"layer {layer}'s {name} is not finite", folder)
         if name in ("q_proj", "k_proj"):
             b = config.paired(b)
         downs.append(a)
@@ -131,46 +123,18 @@ def _modules(
     if missing or extra or not wanted:
         layer, name, side = (missing or extra or [(0, "?", "?")])[0]
         what = f"{len(missing)} of its {len(needed)} matrices are missing" if missing else "it has layers of its own"
-        raise _unfit(f"not all of the adapter applies: {what}, such as layer {layer}'s {name} lora_{side}", folder)
+        raise unfit(f"not all of the adapter applies: {what}, such as layer {layer}'s {name} lora_{side}", folder)
     return wanted
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = require(folder, "adapter_config.json")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise _unfit(f"adapter_config.json is not valid JSON: {error}", path) from error
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        raise _unfit("the adapter is not a LoRA", path, "merge it into its base, and deploy that")
-    for name, plain in _PLAIN.items():
-        if settings.get(name) not in (plain, None, [], {}, False):
-            raise _unfit(f"the torch engine cannot apply {name}={settings[name]!r}", path, "merge it into its base")
-    return settings
-
-
-def _scale(settings: Mapping[str, Any], folder: Path) -> tuple[int, float]:
-    """The rank of every module, and the factor of its product."""
-    try:
-        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
-        return rank, alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise _unfit(f"adapter_config.json lacks its rank or alpha: {error}", folder) from error
 
 
 def _tensors(folder: Path) -> dict[tuple[int, str, str], Tensor]:
     """`(layer, module, "A" or "B")` to the fp32 matrix."""
-    path = require(folder, "adapter_model.safetensors")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _unfit(f"{path.name} is no whole safetensors file: {error}", path) from error
     found = {}
-    for name, tensor in tensors.items():
+    for name, tensor in peft.tensors(folder).items():
         match = _NAME.fullmatch(name)
         place = match and (match[2] == "self_attn") == (match[3] in _ATTENTION)
         if match is None or not place or tensor.dim() != 2:
-            raise _unfit(f"not all of the adapter applies: this base has no place for {name}", path)
+            raise unfit(f"not all of the adapter applies: this base has no place for {name}", folder / peft.TENSORS)
         found[int(match[1]), match[3], match[4]] = tensor.float()
     return found
 
@@ -187,7 +151,3 @@ def _sizes(config: Config) -> dict[str, tuple[int, int]]:
         "up_proj": (config.hidden, config.inner),
         "down_proj": (config.inner, config.hidden),
     }
-
-
-def _unfit(what: str, path: Path, hint: str = "train it on this very base, or merge it into its own") -> ModelError:
-    return ModelError(what, hint=hint, where=str(path))

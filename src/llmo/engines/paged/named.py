@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -31,7 +31,8 @@ class Named(Generic[T]):
         return self._key.get(name)
 
     def add(self, name: str, folder: Path) -> None:
-        """Raises ConflictError for a name in use, ModelError for an adapter that does not fit or does nothing."""
+        """Raises ConflictError for a name in use, ModelError for an adapter that does not fit (the base, or the memory
+        there is) or does nothing."""
         adapter = self._read(folder)
         with self._lock:
             if name in self._key:
@@ -60,7 +61,7 @@ class Named(Generic[T]):
     def _read(self, folder: Path) -> T:
         raise NotImplementedError
 
-    def _check(self, adapters: list[T]) -> None:
+    def _check(self, adapters: Sequence[T]) -> None:
         """Raises ModelError where there is no room for all of these."""
 
 

@@ -104,8 +104,9 @@ class Door:
         await _while_there(receive, self._answer_embedded(wanted, key, out))
 
     async def _answer_embedded(self, wanted: embeddings.Wanted, key: Key, out: _Out) -> None:
-        reply = await self._router.embed(wanted.model, wanted.inputs, tenant=key.id)
-        await out.json(200, wanted.answer(reply.answers), {})
+        out.model, adapter = await self._router.find(wanted.model)
+        reply = await self._router.embed(out.model, wanted.inputs, adapter=adapter, tenant=key.id)
+        await out.json(200, await asyncio.to_thread(wanted.answer, reply.answers), {})
 
     async def _answer(self, wanted: Wanted, key: Key, out: _Out) -> None:
         out.model, adapter = await self._router.find(wanted.model)
@@ -167,7 +168,7 @@ class _Out:
         self.model = ""
         self.status = CLIENT_GONE
 
-    async def json(self, status: int, body: Mapping[str, Any], headers: Mapping[str, str]) -> None:
+    async def json(self, status: int, body: Mapping[str, Any] | bytes, headers: Mapping[str, str]) -> None:
         self.status = status
         await send_json(self._send, status, body, headers)
 
@@ -219,8 +220,10 @@ async def _while_there(receive: Receive, answering: Coroutine[Any, Any, None]) -
 
 
 def _model(endpoint: Endpoint, adapter: Adapter | None = None) -> dict[str, Any]:
-    id = endpoint.name if adapter is None else f"{endpoint.name}:{adapter.name}"
-    return {"id": id, "object": "model", "created": int((adapter or endpoint).created_at), "owned_by": "llmo"}
+    """As OpenAI has it; `root` is the version behind the name and `parent` the endpoint of an adapter, as in vLLM."""
+    id, parent = (endpoint.name, None) if adapter is None else (f"{endpoint.name}:{adapter.name}", endpoint.name)
+    known = {"id": id, "object": "model", "created": int((adapter or endpoint).created_at), "owned_by": "llmo"}
+    return {**known, "root": (adapter or endpoint).model_ref, "parent": parent}
 
 
 _ABOUT = {

@@ -7,7 +7,8 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from pydantic_core import to_json  # eleven times as fast as `json` for floats, and the same numbers
 
 from llmo.serve.openai.errors import invalid
 from llmo.serve.openai.fields import Fields, read
@@ -27,18 +28,21 @@ class Wanted:
     base64: bool
     dimensions: int | None
 
-    def answer(self, answers: bytes) -> dict[str, Any]:
-        """The body of the answer, from what the replica said. Raises InputError for dimensions it does not have."""
+    def answer(self, answers: bytes) -> bytes:
+        """The body of the answer, from what the replica said; of many vectors it takes long, so a thread writes it.
+
+        Raises InputError for dimensions that the model does not have.
+        """
         found = json.loads(answers)
         tokens = sum(one["tokens"] for one in found)
-        data = [
-            {"object": "embedding", "index": index, "embedding": self._vector(one["embedding"])}
+        data = b",".join(
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (index, self._vector(one["embedding"]))
             for index, one in enumerate(found)
-        ]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": self.model, "usage": usage}
+        )
+        rest = {"model": self.model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+        return b'{"object":"list","data":[%b],%b' % (data, json.dumps(rest)[1:].encode())
 
-    def _vector(self, encoded: str) -> str | list[float]:
+    def _vector(self, encoded: str) -> bytes:
         vector = base64.b64decode(encoded)
         width = len(vector) // 4
         if self.dimensions not in (None, width):
@@ -48,7 +52,7 @@ class Wanted:
                 code="unsupported_value",
                 hint="leave it out",
             )
-        return encoded if self.base64 else list(struct.unpack(f"<{width}f", vector))
+        return to_json(encoded if self.base64 else struct.unpack(f"<{width}f", vector))
 
 
 def parse(data: bytes) -> Wanted:

@@ -213,6 +213,29 @@ def test_memory_that_does_not_suffice_for_one_is_there_for_the_others(
         assert tokens(ask(engine, [(ids, "large")], "t")[0]) != tokens(before[0])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_would_not_fit_into_the_memory_set_aside_is_refused(base: Path, tmp_path: Path, precision: str) -> None:
+    with closing(loaded(base, precision, adapter_bytes=1 << 20)) as engine:
+        names: list[str] = []
+        with pytest.raises(ModelError, match=r"need 2 MiB, and 1 MiB are set aside") as refused:
+            while True:
+                name = f"a{len(names)}"
+                engine.add_adapter(name, tiny_adapter(tmp_path / name, len(names), rank=8 + 8 * (len(names) % 2)))
+                names.append(name)
+        assert "adapters_mib=2" in refused.value.hint
+        assert len(names) > 1
+        [ids] = prompts(9)
+        ask(engine, [(ids, name) for name in names], "t")
+        held = engine._adapters
+        matrices = [m for kind in (held._down, held._below, held._up) for m in kind.values()]
+        matrices += [m for lora in held._lora.values() for m in (*lora.down.values(), *lora.up.values())]
+        assert 1 << 19 < sum(m.nbytes for m in matrices) <= 1 << 20
+        engine.remove_adapter(names[0])
+        ask(engine, [(ids, None)], "t")  # the step that forgets it
+        engine.add_adapter("another", tiny_adapter(tmp_path / "another", 99, rank=8))
+        ask(engine, [(ids, "another")], "t")
+
+
 def test_a_name_is_taken_once(base: Path, adapters: list[Path]) -> None:
     engine = loaded(base)
     engine.add_adapter("x", adapters[0])

@@ -1,0 +1,193 @@
+"""One encoder trunk and the further models that were trained on it, mixed in one batch.
+
+A model of method `head` has the trunk as it is, one of method `lora` with an update. Either way the trunk runs once for
+a batch, and each row goes on through its own model's head.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from llmo.engines import updates
+from llmo.engines.base import Request, no_room
+from llmo.engines.folder import require
+from llmo.engines.heads import Head
+from llmo.engines.updates import Update, Updates
+from llmo.errors import ConflictError, InputError, ModelError, NotFoundError
+from llmo.tasks.card import ADAPTER
+
+_log = logging.getLogger("llmo.engines")
+_PROBE = (2, 3)  # texts and tokens
+_ROUNDING = 1e-5  # of the largest weight (or of 1): how far a merged one may be from the sum of its parts
+
+
+@dataclass(frozen=True, slots=True)
+class Further:
+    """A model on the trunk: its head, and its update of the trunk (empty where it has none)."""
+
+    head: Head
+    update: Update
+
+    @property
+    def nbytes(self) -> int:
+        return self.head.nbytes + sum(side.nbytes for pair in self.update.values() for side in pair)
+
+
+Row = tuple[Request, Further | None]  # None: the model that was loaded
+Said = Iterator[tuple[Sequence[Request], Tensor]]
+
+
+class Trunk:
+    """Models by name beside the one that was loaded, `model` (fp32, in eval mode), which all take at most `memory`
+    bytes. `add` and `remove` may be called from any thread; the rest is the engine's own."""
+
+    def __init__(self, model: Any, device: torch.device, memory: int) -> None:
+        self._model = model
+        self._memory = memory
+        self._device = device
+        self._modules = _mixable(model, device)
+        self._updates = Updates(self._modules)
+        self._lock = threading.Lock()
+        self._own: Head | None = None
+        self._further: dict[str, Further] = {}
+
+    def add(self, name: str, folder: Path, config: Any, make: Callable[[Any], Any]) -> None:
+        """`make` builds the folder's model from its `config`. Raises ConflictError for a name in use, and ModelError
+        for a model of another trunk or shape, one that says the same of every text, or whose adapter changes nothing or
+        does not apply in every module, and when the memory is full."""
+        made = self._read(folder, config, make)
+        with self._lock:
+            if name in self._further:
+                raise ConflictError(f"a model named '{name}' is loaded", hint="remove it first, or take another name")
+            needed = made.nbytes + sum(further.nbytes for further in self._further.values())
+            if needed > self._memory:
+                raise no_room(len(self._further) + 1, needed, self._memory)
+            self._further[name] = made
+
+    def remove(self, name: str) -> None:
+        """Raises NotFoundError."""
+        with self._lock:
+            if self._further.pop(name, None) is None:
+                known = ", ".join(sorted(self._further)) or "none"
+                raise NotFoundError(f"no model named '{name}' is loaded", hint=f"loaded: {known}")
+
+    def rows(self, requests: Sequence[Request]) -> list[Row]:
+        """The requests with their models, those of one model side by side, those with updates first.
+
+        Raises InputError for a model that is not loaded.
+        """
+        rows = []
+        for request in requests:
+            further = None if request.adapter is None else self._further.get(request.adapter)
+            if request.adapter is not None and further is None:
+                raise InputError(f"unknown adapter '{request.adapter}'", hint="add it before it is asked for")
+            rows.append((request, further))
+        return sorted(rows, key=lambda row: (not (row[1] and row[1].update), row[0].adapter or ""))
+
+    def logits(self, rows: Sequence[Row], ids: Tensor, mask: Tensor) -> Said:
+        """The logits of the rows of each model; `ids` and `mask` are `[rows, longest]`."""
+        if all(further is None for _, further in rows):
+            yield [request for request, _ in rows], self._model(input_ids=ids, attention_mask=mask).logits
+            return
+        ((_, hidden),) = self.hidden(rows, ids, mask)
+        start = 0
+        for _, group in groupby(rows, key=lambda row: row[0].adapter):
+            some = list(group)
+            end = start + len(some)
+            head = some[0][1].head if some[0][1] is not None else self._head()
+            yield [request for request, _ in some], head(hidden[start:end], mask[start:end])
+            start = end
+
+    def hidden(self, rows: Sequence[Row], ids: Tensor, mask: Tensor) -> Said:
+        """The last hidden states of all rows."""
+        self._updates.apply([further.update for _, further in rows if further is not None and further.update])
+        try:
+            said = self._model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+        finally:
+            self._updates.apply([])
+        yield [request for request, _ in rows], said
+
+    def _head(self) -> Head:
+        """That of the loaded model, by itself."""
+        with self._lock:
+            if self._own is None:
+                self._own = Head(self._model.config, type(self._model), self._model.state_dict())
+            return self._own
+
+    def _read(self, folder: Path, config: Any, make: Callable[[Any], Any]) -> Further:
+        path = require(folder, "model.safetensors")
+        try:
+            weights = {name: tensor.to(self._device) for name, tensor in load_file(path).items()}
+            head = Head(config, make, weights)
+            speaks = head.says()
+            own = self._head()
+        except KeyError as error:
+            raise _unfit(f"it has no tensor {error}", path) from error
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise _unfit(f"its head cannot be taken off its trunk: {error}", path) from error
+        if not speaks:
+            raise _unfit("its head says the same of every text", path, "train it before it is served")
+        update: Update = {}
+        if (folder / ADAPTER).is_dir():
+            update = updates.read(folder / ADAPTER, self._modules, head.names, self._device)
+        self._check_trunk(weights, own.names | head.names, update, path)
+        return Further(head, update)
+
+    def _check_trunk(self, weights: Mapping[str, Tensor], heads: frozenset[str], update: Update, path: Path) -> None:
+        """Every tensor that is no head's must be the loaded model's own, but for the update."""
+        ours = {name: tensor for name, tensor in self._model.state_dict().items() if name not in heads}
+        theirs = weights.keys() - heads
+        if ours.keys() != theirs:
+            raise _unfit(f"its trunk is another one: {min(ours.keys() ^ theirs)} is in one of them only", path)
+        for name, tensor in ours.items():
+            pair = update.get(name.removesuffix(".weight"))
+            same = tensor.shape == weights[name].shape
+            if same and pair is None:
+                same = torch.equal(tensor, weights[name])
+            elif same and pair is not None:
+                gap = (tensor + pair[1].T @ pair[0] - weights[name]).abs().max()
+                same = bool(gap <= _ROUNDING * max(1.0, float(tensor.abs().max())))
+            if not same:
+                raise _unfit(f"its trunk is another one: {name} differs from what is served", path)
+
+
+def _mixable(model: Any, device: torch.device) -> dict[str, nn.Linear]:
+    """The trunk's linear modules that see each text of a batch apart. (DeBERTa's project distances too, for all texts
+    at once: there no row can have an update of its own.)"""
+    prefix = f"{model.base_model_prefix}."
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(prefix)}
+    shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in linear}
+
+    def look(name: str, _: Any, given: tuple[Tensor, ...]) -> None:
+        shapes[name].add(tuple(given[0].shape[:-1]))
+
+    hooks = [module.register_forward_pre_hook(partial(look, name)) for name, module in linear.items()]
+    ids = torch.zeros(_PROBE, dtype=torch.int64, device=device)
+    try:
+        with torch.inference_mode():
+            model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:  # transformers raises what it likes; the model may yet run as a whole
+        _log.info("nothing can be added to this model's trunk, which does not run by itself: %s", error)
+        return {}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: module for name, module in linear.items() if shapes[name] == {_PROBE}}
+
+
+def _unfit(
+    what: str, path: Path, hint: str = "train it on what is served with method head or lora, or deploy it by itself"
+) -> ModelError:
+    return ModelError(what, hint=hint, where=str(path))
