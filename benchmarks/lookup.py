@@ -1,7 +1,7 @@
 """Prompt lookup in LLMO's own engine: on against off, on answers that copy from their prompt and on ordinary ones.
 
 SmolLM2-135M-Instruct, four prompts one after another and eight together; both sides in one process, in turns, over the
-same prompts; the answers must be the same. Run: python benchmarks/lookup.py [--engine openvino] [--rounds 5]
+same prompts; the answers must be the same. Run: python benchmarks/lookup.py [--engine native] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def compare(on: Side, off: Side, work: dict[str, tuple[Asked, Sampling]], rounds
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--engine", choices=("openvino", "torch"), default="openvino")
+    parser.add_argument("--engine", choices=("native", "openvino", "torch"), default="native")
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))

@@ -71,7 +71,7 @@ struct Shared { // one step's working memory; strides are the filled-up sizes
     float* unit;            // [rows, k/64] what one unit of a row's activations is worth; of 15 bits [rows, 1]
     int32_t* start;         // [rows, k/64, (high, low)] where sums begin: minus 128 times the sum of the activations
     int32_t* tickets;
-    int rows_room, wanted_room;
+    int rows_room;
 };
 
 struct Crew {
@@ -82,7 +82,7 @@ struct Crew {
     pthread_t* thread;
     pthread_mutex_t lock;
     pthread_cond_t wake;
-    int generation, arrived, passed, finished, phase_count;
+    int generation, arrived, passed, phase_count;
     bool ends;
 };
 
@@ -194,7 +194,7 @@ inline void product_int8(const Linear& w, int block, const Shared& s, int row, f
 }
 
 template <int R, int B>
-inline void product_fp32(const Linear& w, int block, const float* x, int in, int row, float* out, int stride, bool add) {
+inline void product_fp32(const Linear& w, int block, const float* x, int row, float* out, int stride, bool add) {
     f32x16 total[R][B];
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++) total[r][b] = f32x16{};
@@ -203,7 +203,7 @@ inline void product_fp32(const Linear& w, int block, const float* x, int in, int
     for (int k = 0; k < w.k; k++)
         for (int b = 0; b < B; b++) {
             f32x16 v = load(weight[b] + (int64_t)k * LANES);
-            for (int r = 0; r < R; r++) total[r][b] += v * x[(int64_t)(row + r) * in + k];
+            for (int r = 0; r < R; r++) total[r][b] += v * x[(int64_t)(row + r) * w.k + k];
         }
     for (int r = 0; r < R; r++)
         for (int b = 0; b < B; b++) {
@@ -216,8 +216,9 @@ inline void product_fp32(const Linear& w, int block, const float* x, int in, int
 }
 
 template <int R, int B>
-void product(const Crew* c, const Linear& w, const Span& rows, int block, const float* x, int row, float* out, int stride, bool add) {
-    if (!c->model.quantised) product_fp32<R, B>(w, block, x, w.k, row, out, stride, add);
+void product(const Crew* c, const Linear& w, const Span& rows, int block, const float* x, int row, float* out,
+             int stride, bool add) {
+    if (!c->model.quantised) product_fp32<R, B>(w, block, x, row, out, stride, add);
     else if (rows.fine) product_int8<R, B, true>(w, block, c->s, row, out, stride, add);
     else product_int8<R, B, false>(w, block, c->s, row, out, stride, add);
 }
@@ -290,7 +291,9 @@ void normalise(const float* x, const float* weight, float* out, int size, int pa
 }
 
 // Add to `out` what R ranks that reach the same outputs make of `x`.
-template <class T, int R> void adapt_ranks(const T* down, const T* rise, const float* scale, const float* x, int in, float* out, int part, const int32_t* reach) {
+template <class T, int R>
+void adapt_ranks(const T* down, const T* rise, const float* scale, const float* x, int in, float* out, int part,
+                 const int32_t* reach) {
     f32x16 dots[R];
     for (int r = 0; r < R; r++) dots[r] = f32x16{};
     for (int i = 0; i < in; i += LANES)
@@ -311,14 +314,14 @@ template <class T> void adapt(const Lora& l, int layer, const float* x, int in, 
     const T* down = (const T*)l.down + (int64_t)layer * ranks * in;
     const T* rise = (const T*)l.up + (int64_t)layer * ranks * part;
     const float* scale = l.scale + (int64_t)layer * ranks;
-    for (int r = 0; r < ranks;) {
+    for (int r = 0, took; r < ranks; r += took, down += took * in, rise += took * part, scale += took) {
         const int32_t* reach = l.reach + 2 * r;
         float* to = out + r / l.rank * part;
         bool alike = r % l.rank + SOME <= l.rank;
         for (int i = 2; alike && i < 2 * SOME; i++) alike = reach[i] == reach[i % 2];
-        if (alike) adapt_ranks<T, SOME>(down + (int64_t)r * in, rise + (int64_t)r * part, scale + r, x, in, to, part, reach);
-        else adapt_ranks<T, 1>(down + (int64_t)r * in, rise + (int64_t)r * part, scale + r, x, in, to, part, reach);
-        r += alike ? SOME : 1;
+        took = alike ? SOME : 1;
+        if (alike) adapt_ranks<T, SOME>(down, rise, scale, x, in, to, part, reach);
+        else adapt_ranks<T, 1>(down, rise, scale, x, in, to, part, reach);
     }
 }
 
@@ -368,7 +371,8 @@ template <class T> void remember(const Crew* c, int index, int row) {
 // V queries of one head of keys, from one stream: scores of all blocks, their softmax, the mean of the values. Of
 // `room`, the queries take `[dim, V]`, and what becomes of their scores `[blocks, V, 16]`.
 template <class T, int V>
-void attend(const Crew* c, int index, int head, const int* table, const float* const* query, const int* seen, float* const* out, float* room) {
+void attend(const Crew* c, int index, int head, const int* table, const float* const* query, const int* seen,
+            float* const* out, float* room) {
     const Model& m = c->model;
     const Step& step = *c->step;
     const int dim = m.dim;
@@ -418,17 +422,20 @@ void attend(const Crew* c, int index, int head, const int* table, const float* c
             const float* weight = scores + b * V * BLOCK;
             for (int t = 0; t < BLOCK; t++, values += dim) {
                 f32x16 x = load(values), y = load(values + second);
-                for (int v = 0; v < V; v++) left[v] += x * weight[v * BLOCK + t], right[v] += y * weight[v * BLOCK + t];
+                for (int v = 0; v < V; v++)
+                    left[v] += x * weight[v * BLOCK + t], right[v] += y * weight[v * BLOCK + t];
             }
         }
-        for (int v = 0; v < V; v++) store(out[v] + i, left[v] * share[v]), store(out[v] + i + second, right[v] * share[v]);
+        for (int v = 0; v < V; v++)
+            store(out[v] + i, left[v] * share[v]), store(out[v] + i + second, right[v] * share[v]);
     }
 }
 
 constexpr int MOST = 12; // queries that look at the same keys together
 
 template <class T>
-void attend_many(const Crew* c, int index, int head, const int* table, int count, const float* const* query, const int* seen, float* const* out, float* scores) {
+void attend_many(const Crew* c, int index, int head, const int* table, int count, const float* const* query,
+                 const int* seen, float* const* out, float* scores) {
     switch (count) {
 #define CASE(V) case V: attend<T, V>(c, index, head, table, query, seen, out, scores); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
@@ -470,11 +477,13 @@ void run_step(Worker& me) {
     const int rows = step.rows, prompt = step.prompt, hidden = up(m.hidden, GROUP), head_wide = m.heads * m.dim;
     float* scores = s.scores + me.id * scores_size(c);
     // Rows of one stream that look at the cache together.
-    int together = MOST / (m.heads / m.kv_heads) > 1 ? MOST / (m.heads / m.kv_heads) : 1, looks = 0;
+    int together = MOST / (m.heads / m.kv_heads), looks = 0;
+    if (together < 1) together = 1;
     int* look_start = s.tickets + c->phase_count; // behind the tickets: [rows + 1]
     if (me.id == 0) {
         for (int row = 0; row < rows; row++)
-            if (row == 0 || step.table[row] != step.table[row - 1] || row - look_start[looks - 1] == together) look_start[looks++] = row;
+            if (row == 0 || step.table[row] != step.table[row - 1] || row - look_start[looks - 1] == together)
+                look_start[looks++] = row;
         look_start[looks] = rows;
         look_start[rows + 1] = looks;
     }
@@ -495,7 +504,8 @@ void run_step(Worker& me) {
         const Layer& l = m.layer[index];
         multiply(me, l.qkv, s.normal, rows, prompt, s.wide, l.qkv.n, false);
         me.share(rows, [&](int row) {
-            adapt_row(c, 0, index, row, s.normal + (int64_t)row * hidden, m.hidden, s.wide + (int64_t)row * l.qkv.n, head_wide + 2 * m.kv_heads * m.dim);
+            adapt_row(c, 0, index, row, s.normal + (int64_t)row * hidden, m.hidden, s.wide + (int64_t)row * l.qkv.n,
+                      head_wide + 2 * m.kv_heads * m.dim);
             if (m.quantised) remember<bf16>(c, index, row);
             else remember<float>(c, index, row);
         });
@@ -541,7 +551,7 @@ void* follow(void* given) {
     free(given);
     Crew* c = me.c;
     for (int seen = 0;;) {
-        for (int turn = 0; turn < SPINS && __atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) == seen; turn++) rest(turn);
+        for (int turn = 0; turn < SPINS && __atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) == seen;) rest(turn++);
         pthread_mutex_lock(&c->lock);
         while (c->generation == seen) pthread_cond_wait(&c->wake, &c->lock);
         seen = c->generation;
@@ -572,7 +582,8 @@ bool make_room(Crew* c, int rows, int wanted) {
     s.rows_room = 0;
     bool made = room(s.x, rows * hidden) && room(s.normal, rows * hidden) && room(s.wide, rows * wide) &&
                 room(s.attended, rows * (int64_t)l.out.k) && room(s.inner, rows * (int64_t)l.down.k) &&
-                room(s.rounded, rows * most * 2) && room(s.unit, rows * (most / GROUP)) && room(s.start, rows * (most / GROUP) * 2) &&
+                room(s.rounded, rows * most * 2) && room(s.unit, rows * (most / GROUP)) &&
+                room(s.start, rows * (most / GROUP) * 2) &&
                 room(s.tickets, c->phase_count + rows + 2);
     if (made) s.rows_room = rows;
     return made;
