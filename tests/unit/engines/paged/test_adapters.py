@@ -228,7 +228,7 @@ def test_what_would_not_fit_into_the_memory_set_aside_is_refused(base: Path, tmp
         ask(engine, [(ids, name) for name in names], "t")
         held = engine._adapters
         matrices = [m for kind in (held._down, held._below, held._up) for m in kind.values()]
-        matrices += [m for lora in held._lora.values() for m in (*lora.down.values(), *lora.up.values())]
+        matrices += [m for lora in held._loaded.values() for m in (*lora.down.values(), *lora.up.values())]
         assert 1 << 19 < sum(m.nbytes for m in matrices) <= 1 << 20
         engine.remove_adapter(names[0])
         ask(engine, [(ids, None)], "t")  # the step that forgets it
