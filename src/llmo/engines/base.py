@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmo.errors import ModelError
+from llmo.errors import EnvironmentProblem, ModelError
 from llmo.types import Device
 
 
@@ -90,3 +90,12 @@ def no_room(count: int, needed: int, memory: int) -> ModelError:
         "for adapters",
         hint=f"deploy it again with `--set adapters_mib={-(-needed >> 20)}`, or train at a lower rank",
     )
+
+
+def require_cpu(engine: str, device: Device) -> None:
+    """Raises EnvironmentProblem for a device that this engine has no kernels for."""
+    if device.kind != "cpu":
+        raise EnvironmentProblem(
+            f"the {engine} engine runs on the CPU, not on '{device.name}' ({device.kind})",
+            hint="use the torch engine there",
+        )

@@ -10,10 +10,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from llmo.engines.base import Chunk, Request
+from llmo.engines.base import Chunk, Request, require_cpu
 from llmo.engines.batch import chunks, means, pad
 from llmo.engines.folder import pad_token_id, read_config, require
-from llmo.errors import EnvironmentProblem, ModelError
+from llmo.errors import ModelError
 from llmo.types import Device
 
 GRAPH = "model.onnx"
@@ -41,11 +41,7 @@ class OnnxEngine:
         self._pad_id = 0
 
     def load(self, model: Path, device: Device) -> None:
-        if device.kind != "cpu":
-            raise EnvironmentProblem(
-                f"the onnx engine runs on the CPU, not on '{device.name}' ({device.kind})",
-                hint="use the torch engine there",
-            )
+        require_cpu(self.name, device)
         self._pad_id = pad_token_id(read_config(model))
         path = require(model, GRAPH)
         try:

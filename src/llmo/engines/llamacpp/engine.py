@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from llmo.engines.base import require_cpu
 from llmo.engines.folder import end_ids, require
 from llmo.engines.generation import Delta, Finish, GenerationOptions, Prompt
 from llmo.engines.llamacpp.chooser import Chooser, log_total
@@ -56,11 +57,7 @@ class LlamaCppEngine:
         self._scoring, self._most, self._hits = 2 * streams, streams, 0
 
     def load(self, model: Path, device: Device, options: GenerationOptions) -> None:
-        if device.kind != "cpu":
-            raise EnvironmentProblem(
-                f"the llamacpp engine runs on the CPU, not on '{device.name}' ({device.kind})",
-                hint="use the torch engine there",
-            )
+        require_cpu(self.name, device)
         self.close()
         path = require(model, NAME)
         header = read_header(path)

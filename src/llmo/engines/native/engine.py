@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmo.engines.folder import card_precision
+from llmo.engines.base import require_cpu
 from llmo.engines.generation import GenerationOptions
 from llmo.engines.native.adapters import Adapters
 from llmo.engines.native.model import PRECISIONS, Cache, Decoder, Rows
-from llmo.engines.paged.batching import check_options
+from llmo.engines.paged.batching import pick_precision
 from llmo.engines.paged.blocks import BLOCK, Blocks
 from llmo.engines.paged.config import load_config
 from llmo.engines.paged.named import Adapting
 from llmo.engines.paged.stream import Piece
 from llmo.engines.sampling import log_softmax
-from llmo.errors import EnvironmentProblem, InputError
 from llmo.types import Device
 
 
@@ -36,25 +35,11 @@ class NativeEngine(Adapting):
 
     def load(self, model: Path, device: Device, options: GenerationOptions) -> None:
         self.close()
-        if device.kind != "cpu":
-            raise EnvironmentProblem(
-                f"the native engine runs on the CPU, not on '{device.name}' ({device.kind})",
-                hint="use the torch engine there",
-            )
+        require_cpu(self.name, device)
         config = load_config(model)
-        precision = options.precision or card_precision(model) or "int8"
-        if precision not in PRECISIONS:
-            raise InputError(f"unknown precision '{precision}'", hint=f"known: {', '.join(PRECISIONS)}")
-        check_options(options)
-        count = options.cache_bytes // Cache.block_bytes(config, precision)
-        if count < 2:
-            raise InputError(
-                f"the cache of {options.cache_bytes} bytes holds no {2 * BLOCK} tokens",
-                hint="raise cache_bytes",
-                where="cache_bytes",
-            )
+        precision = pick_precision(model, options, PRECISIONS, "int8")
+        count = self._room(options, config.positions, Cache.block_bytes(config, precision))
         torch.set_num_threads(device.cores)
-        self.context = min(config.positions, options.context or config.positions, (count - 1) * BLOCK)
         self.vocabulary = config.vocabulary
         self._config, self._precision, self._chunk = config, precision, options.chunk
         self._model = Decoder(model, config, precision, device.cores, self.context)

@@ -15,14 +15,14 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from llmo.engines.base import require_cpu
 from llmo.engines.folder import card_precision, read_config
 from llmo.engines.generation import GenerationOptions
 from llmo.engines.openvino.runner import BLOCK, Cache, Graph, Row
-from llmo.engines.paged.batching import Batching, check_options
+from llmo.engines.paged.batching import Batching
 from llmo.engines.paged.blocks import Blocks
 from llmo.engines.paged.stream import Piece
 from llmo.engines.sampling import log_softmax
-from llmo.errors import EnvironmentProblem, InputError
 from llmo.types import Device
 
 
@@ -37,22 +37,10 @@ class OpenVinoEngine(Batching):
 
     def load(self, model: Path, device: Device, options: GenerationOptions) -> None:
         self.close()
-        if device.kind != "cpu":
-            raise EnvironmentProblem(
-                f"the openvino engine runs on the CPU, not on '{device.name}' ({device.kind})",
-                hint="use the torch engine there",
-            )
-        check_options(options)
+        require_cpu(self.name, device)
         positions = int(read_config(model).get("max_position_embeddings", 2048))
         graph = Graph(model, options.precision or card_precision(model), device.cores)
-        count = options.cache_bytes // graph.block_bytes
-        if count < 2:
-            raise InputError(
-                f"the cache of {options.cache_bytes} bytes holds no {2 * BLOCK} tokens",
-                hint="raise cache_bytes",
-                where="cache_bytes",
-            )
-        self.context = min(positions, options.context or positions, (count - 1) * BLOCK)
+        count = self._room(options, positions, graph.block_bytes, BLOCK)
         self.vocabulary = graph.vocabulary
         self._chunk = max(2, options.chunk)
         self._graph, self._cache = graph, graph.cache(count)

@@ -6,7 +6,8 @@ An engine adds the computing: it says which numbers a list of pieces gives, and 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,10 +15,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmo.engines.folder import end_ids
+from llmo.engines.folder import card_precision, end_ids
 from llmo.engines.generation import Delta, Finish, GenerationOptions, Prompt, TokenLogprob
 from llmo.engines.grammar import Constraint, Grammars
-from llmo.engines.paged.blocks import Blocks, salt
+from llmo.engines.paged.blocks import BLOCK, Blocks, salt
 from llmo.engines.paged.lookup import Costs, Lookup, worth
 from llmo.engines.paged.scheduler import Scheduler
 from llmo.engines.paged.stream import Piece, Stream
@@ -25,7 +26,7 @@ from llmo.engines.sampling import Sampler, token_logprob
 from llmo.errors import ConflictError, InputError, LLMOError, ModelError
 
 
-class Batching:
+class Batching(ABC):
     """Everything of the contract but `load`, `close` and the arithmetic. `load` ends with a call of `_start`."""
 
     name: ClassVar[str]
@@ -40,14 +41,29 @@ class Batching:
         self._hits = self._drafted = self._accepted = 0
         self._running = False
 
+    @abstractmethod
     def _compute(self, pieces: Sequence[Piece]) -> Iterable[NDArray[np.float32] | int]:
         """Compute the pieces, prompts first; give the logits `[vocabulary]` of each that is `last`, or the token
         that its sampler would choose where its stream is `plain`. What cannot be computed is a RuntimeError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _score(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Log-probabilities of `ids[1:]`; the streams are neither read nor disturbed."""
-        raise NotImplementedError
+
+    def _room(self, options: GenerationOptions, positions: int, block_bytes: int, size: int = BLOCK) -> int:
+        """How many blocks of `size` tokens the cache has; sets `context` to what a model of `positions` makes of them.
+        Raises InputError where a cache is too small for anything, and for other options that cannot be."""
+        if options.streams < 1 or options.chunk < 1:
+            raise InputError("streams and chunk must be at least 1")
+        count = options.cache_bytes // block_bytes
+        if count < 2:
+            raise InputError(
+                f"the cache of {options.cache_bytes} bytes holds no {2 * size} tokens",
+                hint="raise cache_bytes",
+                where="cache_bytes",
+            )
+        self.context = min(positions, options.context or positions, (count - 1) * size)
+        return count
 
     def _start(self, folder: Path, options: GenerationOptions, blocks: Blocks, share_answers: bool) -> None:
         """`share_answers`: an answer's keys and values are those that the same tokens have in a prompt."""
@@ -255,9 +271,12 @@ class Batching:
             raise ModelError("the engine is closed", hint="load a model first")
 
 
-def check_options(options: GenerationOptions) -> None:
-    if options.streams < 1 or options.chunk < 1:
-        raise InputError("streams and chunk must be at least 1")
+def pick_precision(model: Path, options: GenerationOptions, known: Collection[str], default: str) -> str:
+    """What was asked for, else what the folder's card says. Raises InputError for what the engine does not know."""
+    precision = options.precision or card_precision(model) or default
+    if precision not in known:
+        raise InputError(f"unknown precision '{precision}'", hint=f"known: {', '.join(known)}")
+    return precision
 
 
 def _order(piece: Piece) -> int:

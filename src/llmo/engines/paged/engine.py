@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from llmo.engines.folder import card_precision
 from llmo.engines.generation import GenerationOptions, Prompt, Sampling
 from llmo.engines.paged.adapters import LEAST_ROWS, Adapters
 from llmo.engines.paged.attention import Cache
-from llmo.engines.paged.batching import check_options
+from llmo.engines.paged.batching import pick_precision
 from llmo.engines.paged.blocks import BLOCK, Blocks
 from llmo.engines.paged.config import Config, load_config
 from llmo.engines.paged.linear import DTYPES
@@ -26,7 +25,7 @@ from llmo.engines.paged.named import Adapting
 from llmo.engines.paged.stream import Piece, Stream
 from llmo.engines.place import torch_device
 from llmo.engines.sampling import Sampler, log_softmax
-from llmo.errors import EnvironmentProblem, InputError
+from llmo.errors import EnvironmentProblem
 from llmo.types import Device
 
 if TYPE_CHECKING:
@@ -47,20 +46,10 @@ class PagedEngine(Adapting):
     def load(self, model: Path, device: Device, options: GenerationOptions) -> None:
         self.close()
         config = load_config(model)
-        precision = options.precision or card_precision(model) or "fp32"
-        if precision not in DTYPES:
-            raise InputError(f"unknown precision '{precision}'", hint=f"known: {', '.join(DTYPES)}")
-        check_options(options)
+        precision = pick_precision(model, options, DTYPES, "fp32")
         self._device = torch_device(device)
         torch.set_num_threads(device.cores)
-        count = options.cache_bytes // Cache.block_bytes(config, DTYPES[precision])
-        if count < 2:
-            raise InputError(
-                f"the cache of {options.cache_bytes} bytes holds no {2 * BLOCK} tokens",
-                hint="raise cache_bytes",
-                where="cache_bytes",
-            )
-        self.context = min(config.positions, options.context or config.positions, (count - 1) * BLOCK)
+        count = self._room(options, config.positions, Cache.block_bytes(config, DTYPES[precision]))
         self.vocabulary = config.vocabulary
         self._chunk = options.chunk
         on_cpu = self._device.type == "cpu"

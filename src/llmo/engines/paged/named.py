@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -13,7 +14,7 @@ from llmo.errors import ConflictError, InputError, NotFoundError
 T = TypeVar("T")
 
 
-class Named(Generic[T]):
+class Named(ABC, Generic[T]):
     """A removed adapter stays as long as a stream uses it; a name that comes back is another one. `_loaded` holds them
     by key. All but `drop` may be called from any thread."""
 
@@ -58,8 +59,9 @@ class Named(Generic[T]):
                 for key in self._loaded.keys() - self._key.values() - set(used):
                     del self._loaded[key]
 
+    @abstractmethod
     def _read(self, folder: Path) -> T:
-        raise NotImplementedError
+        """Raises ModelError for an adapter that does not fit the base, or changes nothing."""
 
     def _check(self, adapters: Sequence[T]) -> None:
         """Raises ModelError where there is no room for all of these."""

@@ -14,7 +14,7 @@ LONGEST = tl.constexpr(256)  # features of a tile
 
 
 @triton.jit
-def normalise(x, parts, norm, out, apart, eps, K: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr):
+def normalise(x, parts, norm, out, apart, eps, K: tl.constexpr, PARTS: tl.constexpr, WIDE: tl.constexpr) -> None:
     """Add PARTS of fp32 rows, each `apart` from the one before, to `x` `[rows, K]`; give their root-mean-square norm in
     the type of `out`. A program a row."""
     row = tl.program_id(0).to(tl.int64) * K
@@ -35,7 +35,7 @@ def product(
     N: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr,
     GATED: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """`x @ w.T` for `x` `[rows, K]` and `w` `[N, K]`, both in DTYPE, summed up at fp32.
 
     PARTS: the features are cut into so many, whose sums stand `apart`. GATED: `w` is `[2 * N, K]`, and silu of the
@@ -76,7 +76,7 @@ def product(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def gate(both, out, rows, N: tl.constexpr, BN: tl.constexpr):
+def gate(both, out, rows, N: tl.constexpr, BN: tl.constexpr) -> None:
     """silu of the first half of fp32 rows `[rows, 2 * N]` times the second, as `product` does it when GATED."""
     row = tl.program_id(0)
     c = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -90,7 +90,7 @@ def gate(both, out, rows, N: tl.constexpr, BN: tl.constexpr):
 def rotate(
     qkv, turns, weights, positions, slots, queries, pool, eps,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """Turn queries and keys of fp32 `qkv` by their positions; queries go to `queries`, keys and values to their slot
     of the cache. A program a row and head; a head's features are complex numbers, real and imaginary part in turns."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -122,7 +122,7 @@ def attend(
     queries, pool, tables, tiles, out, peaks, totals, count, width, scale,
     HEADS: tl.constexpr, KV: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """A tile of neighbouring rows of one stream looks at the stream's tokens up to each row's own.
 
     `tiles` is `[4, count]`: first row, rows, position of the first, row of `tables` (`[streams, width]` blocks). With
@@ -176,7 +176,7 @@ def attend(
 
 
 @triton.jit
-def combine(parts, peaks, totals, out, DIM: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr):
+def combine(parts, peaks, totals, out, DIM: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr) -> None:
     """One head of one row from what `attend` found in SPLITS parts of its tokens; a program each."""
     at = tl.program_id(0).to(tl.int64) * SPLITS + tl.arange(0, SPLITS)
     d = tl.arange(0, WIDE)
@@ -189,7 +189,7 @@ def combine(parts, peaks, totals, out, DIM: tl.constexpr, WIDE: tl.constexpr, SP
 
 
 @triton.jit(do_not_specialize=["ranks", "empty"])
-def shrink(x, below, adapters, out, ranks, empty, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr):
+def shrink(x, below, adapters, out, ranks, empty, K: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr) -> None:
     """Rows times their own adapter's `below` (`[adapters, ranks, K]`), to fp32 `[rows, ranks]`. Rows of the adapter
     `empty` are left out."""
     row = tl.program_id(0)
@@ -208,7 +208,7 @@ def shrink(x, below, adapters, out, ranks, empty, K: tl.constexpr, BR: tl.conste
 
 
 @triton.jit(do_not_specialize=["rank", "empty"])
-def expand(inner, above, adapters, out, rank, empty, PARTS: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
+def expand(inner, above, adapters, out, rank, empty, PARTS: tl.constexpr, N: tl.constexpr, BN: tl.constexpr) -> None:
     """Add what `shrink` gave, times the adapter's `above` (`[adapters, PARTS, rank, N]`), to fp32 rows of PARTS * N."""
     row = tl.program_id(0)
     adapter = tl.load(adapters + row)
@@ -227,7 +227,7 @@ def expand(inner, above, adapters, out, rank, empty, PARTS: tl.constexpr, N: tl.
 
 
 @triton.jit
-def choose(logits, settings, tokens, V: tl.constexpr, BN: tl.constexpr):
+def choose(logits, settings, tokens, V: tl.constexpr, BN: tl.constexpr) -> None:
     """A token for each fp32 row of logits `[rows, V]`, as `Sampler.choose` draws it; a program a row.
 
     `settings` are fp64 `[rows, 5]`: temperature (0: the likeliest), top_k, top_p, min_p, and the number drawn. A row
@@ -275,7 +275,7 @@ def choose(logits, settings, tokens, V: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _weights(logits, best, warmth, least, start, n, V: tl.constexpr):
+def _weights(logits, best, warmth, least, start, n, V: tl.constexpr) -> tl.tensor:
     """Those of a stretch of a row, of which the likeliest has 1; 0 for what weighs less than `least`."""
     a = tl.load(logits + start + n, mask=start + n < V, other=float("-inf"))
     weights = tl.exp((a - best) / warmth)
@@ -283,7 +283,7 @@ def _weights(logits, best, warmth, least, start, n, V: tl.constexpr):
 
 
 @triton.jit
-def _mass(logits, best, warmth, least, COUNTED: tl.constexpr, n, V: tl.constexpr, BN: tl.constexpr):
+def _mass(logits, best, warmth, least, COUNTED: tl.constexpr, n, V: tl.constexpr, BN: tl.constexpr) -> tl.tensor:
     """The sum of a row's weights of at least `least`, or how many they are."""
     sums = tl.zeros((BN,), tl.float64)
     for start in range(0, V, BN):
@@ -293,7 +293,9 @@ def _mass(logits, best, warmth, least, COUNTED: tl.constexpr, n, V: tl.constexpr
 
 
 @triton.jit
-def _bound(logits, best, warmth, least, enough, COUNTED: tl.constexpr, n, V: tl.constexpr, BN: tl.constexpr):
+def _bound(
+    logits, best, warmth, least, enough, COUNTED: tl.constexpr, n, V: tl.constexpr, BN: tl.constexpr
+) -> tl.tensor:
     """The largest bound, but no smaller than `least`, at which the weights are `enough`."""
     low = least.to(tl.int32, bitcast=True)
     high = tl.full((), 0x3F800001, tl.int32)  # the bits of 1, and one more
