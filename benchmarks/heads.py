@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -64,26 +63,11 @@ def make(folder: Path, base: Path, method: str, seed: int) -> Path:
 
 def serve(folder: Path) -> None:
     """One replica, until standard input ends."""
-    from llmo.context import NullContext
+    from llmo.context import UntilInputEnds
     from llmo.serve import replica
     from llmo.specs import DeploySpec
 
-    class Told(NullContext):
-        stopping = False
-
-        def ready(self, address: str) -> None:
-            print(address, flush=True)
-
-        def should_stop(self) -> bool:
-            return self.stopping
-
-        def listen(self) -> None:
-            sys.stdin.read()
-            self.stopping = True
-
-    context = Told(cores=CORES)
-    threading.Thread(target=context.listen, daemon=True).start()
-    replica.run(DeploySpec(endpoint="heads").plain(), {"model": folder}, folder, context)
+    replica.run(DeploySpec(endpoint="heads").plain(), {"model": folder}, folder, UntilInputEnds(CORES))
 
 
 @contextmanager

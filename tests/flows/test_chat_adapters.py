@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,9 @@ import pytest
 from llmo.doors.cli import commands
 from llmo.doors.client import Client
 from llmo.doors.sdk import Deployed
-from llmo.doors.server import serve_in_thread
 from llmo.errors import ConflictError, InputError, ModelError, NotFoundError, SpecError
-from llmo.settings import Settings
-from llmo.system import System
 from llmo.types import Artifact, Kind
-from support.serving import ThreadReplica, deploy, eventually, served_chat_model
+from support.serving import Place, ThreadReplica, deploy, eventually, served_chat_model
 from support.tiny_chat import tiny_adapter
 
 HELLO = [{"role": "user", "content": "Hello there"}]
@@ -29,16 +25,10 @@ MANY = 50
 
 
 @dataclass
-class Place:
-    """A server with the endpoint `chat`, whose model is `base@1`, and a member's client."""
+class Chat(Place):
+    """With the endpoint `chat`, whose model is `base@1`, and a member's client."""
 
-    system: System
-    model: Path
-    folder: Path
-    stack: ExitStack
-    url: str = ""
-    key: str = ""
-    base: Artifact = field(init=False)
+    model: Path = field(init=False)
     client: openai.OpenAI = field(init=False)
 
     def publish(self, name: str, base: str, **adapter: Any) -> Artifact:
@@ -85,18 +75,11 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("adapters")
-    model = served_chat_model(folder / "model")
-    with System(Settings(home=folder / "store")) as system, ExitStack() as stack:
-        system.start()  # an endpoint is up only while somebody runs this store
-        made = Place(system, model, folder, stack, key=system.make_key("ann", "member")[1])
-        (folder / "base").mkdir()
-        (folder / "base" / "config.json").write_text("{}")
-        made.base = system.store.catalog.publish(Kind.MODEL, "base", folder / "base", {}, job=None, inputs={})
-        made.url = stack.enter_context(serve_in_thread(system))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chat]:
+    with Chat.opened(tmp_path_factory.mktemp("adapters")) as made:
+        made.model = served_chat_model(made.folder / "model")
         client = openai.OpenAI(base_url=f"{made.url}/v1", api_key=made.key, max_retries=0, timeout=60)
-        made.client = stack.enter_context(client)
+        made.client = made.stack.enter_context(client)
         made.serve(made.base.digest)
         for i in range(MANY):
             made.publish(f"voice{i}", made.base.digest, seed=i, rank=2 + i % 5)
@@ -104,13 +87,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture
-def api(place: Place) -> Iterator[Client]:
+def api(place: Chat) -> Iterator[Client]:
     with Client(place.url, place.key) as client:
         yield client
 
 
 @pytest.fixture
-def two(place: Place, api: Client) -> Iterator[None]:
+def two(place: Chat, api: Client) -> Iterator[None]:
     """`a` and `b` are adapters of the endpoint."""
     for name, model in (("a", "voice0"), ("b", "voice1@1")):
         api.add_adapter("chat", name, model)
@@ -119,7 +102,7 @@ def two(place: Place, api: Client) -> Iterator[None]:
         api.remove_adapter("chat", adapter.name)
 
 
-def test_fifty_answer_mixed_as_they_do_alone(place: Place, api: Client) -> None:
+def test_fifty_answer_mixed_as_they_do_alone(place: Chat, api: Client) -> None:
     names = [f"chat:v{i}" for i in range(MANY)]
     for i in range(MANY):
         api.add_adapter("chat", f"v{i}", f"voice{i}")
@@ -134,7 +117,7 @@ def test_fifty_answer_mixed_as_they_do_alone(place: Place, api: Client) -> None:
 
 
 @pytest.mark.usefixtures("two")
-def test_a_model_is_an_endpoint_an_adapter_or_the_version_of_either(place: Place, api: Client) -> None:
+def test_a_model_is_an_endpoint_an_adapter_or_the_version_of_either(place: Chat, api: Client) -> None:
     eventually(lambda: _models(place) == ["chat", "chat:a", "chat:b"], "all three are listed")
     assert place.client.models.retrieve("chat:a").id == "chat:a"
     plain, voiced = place.answer("chat"), place.answer("chat:a")
@@ -151,7 +134,7 @@ def test_a_model_is_an_endpoint_an_adapter_or_the_version_of_either(place: Place
 
 
 @pytest.mark.usefixtures("two")
-def test_they_come_and_go_under_running_streams(place: Place, api: Client) -> None:
+def test_they_come_and_go_under_running_streams(place: Chat, api: Client) -> None:
     expected = {name: place.text(name, max_tokens=200) for name in ("chat", "chat:a", "chat:b")}
     streams = {name: iter(place.answer(name, max_tokens=200, stream=True)) for name in expected}
     begun = {name: next(stream).choices[0].delta.content or "" for name, stream in streams.items()}
@@ -170,7 +153,7 @@ def test_they_come_and_go_under_running_streams(place: Place, api: Client) -> No
 
 
 @pytest.mark.usefixtures("two")
-def test_what_does_not_fit_is_refused_and_the_others_answer_on(place: Place, api: Client) -> None:
+def test_what_does_not_fit_is_refused_and_the_others_answer_on(place: Chat, api: Client) -> None:
     before = place.text("chat:a")
     base = place.base.digest
     other = place.publish("stranger", place.system.artifact("voice0").digest)
@@ -199,7 +182,7 @@ def test_what_does_not_fit_is_refused_and_the_others_answer_on(place: Place, api
 
 
 @pytest.mark.usefixtures("two")
-def test_a_new_replica_answers_with_them_and_another_base_does_not(place: Place, api: Client) -> None:
+def test_a_new_replica_answers_with_them_and_another_base_does_not(place: Chat, api: Client) -> None:
     before = place.text("chat:a")
     place.serve(place.base.digest)
     assert place.text("chat:a") == before
@@ -219,12 +202,12 @@ def test_a_new_replica_answers_with_them_and_another_base_does_not(place: Place,
     assert place.text("chat:a") == before
 
 
-def _models(place: Place) -> list[str]:
+def _models(place: Chat) -> list[str]:
     return [model.id for model in place.client.models.list()]
 
 
 def test_the_command_line_and_the_sdk_say_the_same(
-    place: Place, api: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Chat, api: Client, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LLMO_URL", place.url)
     monkeypatch.setenv("LLMO_KEY", place.key)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from llmo.doors.cli import commands
 from llmo.doors.client import Client
 from llmo.doors.gateway import gateway
 from llmo.doors.sdk import Deployed
-from llmo.doors.server import serve_in_thread
 from llmo.errors import ConflictError, GateRefused, InputError, ModelError, NotFoundError
 from llmo.settings import Settings
 from llmo.system import System
@@ -32,7 +30,7 @@ from llmo.tasks.token_classification import TokenClassification
 from llmo.types import Artifact, Kind
 from support.headed import further_model, topics
 from support.project import project
-from support.serving import ThreadReplica, deploy, eventually, served_model, with_evidence
+from support.serving import Place, ThreadReplica, deploy, eventually, served_model, with_evidence
 from support.tiny import text_rows
 from support.tiny_chat import tiny_adapter
 
@@ -50,15 +48,9 @@ MANY: dict[str, tuple[Task, str]] = {
 
 
 @dataclass
-class Place:
-    """A server with the endpoint `news`, whose model `news@1` was trained by method head on `base@1`."""
+class Trunk(Place):
+    """With the endpoint `news`, whose model `news@1` was trained by method head on `base@1`."""
 
-    system: System
-    folder: Path
-    stack: ExitStack
-    url: str = ""
-    key: str = ""
-    base: Artifact = field(init=False)
     news: Artifact = field(init=False)
 
     def publish(self, name: str, folder: Path, base: str, **card: Any) -> Artifact:
@@ -87,16 +79,9 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    folder = tmp_path_factory.mktemp("trunk")
-    with System(Settings(home=folder / "store")) as system, ExitStack() as stack:
-        system.start()  # an endpoint is up only while somebody runs this store
-        made = Place(system, folder, stack, key=system.make_key("ann", "member")[1])
-        (folder / "base").mkdir()
-        (folder / "base" / "config.json").write_text("{}")
-        made.base = system.store.catalog.publish(Kind.MODEL, "base", folder / "base", {}, job=None, inputs={})
-        made.news = made.publish("news", served_model(folder / "news"), made.base.digest, method="head")
-        made.url = stack.enter_context(serve_in_thread(system))
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trunk]:
+    with Trunk.opened(tmp_path_factory.mktemp("trunk")) as made:
+        made.news = made.publish("news", served_model(made.folder / "news"), made.base.digest, method="head")
         made.serve(made.news)
         for seed, (name, (task, method)) in enumerate(MANY.items()):
             made.further(name, task, method, seed=seed)
@@ -104,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 @pytest.fixture
-def api(place: Place) -> Iterator[Client]:
+def api(place: Trunk) -> Iterator[Client]:
     with Client(place.url, place.key) as client:
         yield client
 
@@ -134,7 +119,7 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
 
 
 def test_mixed_answers_are_those_alone_and_those_of_each_by_itself(
-    place: Place, api: Client, all_of_them: list[str]
+    place: Trunk, api: Client, all_of_them: list[str]
 ) -> None:
     alone = {name: [api.predict(name, [text], logits=True)[0] for text in TEXTS] for name in all_of_them}
     with ThreadPoolExecutor(len(all_of_them)) as threads:
@@ -151,7 +136,7 @@ def test_mixed_answers_are_those_alone_and_those_of_each_by_itself(
 
 
 @pytest.mark.usefixtures("all_of_them")
-def test_every_door_takes_the_name(place: Place, api: Client) -> None:
+def test_every_door_takes_the_name(place: Trunk, api: Client) -> None:
     answer = httpx.post(
         f"{place.url}/v1/endpoints/news:urgent/predict",
         json={"text": TEXTS[0]},
@@ -179,7 +164,7 @@ def test_every_door_takes_the_name(place: Place, api: Client) -> None:
     assert "urgent" not in metrics
 
 
-def test_they_come_and_go_under_load_and_nobody_notices(place: Place, api: Client) -> None:
+def test_they_come_and_go_under_load_and_nobody_notices(place: Trunk, api: Client) -> None:
     api.add_adapter("news", "stays", "tuned")
     expected = {name: api.predict(name, TEXTS, logits=True) for name in ("news", "news:stays")}
     with ThreadPoolExecutor(4) as threads:
@@ -202,7 +187,7 @@ def test_they_come_and_go_under_load_and_nobody_notices(place: Place, api: Clien
 
 
 @pytest.mark.usefixtures("all_of_them")
-def test_what_does_not_fit_is_refused_and_the_others_answer_on(place: Place, api: Client) -> None:
+def test_what_does_not_fit_is_refused_and_the_others_answer_on(place: Trunk, api: Client) -> None:
     before = api.predict("news:tuned", TEXTS, logits=True)
     trunk = place.system.store.catalog.path(place.news.digest)
 
@@ -248,7 +233,7 @@ def test_what_does_not_fit_is_refused_and_the_others_answer_on(place: Place, api
 
 
 @pytest.mark.usefixtures("all_of_them")
-def test_a_new_replica_answers_with_them_and_so_does_another_model_of_the_trunk(place: Place, api: Client) -> None:
+def test_a_new_replica_answers_with_them_and_so_does_another_model_of_the_trunk(place: Trunk, api: Client) -> None:
     before = {name: api.predict(f"news:{name}", TEXTS, logits=True) for name in MANY}
     place.serve(place.news)
     assert all(same(api.predict(f"news:{name}", TEXTS, logits=True), found) for name, found in before.items())
@@ -265,7 +250,7 @@ def test_a_new_replica_answers_with_them_and_so_does_another_model_of_the_trunk(
     place.serve(place.news)
 
 
-def test_no_more_are_taken_than_the_memory_set_aside_holds(place: Place, api: Client) -> None:
+def test_no_more_are_taken_than_the_memory_set_aside_holds(place: Trunk, api: Client) -> None:
     place.serve(place.news, adapters_mib=0)
     with pytest.raises(ModelError, match="1 loaded ones need 1 MiB, and 0 MiB are set aside") as caught:
         api.add_adapter("news", "urgent", "urgent")
@@ -274,7 +259,7 @@ def test_no_more_are_taken_than_the_memory_set_aside_holds(place: Place, api: Cl
     place.serve(place.news)
 
 
-def test_an_engine_that_takes_none_names_those_that_do(place: Place, api: Client) -> None:
+def test_an_engine_that_takes_none_names_those_that_do(place: Trunk, api: Client) -> None:
     folder = place.folder / "small"
     served_model(folder)
     export(folder, folder / "model.onnx")
@@ -287,7 +272,7 @@ def test_an_engine_that_takes_none_names_those_that_do(place: Place, api: Client
 
 
 def test_the_command_line_adds_and_asks(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Trunk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LLMO_URL", place.url)
     monkeypatch.setenv("LLMO_KEY", place.key)

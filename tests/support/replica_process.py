@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from pathlib import Path
 
-from llmo.context import NullContext
+from llmo.context import UntilInputEnds
 from llmo.serve import replica
-
-
-class Told(NullContext):
-    """Stops when standard input ends."""
-
-    stopping = False
-
-    def ready(self, address: str) -> None:
-        print(address, flush=True)
-
-    def should_stop(self) -> bool:
-        return self.stopping
-
-    def listen(self) -> None:
-        sys.stdin.read()
-        self.stopping = True
 
 
 def main() -> None:
     """Serve until standard input ends, then print the names of the imported modules."""
-    context = Told()
-    threading.Thread(target=context.listen, daemon=True).start()
     model = Path(sys.argv[1])
-    replica.run(json.loads(sys.argv[2]), {"model": model}, model, context)
+    replica.run(json.loads(sys.argv[2]), {"model": model}, model, UntilInputEnds())
     print(json.dumps(sorted(sys.modules)))
 
 

@@ -8,18 +8,23 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from llmo.context import NullContext
+from llmo.doors.server import serve_in_thread
 from llmo.engines.base import Request
 from llmo.engines.torch import TorchEngine
 from llmo.serve import replica
+from llmo.settings import Settings
 from llmo.specs import DeploySpec
+from llmo.system import System
 from llmo.tasks.card import load_task, load_tokenizer, write_card, write_golden
-from llmo.types import Device
+from llmo.types import Artifact, Device, Kind
 from support.headed import headed_model
 from support.tiny import span_rows, text_rows
 from support.tiny_chat import END, SPECIAL, TEMPLATE, tiny_chat_model
@@ -189,3 +194,26 @@ class ProcessReplica:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.kill()
+
+
+@dataclass
+class Place:
+    """A server over a store that holds `base@1`, and a member's key."""
+
+    system: System
+    folder: Path
+    stack: ExitStack
+    base: Artifact
+    url: str
+    key: str
+
+    @classmethod
+    @contextmanager
+    def opened(cls, folder: Path) -> Iterator[Self]:
+        with System(Settings(home=folder / "store")) as system, ExitStack() as stack:
+            system.start()  # an endpoint is up only while somebody runs this store
+            (folder / "base").mkdir()
+            (folder / "base" / "config.json").write_text("{}")
+            base = system.store.catalog.publish(Kind.MODEL, "base", folder / "base", {}, job=None, inputs={})
+            url = stack.enter_context(serve_in_thread(system))
+            yield cls(system, folder, stack, base, url, key=system.make_key("ann", "member")[1])

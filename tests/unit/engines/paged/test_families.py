@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -17,55 +16,11 @@ from llmo.engines.generation import GenerationOptions, Prompt, Sampling
 from llmo.engines.paged.engine import PagedEngine
 from llmo.errors import EnvironmentProblem, InputError, ModelError
 from llmo.types import Device
+from support.families import FAMILIES, family_folder, logprobs
 from support.places import place
-from support.tiny_chat import tiny_chat_model, tiny_chat_tokenizer
+from support.tiny_chat import tiny_chat_model
 
 PLACE = place()
-SIZES = {
-    "vocab_size": 259,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "eos_token_id": 2,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", {}),
-    "llama, one head a group": ("llama", {"num_key_value_heads": 6}),
-    "llama, tied, every bias": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
-    "llama, wide heads": ("llama", {"head_dim": 24}),
-    "llama 3 positions": ("llama", {"rope_parameters": LLAMA3}),
-    "linear positions": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-}
-
-
-def model_folder(folder: Path, kind: str, **changes: Any) -> Path:
-    """A folder as `save_pretrained` writes it, with weights that make logits differ."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **{**SIZES, **changes})
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.copy_(torch.rand_like(parameter) + 0.5)
-            else:
-                parameter.normal_(0.0, 0.3)
-    model.save_pretrained(folder)
-    tiny_chat_tokenizer().save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def loaded(folder: Path, **options: Any) -> PagedEngine:
@@ -74,18 +29,10 @@ def loaded(folder: Path, **options: Any) -> PagedEngine:
     return engine
 
 
-def logprobs(folder: Path, ids: list[int]) -> np.ndarray:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-    found: np.ndarray = logits[range(len(ids) - 1), ids[1:]].numpy()
-    return found
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_numbers_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     kind, changes = FAMILIES[name]
-    folder = model_folder(tmp_path / "model", kind, **changes)
+    folder = family_folder(tmp_path / "model", kind, **changes)
     ids = np.random.default_rng(0).integers(3, 259, 150).tolist()
     expected = logprobs(folder, ids)
     for precision, close in (("fp32", 2e-4), ("bf16", 0.3), ("int8", 0.5)):
@@ -98,7 +45,7 @@ def test_the_numbers_are_those_of_transformers(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_answers_do_not_depend_on_company_in_any_family(name: str, precision: str, tmp_path: Path) -> None:
     kind, changes = FAMILIES[name]
-    engine = loaded(model_folder(tmp_path / "model", kind, **changes), precision=precision)
+    engine = loaded(family_folder(tmp_path / "model", kind, **changes), precision=precision)
     rng = np.random.default_rng(0)
     asked = [rng.integers(3, 259, n).tolist() for n in (1, 9, 30, 70)]
     sampling = Sampling(max_tokens=20, temperature=0.0, ignore_end=True)
@@ -118,7 +65,7 @@ def answers(engine: PagedEngine, asked: list[list[int]], sampling: Sampling, ten
 
 
 def test_shards_are_one_model(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "model", "llama")
+    folder = family_folder(tmp_path / "model", "llama")
     ids = list(range(3, 60))
     whole = loaded(folder)
     expected = whole.score([ids])[0]
@@ -139,7 +86,7 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
 
 def test_a_sliding_window_ends_the_context(tmp_path: Path) -> None:
     """Inside the window nothing differs, so that is as far as an answer goes."""
-    assert loaded(model_folder(tmp_path / "model", "mistral", sliding_window=100)).context == 100
+    assert loaded(family_folder(tmp_path / "model", "mistral", sliding_window=100)).context == 100
 
 
 @pytest.mark.parametrize(
@@ -234,7 +181,7 @@ def test_a_grammar_needs_a_tokeniser(tmp_path: Path) -> None:
 def test_a_vocabulary_wider_than_the_tokeniser_is_never_chosen_by_a_grammar(tmp_path: Path) -> None:
     from llmo.engines.generation import Grammar
 
-    folder = model_folder(tmp_path / "model", "llama", vocab_size=320)
+    folder = family_folder(tmp_path / "model", "llama", vocab_size=320)
     engine = loaded(folder)
     assert engine.vocabulary == 320
     found = answers(engine, [[3, 4]], Sampling(max_tokens=30, seed=1, grammar=Grammar("regex", "[a-z]{20}")), "")[0]
