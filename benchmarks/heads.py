@@ -25,6 +25,9 @@ from typing import Any
 import psutil
 from load import mixed_texts
 
+from llmo.specs import DeploySpec
+
+REPLICA = Path(__file__).parents[1] / "tests" / "support" / "replica_process.py"
 CORES, REQUESTS, LABELS = 2, 32, 8
 
 
@@ -61,19 +64,11 @@ def make(folder: Path, base: Path, method: str, seed: int) -> Path:
     return folder
 
 
-def serve(folder: Path) -> None:
-    """One replica, until standard input ends."""
-    from llmo.context import UntilInputEnds
-    from llmo.serve import replica
-    from llmo.specs import DeploySpec
-
-    replica.run(DeploySpec(endpoint="heads").plain(), {"model": folder}, folder, UntilInputEnds(CORES))
-
-
 @contextmanager
 def replica(folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     """Its address and its process."""
-    command = [sys.executable, __file__, "--serve", str(folder)]
+    spec = json.dumps(DeploySpec(endpoint="heads").plain())
+    command = [sys.executable, str(REPLICA), str(folder), spec, str(CORES)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -138,11 +133,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--serve", type=Path)
     given = parser.parse_args()
-    if given.serve is not None:
-        serve(given.serve)
-        return
     from llmo.context import NullContext
     from llmo.serve.protocol import load_adapter
     from llmo.training import base

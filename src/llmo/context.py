@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
-import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -91,23 +89,3 @@ class NullContext:
 
     def result(self, key: str) -> Result | None:
         return None
-
-
-class UntilInputEnds(NullContext):
-    """For a process that is one service: tells its address on standard output, and is asked to stop when standard input
-    ends, as it does when the process that started it does."""
-
-    def __init__(self, cores: int = 1) -> None:
-        super().__init__(cores)
-        self._ended = threading.Event()
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def ready(self, address: str) -> None:
-        print(address, flush=True)
-
-    def should_stop(self) -> bool:
-        return self._ended.is_set()
-
-    def _listen(self) -> None:
-        sys.stdin.read()
-        self._ended.set()

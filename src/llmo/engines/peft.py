@@ -33,7 +33,9 @@ def settings(folder: Path, allowed: Collection[str] = ()) -> dict[str, Any]:
         raise unfit("the adapter is not a LoRA", path, "merge it into its base, and deploy that")
     for name, plain in _PLAIN.items():
         if name not in allowed and found.get(name) not in (plain, None, [], {}, False):
-            raise unfit(f"the torch engine cannot apply {name}={found[name]!r}", path, "merge it into its base")
+            raise unfit(
+                f"an adapter with {name}={found[name]!r} cannot be mixed with others", path, "merge it into its base"
+            )
     return found
 
 

@@ -18,6 +18,7 @@ from llmo.files import sha256_file
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden
 from llmo.tasks.generation import Generation
 from llmo.training import evaluate, preference
+from support.places import ON_GPU
 from support.tiny import chat_rows, tiny_chat_dataset, write_chat_split
 from support.tiny_chat import tiny_chat_model
 
@@ -294,7 +295,8 @@ def test_evaluate_measures_the_same_through_the_engine_that_serves(teach: Train,
     for name in ("loss", "perplexity"):
         for bound in ("value", "low", "high"):
             trained = result["test"]["after"][name][bound]
-            close = 1e-3 if bound == "value" else 1e-2  # rows that are equal but for rounding are drawn otherwise
+            # On a GPU rows that are equal but for rounding are drawn otherwise.
+            close = 1e-2 if ON_GPU and bound != "value" else 1e-3
             assert report["metrics"][name][bound] == pytest.approx(trained, rel=close)
     details = json.loads((tmp_path / "report" / "report.json").read_text())["details"]
     assert details["tokens"] > 200

@@ -3,14 +3,18 @@ package `ziglang` brings."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from llmo.errors import EnvironmentProblem
@@ -21,58 +25,93 @@ FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden",
     "-Wno-psabi", "-shared", "-fPIC", "-pthread",
 )  # fmt: skip
+KNOWN = ("c++", "g++", "clang++")
+HINT = "pip install ziglang, install g++ 12 or newer, or deploy on another engine"
 
 
-def library() -> Path:
-    """The compiled kernels. Raises EnvironmentProblem where nothing can compile them."""
-    compiler = _compiler()
-    key = hashlib.sha256(repr((compiler, FLAGS, _processor())).encode())
+def library(anew: bool = False) -> Path:
+    """The compiled kernels, compiled again if `anew`. Raises EnvironmentProblem where nothing can compile or keep
+    them."""
+    compilers = _compilers()
+    key = hashlib.sha256(repr((compilers, FLAGS, _processor())).encode())
     for name in SOURCES:
         key.update((HERE / name).read_bytes())
-    made = _folder() / f"{key.hexdigest()[:24]}.so"
-    if not made.is_file():
-        _compile(compiler, made)
+    folder = _folder()
+    made = folder / f"{key.hexdigest()[:24]}.so"
+    try:
+        if anew or not made.is_file():
+            with _alone(folder):
+                if anew or not made.is_file():
+                    _compile(compilers, made)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"the native engine cannot keep what it compiles in {folder}: {error.strerror or error}",
+            hint="make room there, or set XDG_CACHE_HOME to a folder that can be written",
+        ) from error
     return made
 
 
-def _compiler() -> list[str]:
+def _compilers() -> list[list[str]]:
+    """What can be tried, best first."""
     named = os.environ.get("CXX")
-    for name in (named,) if named else ("c++", "g++", "clang++"):
-        if shutil.which(name):
-            return [name]
+    if named:
+        command = shlex.split(named)
+        if not shutil.which(command[0]):
+            raise EnvironmentProblem(f"CXX names {named}, which is not there", hint="name another compiler, or none")
+        return [command]
+    found = [[name] for name in KNOWN if shutil.which(name)]
     if importlib.util.find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang", "c++"]
-    raise EnvironmentProblem(
-        f"the native engine needs a C++ compiler, and there is no {named or 'c++, g++ or clang++'}",
-        hint="pip install ziglang, install g++, or deploy on another engine",
-    )
+        found.append([sys.executable, "-m", "ziglang", "c++"])
+    if not found:
+        raise EnvironmentProblem(
+            f"the native engine needs a C++ compiler, and there is no {', '.join(KNOWN)}", hint=HINT
+        )
+    return found
 
 
-def _compile(compiler: list[str], made: Path) -> None:
-    """Into place in one move, so that processes that start together do not see half of it."""
-    made.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process compiles, others wait; what a killed one left is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for left in folder.glob("tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _compile(compilers: Sequence[list[str]], made: Path) -> None:
+    """With the first that can, into place in one move."""
+    said = []
     with tempfile.TemporaryDirectory(dir=made.parent) as folder:
         built = Path(folder) / made.name
-        command = [*compiler, *FLAGS, str(HERE / SOURCES[-1]), "-o", str(built)]
-        try:
-            done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace", timeout=600)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise _failed(compiler, str(error)) from error
-        if done.returncode:
-            raise _failed(compiler, (done.stderr.strip().splitlines() or ["no message"])[0])
-        built.replace(made)
-
-
-def _failed(compiler: list[str], why: str) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"{compiler[0]} cannot compile the native engine: {why[:300]}",
-        hint="set CXX to another compiler, or deploy on another engine",
-    )
+        for compiler in compilers:
+            try:
+                command = [*compiler, *FLAGS, str(HERE / SOURCES[-1]), "-o", str(built)]
+                done = subprocess.run(
+                    command, check=False, capture_output=True, text=True, errors="replace", timeout=600
+                )
+            except (OSError, subprocess.TimeoutExpired) as error:
+                said.append(f"{' '.join(compiler[-2:])}: {error}")
+                continue
+            if done.returncode == 0:
+                with built.open("rb") as file:
+                    os.fsync(file.fileno())  # before the name is there: half a library ends the process that opens it
+                built.replace(made)
+                return
+            lines = done.stderr.strip().splitlines()
+            wrong = next((line for line in lines if "error" in line.lower()), (lines or ["no message"])[0])
+            said.append(f"{' '.join(compiler[-2:])}: {wrong[:200]}")
+    raise EnvironmentProblem(f"the native engine cannot be compiled: {'; '.join(said)}", hint=HINT)
 
 
 def _folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "llmo" / "native"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmo" / "native"
+    except RuntimeError as error:
+        raise EnvironmentProblem(
+            f"the native engine finds no folder to keep what it compiles: {error}", hint="set XDG_CACHE_HOME to one"
+        ) from error
 
 
 def _processor() -> str:

@@ -82,7 +82,8 @@ struct Crew {
     pthread_t* thread;
     pthread_mutex_t lock;
     pthread_cond_t wake;
-    int generation, arrived, passed, phase_count;
+    uint32_t generation, passed; // these count up for ever
+    int arrived, phase_count;
     bool ends;
 };
 
@@ -100,7 +101,7 @@ inline void rest(int turn) {
 
 // The threads of a step meet here.
 void barrier(Crew* c) {
-    int seen = __atomic_load_n(&c->passed, __ATOMIC_ACQUIRE);
+    uint32_t seen = __atomic_load_n(&c->passed, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&c->arrived, 1, __ATOMIC_ACQ_REL) == c->threads) {
         __atomic_store_n(&c->arrived, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&c->passed, seen + 1, __ATOMIC_RELEASE);
@@ -249,10 +250,14 @@ void multiply(Worker& me, const Linear& w, const float* x, int rows, int prompt,
     });
 }
 
+// The largest magnitude. As integers NaN is above infinity, and that above all numbers: neither is lost.
 inline float peak(const float* x, int count) {
-    f32x16 most{};
-    for (int i = 0; i < count; i += LANES) most = larger(most, magnitude(load(x + i)));
-    return largest(most);
+    i32x16 most{};
+    for (int i = 0; i < count; i += LANES) most = larger(most, (i32x16)load(x + i) & 0x7fffffff);
+    int32_t bits = largest(most);
+    float found;
+    memcpy(&found, &bits, sizeof found);
+    return found;
 }
 
 // Round a row's activations for its product with `w`.
@@ -377,11 +382,12 @@ void attend(const Crew* c, int index, int head, const int* table, const float* c
     const Step& step = *c->step;
     const int dim = m.dim;
     float *packed = room, *scores = room + dim * V, scale = 1.0f / sqrtf((float)dim);
-    int blocks = 0;
+    int most = 0;
     for (int v = 0; v < V; v++) {
         for (int i = 0; i < dim; i++) packed[i * V + v] = query[v][i] * scale;
-        blocks = seen[v] / BLOCK + 1 > blocks ? seen[v] / BLOCK + 1 : blocks;
+        most = seen[v] > most ? seen[v] : most;
     }
+    const int blocks = most / BLOCK + 1;
     auto place = [&](int b) { return (((int64_t)index * step.blocks + table[b]) * m.kv_heads + head) * dim * BLOCK; };
     for (int b = 0; b < blocks; b++) {
         const T* keys = (const T*)step.keys + place(b);
@@ -402,10 +408,10 @@ void attend(const Crew* c, int index, int head, const int* table, const float* c
     for (int v = 0; v < V; v++) {
         float* row = scores + v * BLOCK;
         int last = seen[v] / BLOCK;
-        f32x16 most = all(-INFINITY), total{}, end = load(row + last * V * BLOCK);
+        f32x16 top = all(-INFINITY), total{}, end = load(row + last * V * BLOCK);
         store(row + last * V * BLOCK, count > seen[v] % BLOCK ? all(-INFINITY) : end);
-        for (int b = 0; b <= last; b++) most = larger(most, load(row + b * V * BLOCK));
-        float peak = largest(most);
+        for (int b = 0; b <= last; b++) top = larger(top, load(row + b * V * BLOCK));
+        float peak = largest(top);
         for (int b = 0; b < blocks; b++) {
             f32x16 weight = b <= last ? exponential(load(row + b * V * BLOCK) - peak) : f32x16{};
             store(row + b * V * BLOCK, weight);
@@ -420,7 +426,8 @@ void attend(const Crew* c, int index, int head, const int* table, const float* c
         for (int b = 0; b < blocks; b++) {
             const T* values = (const T*)step.values + place(b) + i;
             const float* weight = scores + b * V * BLOCK;
-            for (int t = 0; t < BLOCK; t++, values += dim) {
+            const int end = b + 1 < blocks ? BLOCK : most % BLOCK + 1; // behind it lies what others left
+            for (int t = 0; t < end; t++, values += dim) {
                 f32x16 x = load(values), y = load(values + second);
                 for (int v = 0; v < V; v++)
                     left[v] += x * weight[v * BLOCK + t], right[v] += y * weight[v * BLOCK + t];
@@ -550,7 +557,7 @@ void* follow(void* given) {
     Worker me = *(Worker*)given;
     free(given);
     Crew* c = me.c;
-    for (int seen = 0;;) {
+    for (uint32_t seen = 0;;) {
         for (int turn = 0; turn < SPINS && __atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) == seen;) rest(turn++);
         pthread_mutex_lock(&c->lock);
         while (c->generation == seen) pthread_cond_wait(&c->wake, &c->lock);

@@ -55,7 +55,6 @@ class NativeEngine(Adapting):
             del self._model, self._cache, self._adapters
 
     def _compute(self, pieces: Sequence[Piece]) -> NDArray[np.float32]:
-        self._adapters.drop(stream.adapter for stream in self._streams.values())
         ids: list[int] = []
         positions: list[int] = []
         table: list[int] = []

@@ -64,16 +64,18 @@ template <class V, class F> static inline auto fold(V v, F join) {
     return v[0];
 }
 static inline f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
+static inline i32x16 larger(i32x16 a, i32x16 b) { return a > b ? a : b; }
 #if defined(__AVX512F__)
 static inline float sum(f32x16 v) { return _mm512_reduce_add_ps((__m512)v); }
 static inline int32_t sum(i32x16 v) { return _mm512_reduce_add_epi32((__m512i)v); }
 static inline float largest(f32x16 v) { return _mm512_reduce_max_ps((__m512)v); }
+static inline int32_t largest(i32x16 v) { return _mm512_reduce_max_epi32((__m512i)v); }
 #else
 static inline float sum(f32x16 v) { return fold(v, [](float a, float b) { return a + b; }); }
 static inline int32_t sum(i32x16 v) { return fold(v, [](int32_t a, int32_t b) { return a + b; }); }
 static inline float largest(f32x16 v) { return fold(v, [](float a, float b) { return a > b ? a : b; }); }
+static inline int32_t largest(i32x16 v) { return fold(v, [](int32_t a, int32_t b) { return a > b ? a : b; }); }
 #endif
-static inline f32x16 magnitude(f32x16 v) { return (f32x16)((u32x16)v & 0x7fffffffu); }
 static inline i32x16 nearest(f32x16 v) {  // for |v| below 2^22; adding this number leaves the integer in the low bits
     const f32x16 magic = all(12582912.0f);
     return (i32x16)(v + magic) - (i32x16)magic;

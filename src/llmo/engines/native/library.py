@@ -1,4 +1,4 @@
-"""The kernels' C interface. Sizes are checked when it loads, so that both sides mean the same memory."""
+"""The kernels' C interface: structures as decoder.cpp has them. Their sizes are compared when it loads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from llmo.engines.native.build import library
+from llmo.errors import EnvironmentProblem
 
 
 class Linear(Structure):
@@ -58,7 +59,16 @@ class Step(Structure):
 @lru_cache(maxsize=1)
 def kernels() -> Any:
     """`llmo_open(model, threads, context)`, `llmo_step(crew, step)` and `llmo_close(crew)` of decoder.cpp."""
-    found = ctypes.CDLL(str(library()))
+    try:
+        found = ctypes.CDLL(str(library()))
+    except OSError:
+        try:
+            found = ctypes.CDLL(str(library(anew=True)))
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"the compiled native engine cannot be opened: {error}",
+                hint="set XDG_CACHE_HOME to a folder from which programs may run, or deploy on another engine",
+            ) from error
     found.llmo_size.restype = c_int64
     for i, kind in enumerate((Linear, Layer, Model, Adapter, Step)):
         if found.llmo_size(i) != ctypes.sizeof(kind):

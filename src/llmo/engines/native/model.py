@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from torch.nn import functional
 from llmo.engines.native import library
 from llmo.engines.paged.config import Config
 from llmo.engines.paged.weights import Weights
-from llmo.errors import ModelError
+from llmo.errors import EnvironmentProblem, ModelError
 
 LANES, GROUP = 16, 64  # of kernels.h
+SLICE = 4096  # rows that are rounded at a time
 PRECISIONS = ("fp32", "int8")
 
 
@@ -63,10 +65,11 @@ class Decoder:
             self._model = self._load(weights, context)
         self._crew = self._kernels.llmo_open(ctypes.byref(self._model), cores, context)
         if not self._crew:
-            raise MemoryError("no memory or threads for the native engine")
-
-    def close(self) -> None:
-        self._kernels.llmo_close(self._crew)
+            raise EnvironmentProblem(
+                f"the native engine cannot start {cores} threads with their memory",
+                hint="give the replica fewer cores (deploy.cores), or raise the limit on threads (see `ulimit -u`)",
+            )
+        self.close = weakref.finalize(self, self._kernels.llmo_close, self._crew)  # also where loading goes no further
 
     def step(self, rows: Rows, cache: Cache) -> NDArray[np.float32]:
         """`[wanted, vocabulary]` at fp32. All rows write their keys and values before any of them reads. Raises
@@ -87,8 +90,12 @@ class Decoder:
 
     def _load(self, weights: Weights, context: int) -> library.Model:
         c = self._config
-        embedding = weights.take("model.embed_tokens.weight", c.vocabulary, c.hidden)
-        head = embedding if c.tied else weights.take("lm_head.weight", c.vocabulary, c.hidden)
+        table = weights.take("model.embed_tokens.weight", c.vocabulary, c.hidden)
+        embedding = self._keep(table if self._precision == "fp32" else table.bfloat16())
+        if not c.tied:  # the largest matrices come first, and not side by side at fp32
+            table = weights.take("lm_head.weight", c.vocabulary, c.hidden)
+        head = self._linear(table, None, fine=True)
+        del table
         layers = (library.Layer * c.layers)(*(self._layer(weights, i) for i in range(c.layers)))
         norm = self._vector(weights.take("model.norm.weight", c.hidden))
         weights.check_all_read(*(("lm_head.weight",) if c.tied else ()))
@@ -96,8 +103,7 @@ class Decoder:
         turns = torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).float()
         return library.Model(
             c.layers, c.hidden, c.heads, c.kv_heads, c.head_dim, c.inner, self._precision == "int8", c.eps, layers,
-            norm, self._keep(embedding if self._precision == "fp32" else embedding.bfloat16()), self._keep(turns),
-            self._linear(head, None, fine=True),
+            norm, embedding, self._keep(turns), head,
         )  # fmt: skip
 
     def _layer(self, weights: Weights, index: int) -> library.Layer:
@@ -135,15 +141,16 @@ class Decoder:
 
     def _linear(self, weight: Tensor, bias: Tensor | None, fine: bool = False) -> library.Linear:
         """Sixteen outputs side by side; see decoder.cpp."""
-        weight = functional.pad(weight, (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % LANES))
+        if weight.shape[1] % GROUP or weight.shape[0] % LANES:  # it copies, also where nothing is added
+            weight = functional.pad(weight, (0, -weight.shape[1] % GROUP, 0, -weight.shape[0] % LANES))
         n, k = weight.shape
         blocks, scale = n // LANES, None
         if self._precision == "int8":
-            grouped = weight.view(n, k // GROUP, GROUP)
-            scales = grouped.abs().amax(2).clamp_min(1e-12) / 127
-            rounded = (grouped / scales[..., None]).round_().add_(128).to(torch.uint8)
-            packed = rounded.view(blocks, LANES, k // 4, 4).permute(0, 2, 1, 3)
-            scale = self._keep(scales.view(blocks, LANES, -1).transpose(1, 2))
+            packed = torch.empty(blocks, k // 4, LANES, 4, dtype=torch.uint8)
+            scales = torch.empty(blocks, k // GROUP, LANES)
+            for start in range(0, n, SLICE):
+                _round(weight[start : start + SLICE], packed[start // LANES :], scales[start // LANES :])
+            scale = self._keep(scales)
         else:
             packed = weight.view(blocks, LANES, k).transpose(1, 2)
         kept = None if bias is None else self._keep(functional.pad(bias, (0, -len(bias) % LANES)))
@@ -158,8 +165,22 @@ class Decoder:
         return self._kept[-1].data_ptr()
 
 
+def _round(weight: Tensor, packed: Tensor, scales: Tensor) -> None:
+    """Some rows of a matrix, to where they belong."""
+    blocks = len(weight) // LANES
+    grouped = weight.view(len(weight), -1, GROUP)
+    scale = grouped.abs().amax(2).clamp_min(1e-12) / 127
+    rounded = (grouped / scale[..., None]).round_().add_(128).to(torch.uint8)
+    packed[:blocks] = rounded.view(blocks, LANES, -1, 4).permute(0, 2, 1, 3)
+    scales[:blocks] = scale.view(blocks, LANES, -1).transpose(1, 2)
+
+
 def _check(config: Config, folder: Path) -> None:
-    for name, size in (("hidden_size", config.hidden), ("head_dim", config.head_dim), ("inner", config.inner)):
+    for name, size in (
+        ("hidden_size", config.hidden),
+        ("head_dim", config.head_dim),
+        ("intermediate_size", config.inner),
+    ):
         if size % LANES:
             raise ModelError(
                 f"the native engine cannot run a {name} of {size}, which is no multiple of {LANES}",

@@ -44,7 +44,8 @@ class Batching(ABC):
     @abstractmethod
     def _compute(self, pieces: Sequence[Piece]) -> Iterable[NDArray[np.float32] | int]:
         """Compute the pieces, prompts first; give the logits `[vocabulary]` of each that is `last`, or the token
-        that its sampler would choose where its stream is `plain`. What cannot be computed is a RuntimeError."""
+        that its sampler would choose where its stream is `plain`. What cannot be computed is a RuntimeError
+        or a MemoryError."""
 
     @abstractmethod
     def _score(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -95,24 +96,24 @@ class Batching(ABC):
                 hint="shorten it, or deploy with a longer context",
                 where="context_length_exceeded",
             )
+        sampler, constraint = Sampler(prompt.sampling, ids), self._constraint(prompt)
         adapter = self._adapter(prompt.adapter)
         stream = Stream(
             prompt=prompt,
-            sampler=Sampler(prompt.sampling, ids),
+            sampler=sampler,
             ids=ids,
             asked=len(ids),
             key=salt(prompt.tenant, adapter),
             adapter=adapter,
-            constraint=self._constraint(prompt),
+            constraint=constraint,
             block=self._blocks.size,
         )
         self._streams[prompt.id] = stream
         self._scheduler.add(stream)
 
     def cancel(self, id: int) -> None:
-        stream = self._streams.pop(id, None)
-        if stream is not None:
-            self._scheduler.remove(stream)
+        if id in self._streams:
+            self._forget(self._streams[id])
 
     def step(self) -> list[Delta]:
         self._check_open()
@@ -148,7 +149,7 @@ class Batching(ABC):
         began = time.perf_counter()
         try:
             logits = iter(self._compute(pieces))
-        except RuntimeError as error:  # memory, mostly; which stream it was cannot be told
+        except (RuntimeError, MemoryError) as error:  # memory, mostly; which stream it was cannot be told
             for stream, _ in streams:
                 self._fail(stream, ModelError(f"the step could not be computed: {str(error)[:200]}"))
             return []
@@ -211,8 +212,7 @@ class Batching(ABC):
             self._scheduler.computed(piece)
             finish = self._choose(stream, row, logprobs)
             if finish is not None:
-                self._streams.pop(stream.prompt.id)
-                self._scheduler.remove(stream)
+                self._forget(stream)
                 break
         return Delta(stream.prompt.id, stream.ids[before:], logprobs, finish, stream.cached)
 
@@ -240,9 +240,12 @@ class Batching(ABC):
         return "length" if full else None
 
     def _fail(self, stream: Stream, error: Exception) -> None:
-        self._streams.pop(stream.prompt.id)
-        self._scheduler.remove(stream)
+        self._forget(stream)
         self._failed.append((stream.prompt.id, error))
+
+    def _forget(self, stream: Stream) -> None:
+        del self._streams[stream.prompt.id]
+        self._scheduler.remove(stream)
 
     def _adapter(self, name: str | None) -> str | None:
         """What tells the adapter of that name from all others. Raises InputError where there is none."""

@@ -13,6 +13,7 @@ from llmo import plugins
 from llmo.engines.folder import read_config
 from llmo.errors import ModelError
 
+ENGINES = ("torch", "native")  # whose models these are
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -126,9 +127,9 @@ def _llama3(frequency: float, rope: dict[str, Any]) -> float:
 
 
 def _cannot(what: str, where: str) -> ModelError:
-    others = [name for name in plugins.names("llmo.generators") if name != "torch"]
+    others = [name for name in plugins.names("llmo.generators") if name not in ENGINES]
     return ModelError(
-        f"the torch engine cannot run {what}",
-        hint=f"it runs {', '.join(ARCHITECTURES)} models with SiLU; engines that may run others: {', '.join(others)}",
+        f"the engines {' and '.join(ENGINES)} cannot run {what}",
+        hint=f"they run {', '.join(ARCHITECTURES)} models with SiLU; engines that may run others: {', '.join(others)}",
         where=where,
     )

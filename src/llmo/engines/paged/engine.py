@@ -109,7 +109,6 @@ class PagedEngine(Adapting):
 
     def _compute(self, pieces: Sequence[Piece]) -> Iterable[NDArray[np.float32] | int]:
         """Run the step; only the rows that a token follows from are read out."""
-        self._adapters.drop(stream.adapter for stream in self._streams.values())
         with self._there():
             return self._on_cpu(pieces) if self._device.type == "cpu" else self._gpu.compute(pieces, self._adapters)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from llmo.engines.paged.batching import Batching
+from llmo.engines.paged.stream import Stream
 from llmo.errors import ConflictError, InputError, NotFoundError
 
 T = TypeVar("T")
@@ -16,30 +18,40 @@ T = TypeVar("T")
 
 class Named(ABC, Generic[T]):
     """A removed adapter stays as long as a stream uses it; a name that comes back is another one. `_loaded` holds them
-    by key. All but `drop` may be called from any thread."""
+    by key. All may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._count_of_keys = 0
         self._key: dict[str, str] = {}
         self._loaded: dict[str, T] = {}
+        self._streams: Counter[str] = Counter()
 
     def names(self) -> list[str]:
         return sorted(self._key)
 
-    def key(self, name: str) -> str | None:
-        """What tells this adapter from every other that had or will have its name."""
-        return self._key.get(name)
+    def take(self, name: str) -> str | None:
+        """What tells this adapter from every other that had or will have its name; it is kept for one stream more,
+        until `give_back`. None where the name is not known."""
+        with self._lock:
+            key = self._key.get(name)
+            if key is not None:
+                self._streams[key] += 1
+            return key
+
+    def give_back(self, key: str) -> None:
+        """A stream with it has ended."""
+        with self._lock:
+            self._streams[key] -= 1
+            self._free(key)
 
     def add(self, name: str, folder: Path) -> None:
         """Raises ConflictError for a name in use, ModelError for an adapter that does not fit (the base, or the memory
         there is) or does nothing."""
+        self._check_name(name)
         adapter = self._read(folder)
         with self._lock:
-            if name in self._key:
-                raise ConflictError(
-                    f"an adapter named '{name}' is loaded", hint="remove it first, or take another name"
-                )
+            self._check_name(name)
             self._check([*self._loaded.values(), adapter])
             self._count_of_keys += 1
             key = f"{name}#{self._count_of_keys}"
@@ -49,20 +61,25 @@ class Named(ABC, Generic[T]):
     def remove(self, name: str) -> None:
         """Forget the name; streams that run with it keep it. Raises NotFoundError."""
         with self._lock:
-            if self._key.pop(name, None) is None:
+            key = self._key.pop(name, None)
+            if key is None:
                 raise NotFoundError(f"no adapter named '{name}'", hint=f"loaded: {', '.join(self.names()) or 'none'}")
+            self._free(key)
 
-    def drop(self, used: Iterable[str | None]) -> None:
-        """Free what has no name any more, except for the keys `used` by streams."""
-        if len(self._loaded) > len(self._key):
-            with self._lock:
-                for key in self._loaded.keys() - self._key.values() - set(used):
-                    del self._loaded[key]
+    def _check_name(self, name: str) -> None:
+        if name in self._key:
+            raise ConflictError(f"an adapter named '{name}' is loaded", hint="remove it first, or take another name")
+
+    def _free(self, key: str) -> None:
+        """What has no name and no stream goes at once, so that its room is there for the next."""
+        if not self._streams[key] and key not in self._key.values():
+            del self._streams[key], self._loaded[key]
 
     @abstractmethod
     def _read(self, folder: Path) -> T:
         """Raises ModelError for an adapter that does not fit the base, or changes nothing."""
 
+    @abstractmethod
     def _check(self, adapters: Sequence[T]) -> None:
         """Raises ModelError where there is no room for all of these."""
 
@@ -84,8 +101,13 @@ class Adapting(Batching):
         self._adapters.remove(name)
 
     def _adapter(self, name: str | None) -> str | None:
-        key = None if name is None else self._adapters.key(name)
+        key = None if name is None else self._adapters.take(name)
         if name is not None and key is None:
             loaded = ", ".join(self._adapters.names()) or "none"
             raise InputError(f"unknown adapter '{name}'", hint=f"loaded: {loaded}", where="adapter")
         return key
+
+    def _forget(self, stream: Stream) -> None:
+        super()._forget(stream)
+        if stream.adapter is not None:
+            self._adapters.give_back(stream.adapter)

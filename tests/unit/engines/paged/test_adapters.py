@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ GREEDY = Sampling(max_tokens=20, temperature=0.0, ignore_end=True, logprobs=3)
 DRIVERS = [("torch", "fp32"), ("torch", "bf16"), ("torch", "int8"), ("native", "fp32"), ("native", "int8")]
 if ON_GPU:
     DRIVERS = [driver for driver in DRIVERS if driver[0] == "torch"]
+ENGINES = sorted({driver[0] for driver in DRIVERS})
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,13 @@ def loaded(base: Path, precision: str = "fp32", cores: int = 2, engine: str = "t
     return made
 
 
+@pytest.fixture
+def opened() -> Iterator[Callable[..., AdapterEngine]]:
+    """As `loaded`, and closed at the end."""
+    with ExitStack() as stack:
+        yield lambda *given, **options: stack.enter_context(closing(loaded(*given, **options)))
+
+
 def ask(engine: AdapterEngine, asked: Sequence[tuple[list[int], str | None]], tenant: str) -> list[list[Delta]]:
     for i, (ids, name) in enumerate(asked):
         engine.add(Prompt(i, ids, GREEDY, tenant=tenant, adapter=name))
@@ -113,9 +121,11 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [rng.integers(3, 259, length).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("name", sorted({driver[0] for driver in DRIVERS}))
-def test_each_answers_as_the_merged_model(name: str, base: Path, adapters: list[Path]) -> None:
-    engine = loaded(base, engine=name)
+@pytest.mark.parametrize("name", ENGINES)
+def test_each_answers_as_the_merged_model(
+    name: str, base: Path, adapters: list[Path], opened: Callable[..., AdapterEngine]
+) -> None:
+    engine = opened(base, engine=name)
     ids = prompts(30)[0]
     answers = set()
     for i, folder in enumerate(adapters):
@@ -143,8 +153,11 @@ def test_an_answer_in_a_mixed_batch_is_the_answer_alone(engine: AdapterEngine) -
     assert [bits(deltas) for deltas in ask(engine, asked, "together")] == alone
 
 
-def test_more_adapters_than_streams_take_turns(base: Path, tmp_path: Path) -> None:
-    engine = loaded(base, streams=3)
+@pytest.mark.parametrize("name", ENGINES)
+def test_more_adapters_than_streams_take_turns(
+    name: str, base: Path, tmp_path: Path, opened: Callable[..., AdapterEngine]
+) -> None:
+    engine = opened(base, engine=name, streams=3)
     for i in range(10):
         engine.add_adapter(f"a{i}", adapter(base, tmp_path / str(i), i))
     asked = [(ids, f"a{i % 10}") for i, ids in enumerate(prompts(*range(3, 28)))]
@@ -159,8 +172,11 @@ def test_prefixes_are_not_shared_between_adapters(engine: AdapterEngine) -> None
     assert cached[3] > 0
 
 
-def test_one_comes_and_goes_while_others_run(base: Path, adapters: list[Path]) -> None:
-    engine = loaded(base)
+@pytest.mark.parametrize("name", ENGINES)
+def test_one_comes_and_goes_while_others_run(
+    name: str, base: Path, adapters: list[Path], opened: Callable[..., AdapterEngine]
+) -> None:
+    engine = opened(base, engine=name)
     ids = prompts(20)[0]
     engine.add_adapter("x", adapters[0])
     expected = [tokens(ask(engine, [(ids, name)], name or "")[0]) for name in ("x", None)]
@@ -231,13 +247,15 @@ def test_what_would_not_fit_into_the_memory_set_aside_is_refused(base: Path, tmp
         matrices += [m for lora in held._loaded.values() for m in (*lora.down.values(), *lora.up.values())]
         assert 1 << 19 < sum(m.nbytes for m in matrices) <= 1 << 20
         engine.remove_adapter(names[0])
-        ask(engine, [(ids, None)], "t")  # the step that forgets it
         engine.add_adapter("another", tiny_adapter(tmp_path / "another", 99, rank=8))
         ask(engine, [(ids, "another")], "t")
 
 
-def test_a_name_is_taken_once(base: Path, adapters: list[Path]) -> None:
-    engine = loaded(base)
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_name_is_taken_once(
+    name: str, base: Path, adapters: list[Path], opened: Callable[..., AdapterEngine]
+) -> None:
+    engine = opened(base, engine=name)
     engine.add_adapter("x", adapters[0])
     with pytest.raises(ConflictError):
         engine.add_adapter("x", adapters[1])
@@ -308,9 +326,9 @@ def test_what_does_not_fit_or_does_nothing_is_refused(
             (folder / "adapter_model.safetensors").unlink()
         case "no settings":
             (folder / "adapter_config.json").unlink()
-    engine = loaded(base)
-    with pytest.raises(ModelError, match=says) as caught:
-        engine.add_adapter("x", folder)
-    assert caught.value.hint
-    with pytest.raises(InputError, match="unknown adapter"):
-        engine.add(Prompt(0, [3], GREEDY, adapter="x"))
+    with closing(loaded(base)) as engine:
+        with pytest.raises(ModelError, match=says) as caught:
+            engine.add_adapter("x", folder)
+        assert caught.value.hint
+        with pytest.raises(InputError, match="unknown adapter"):
+            engine.add(Prompt(0, [3], GREEDY, adapter="x"))
