@@ -40,9 +40,8 @@ def memory_of(store: Store, spec: Mapping[str, Any], inputs: Mapping[str, str]) 
         return 0
     card = artifact.card
     generates = task_of(card) == "generation"
-    engine = spec.get("engine") or card.get("engine") if generates else card.get("engine")
     taking = plugins.takes_adapters("llmo.generators" if generates else "llmo.engines")
-    adapters = adapter_bytes(spec, generates=generates) if engine in taking else 0
+    adapters = adapter_bytes(spec, generates=generates) if engine_of(card, spec) in taking else 0
     return artifact.size + adapters + (int(spec.get("cache_mib", 0)) << 20 if generates else 0)
 
 
@@ -130,9 +129,15 @@ def _described(store: Store, job: Job) -> dict[str, Any]:
         "model": digest,
         "model_ref": artifact.ref if artifact is not None else "",
         "task": task_of(card),
-        "engine": str(card.get("engine", "")),
+        "engine": engine_of(card, job.spec),
         "precision": str(card.get("precision", "")),
     }
+
+
+def engine_of(card: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
+    """The engine that a deployment runs: where a model generates it may be chosen."""
+    chosen = spec.get("engine") if task_of(card) == "generation" else None
+    return str(chosen or card.get("engine", ""))
 
 
 def task_of(card: Mapping[str, Any]) -> str:

@@ -126,3 +126,10 @@ def test_cores_of_a_service_are_what_its_spec_says_or_half_of_the_machine(kernel
     free = kernel.reached(kernel.submit("serve", {"endpoint": "free"}), "running")
     assert (free.needs, free.placement) == (Needs(1, None, 1 << 20), Placement(1, 1 << 20))
     assert kernel.submit("serve", {"endpoint": "told", "cores": 2}).needs == Needs(2, 2, 1 << 20)
+
+
+def test_the_engine_that_is_told_is_the_one_that_runs() -> None:
+    chat, labels = {"task": "generation", "engine": "torch"}, {"task": "text-classification", "engine": "onnx"}
+    assert service.engine_of(chat, {"engine": "native"}) == "native"
+    assert service.engine_of(chat, {"engine": None}) == "torch"
+    assert service.engine_of(labels, {"engine": "native"}) == "onnx"  # there it is not the user's choice
