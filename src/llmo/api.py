@@ -77,7 +77,7 @@ class Api(Protocol):
         """Answers that have begun end as they would have."""
 
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
-        """Answers in the order of the texts, of an endpoint or of ENDPOINT:ADAPTER."""
+        """Answers in the order of the texts, of an endpoint, of ENDPOINT:ADAPTER, or of the version of either."""
 
     def give_feedback(self, feedback: Mapping[str, Any]) -> Feedback:
         """Keep what somebody says of an answer; `llmo.store.feedback.parse` says what the mapping holds."""

@@ -21,7 +21,7 @@ from llmo.kernel.paging import Usage
 from llmo.kernel.scheduler import Holder, Scheduler, SchedulerLock
 from llmo.kernel.submit import cache_key, submit
 from llmo.plugins import operation
-from llmo.serve.adapters import bases, check_base, folder_of, missing, trained
+from llmo.serve.adapters import AdapterTable, Ready, bases, check_base, folder_of, missing, names, trained
 from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
 from llmo.specfile import validate
@@ -29,7 +29,21 @@ from llmo.specs import INPUTS, OPERATIONS, AdapterSpec, DeploySpec, ProjectSpec
 from llmo.store import Store
 from llmo.store.adapters import taken
 from llmo.store.feedback import parse as parse_feedback
-from llmo.types import Adapter, Artifact, Device, Endpoint, Event, Feedback, Job, JobState, Key, Kind, Needs, to_json
+from llmo.types import (
+    Adapter,
+    Artifact,
+    Device,
+    Endpoint,
+    Event,
+    Feedback,
+    Job,
+    JobState,
+    Key,
+    Kind,
+    Needs,
+    split_name,
+    to_json,
+)
 
 INPUT_KINDS = {"data": Kind.DATASET, "model": Kind.MODEL, "reference": Kind.MODEL}
 ACTIVE = [state for state in JobState if not state.ended]
@@ -48,6 +62,7 @@ class System:
         self.embedded = embedded
         self.store = Store.open(self.settings.home, self.settings.database)
         self._devices = detect(self.settings)
+        self._adapters = AdapterTable(self.store)
         self.url: str | None = None  # where this process answers over HTTP, when it does
         self.usage: Usage | None = None  # how endpoints are used; a server's scheduler lets idle ones give way
         self._mine: set[int] = set()
@@ -215,14 +230,16 @@ class System:
     def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
         if not texts:
             raise InputError("there is no text to answer", hint="give one text at least")
-        name, colon, adapter = endpoint.partition(":")
-        folder = self._folder_of(name, adapter) if colon else None
+        name, ready = self._named(endpoint)
+        folder = ready.folder if ready is not None else None
         return predict_once(self._replica(name), list(texts), logits=logits, adapter=folder)
 
     def awake(self, endpoint: str) -> Endpoint:
-        """The endpoint once it answers; its service starts here when no process runs it. Raises UnreachableError."""
-        self._replica(endpoint)
-        return self.store.endpoints.get(endpoint)
+        """The endpoint that is asked by this name, once it answers; its service starts here when no process runs it.
+        Raises UnreachableError and NotFoundError."""
+        name, _ = self._named(endpoint)
+        self._replica(name)
+        return self.store.endpoints.get(name)
 
     # -- feedback
 
@@ -378,12 +395,17 @@ class System:
         except NotFoundError:
             return ""
 
-    def _folder_of(self, endpoint: str, adapter: str) -> str:
-        """What the endpoint's replica loads an adapter from. Raises NotFoundError for one that does not answer now."""
-        known = {found.name: found.model for found in self.adapters(endpoint) if found.answers}
-        if adapter not in known:
-            raise missing(endpoint, adapter, known)
-        return folder_of(self.store, self.store.catalog.get(known[adapter]))
+    def _named(self, asked: str) -> tuple[str, Ready | None]:
+        """The endpoint that is asked by this name, and its adapter if it is one. Raises NotFoundError."""
+        endpoints = self.store.endpoints.list()
+        adapters = self._adapters.load(endpoints)
+        found = names(endpoints, adapters).get(asked)
+        if found is None:
+            endpoint, adapter = split_name(asked)
+            self.store.endpoints.get(endpoint)
+            raise missing(endpoint, adapter or "", adapters.get(endpoint, {}))
+        endpoint, adapter = found
+        return endpoint, None if adapter is None else adapters[endpoint][adapter]
 
     def _replica(self, endpoint: str) -> str:
         """The address of an endpoint's service, which is started here first when no process runs it, and woken."""

@@ -75,7 +75,7 @@ class Site:
         )
         router = self.gateway.router
         eventually(
-            lambda: name in router and router._table[name].endpoint.address == address,
+            lambda: name in router._table and router._table[name].endpoint.address == address,
             f"the gateway hears of {address}",
         )
 

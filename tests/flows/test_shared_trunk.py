@@ -156,12 +156,35 @@ def test_every_door_takes_the_name(place: Trunk, api: Client) -> None:
     for version, name in (("news@1", "news"), ("tuned@1", "news:tuned")):
         assert np.abs(vectors[version] - vectors[name]).max() < CLOSE
     for name, says in (("news:urgnt", "did you mean 'urgent'"), ("new:urgent", "no endpoint"), ("short@7", "short")):
-        for asks in (api.predict, place.system.predict) if "@" not in name else (api.predict,):
+        for asks in (api.predict, place.system.predict):
             with pytest.raises(NotFoundError, match=says):
                 asks(name, TEXTS[:1])
     metrics = httpx.get(f"{place.url}/metrics", headers={"Authorization": f"Bearer {place.key}"}).text
     assert 'endpoint="news"' in metrics
     assert "urgent" not in metrics
+
+
+@pytest.mark.usefixtures("all_of_them")
+def test_what_fails_is_counted_by_its_endpoint_whatever_the_name(place: Trunk) -> None:
+    with httpx.Client(base_url=place.url, headers={"Authorization": f"Bearer {place.key}"}) as client:
+
+        def refused() -> dict[str, float]:
+            counts = (line.rpartition(" ") for line in client.get("/metrics").text.splitlines())
+            told = {name: float(count) for name, _, count in counts if name.startswith("llmo_requests_total{")}
+            return {name: count for name, count in told.items() if 'status="4' in name}
+
+        before = refused()
+        for name in ("news", "news:urgent", "news@1", "urgent@1", "nws", "nws:urgent", "nws@1"):
+            assert client.post(f"/v1/endpoints/{name}/predict", json={"text": 5}).status_code == 422
+            assert client.post("/v1/embeddings", json={"model": name, "input": "x " * 1000}).status_code in (400, 404)
+        more = {name: count - before.get(name, 0) for name, count in refused().items()}
+    label = 'llmo_requests_total{{endpoint="{}",status="{}"}}'.format
+    assert {name: count for name, count in more.items() if count} == {
+        label("news", 422): 4,
+        label("news", 400): 4,
+        label("(unknown)", 422): 3,
+        label("(unknown)", 404): 3,
+    }
 
 
 def test_they_come_and_go_under_load_and_nobody_notices(place: Trunk, api: Client) -> None:
@@ -304,10 +327,17 @@ def test_from_training_to_a_verified_answer_of_one_trunk(tmp_path: Path) -> None
         golden = system.golden(second.artifact.digest)
         with gateway(system) as door:
             heard = door.heard("t:second", golden)
+            for name, asked in (("second@1", golden), ("first@1", system.golden(first.artifact.digest))):
+                told = door.heard(name, asked)
+                assert [item["input_ids"] for item in told] == [item["input_ids"] for item in asked]
+            assert (system.awake("second@1").name, system.awake("first@1").name) == ("t", "t")
         job = system.submit("verify", {"heard": heard}, {"model": second.artifact.digest}, name="second-verify")
         eventually(lambda: system.job(job.id).state.ended, "it is verified")
         passed = {check["name"] for check in (system.job(job.id).result or {})["checks"] if check["passed"]}
         assert {"endpoint token ids", "endpoint logits", "endpoint answers"} <= passed
-        answers = system.predict("t:second", [item["text"] for item in golden], logits=True)
+        texts = [item["text"] for item in golden]
+        answers = system.predict("t:second", texts, logits=True)
+        assert same(system.predict("second@1", texts, logits=True), answers)
+        assert same(system.predict("first@1", texts, logits=True), system.predict("t", texts, logits=True))
         for answer, item in zip(answers, golden, strict=True):
             assert np.abs(np.array(answer["logits"]) - np.array(item["logits"])).max() < 1e-4

@@ -56,7 +56,7 @@ class Door:
 
     def heard(self, name: str, golden: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """What the endpoint answers to a model's golden texts, as `verify` compares it."""
-        self.awake(name.partition(":")[0])
+        self.awake(name)
         with Client(self.url, self.key) as client:
             if golden and "greedy" in golden[0]:
                 return [_written(client, name, item) for item in golden]

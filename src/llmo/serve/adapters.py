@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmo.errors import LLMOError, ModelError, NotFoundError, nearest
@@ -69,7 +69,9 @@ def bases(store: Store, model: str) -> frozenset[str]:
     found = {model}
     artifact = store.catalog.find(model)
     while artifact is not None and ("reference" in artifact.card or artifact.card.get("method") in _OF_ITS_BASE):
-        made_from = artifact.inputs.get("model", "")
+        made_from = artifact.inputs.get("model")
+        if made_from is None:
+            break
         found.add(made_from)
         artifact = store.catalog.find(made_from)
     return frozenset(found)
@@ -111,8 +113,9 @@ def folder_of(store: Store, artifact: Artifact) -> str:
 def check_base(store: Store, artifact: Artifact, served: str, endpoint: str) -> str:
     """The digest of the model whose trunk it was trained on. Raises ModelError when the endpoint serves another."""
     base = artifact.inputs.get("model", "")
-    if base and trunk(store, base) in bases(store, served):
-        return trunk(store, base)
+    beneath = trunk(store, base)
+    if base and beneath in bases(store, served):
+        return beneath
     found = [store.catalog.find(digest) for digest in (base, served)]
     theirs, ours = (a.ref if a is not None else "a model that is not stored here" for a in found)
     method = "lora" if task_of(artifact.card) in _NOT_ENCODERS else "head"
@@ -120,6 +123,22 @@ def check_base(store: Store, artifact: Artifact, served: str, endpoint: str) -> 
         f"{artifact.ref} was trained on {theirs}, and the endpoint '{endpoint}' serves {ours}",
         hint=f"train it on what is served: llmo train --model {ours} --method {method}, or deploy {theirs}",
     )
+
+
+def names(
+    endpoints: Iterable[Endpoint], adapters: Mapping[str, Mapping[str, Ready]]
+) -> dict[str, tuple[str, str | None]]:
+    """What each name means, as an endpoint and its adapter if it is one: ENDPOINT, ENDPOINT:ADAPTER, and the version
+    NAME@VERSION of either, where several serve it the first."""
+    named: dict[str, tuple[str, str | None]] = {}
+    versions: dict[str, tuple[str, str | None]] = {}
+    for endpoint in endpoints:
+        named[endpoint.name] = (endpoint.name, None)
+        versions.setdefault(endpoint.model_ref, (endpoint.name, None))
+        for name, ready in adapters.get(endpoint.name, {}).items():
+            named[f"{endpoint.name}:{name}"] = (endpoint.name, name)
+            versions.setdefault(ready.adapter.model_ref, (endpoint.name, name))
+    return {**versions, **named}
 
 
 def missing(endpoint: str, name: str, known: Collection[str]) -> NotFoundError:

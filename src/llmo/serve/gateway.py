@@ -89,15 +89,14 @@ class Gateway:
         """Handle one predict request; every outcome, good or bad, is one JSON answer and one count."""
         began = time.perf_counter()
         self.metrics.began()
-        status, label = CLIENT_GONE, UNKNOWN
+        status = CLIENT_GONE
         try:
-            found = await self._answer(name, scope, receive)
-            if found is not None:
-                (label, reply), status = found, 200
+            reply = await self._answer(name, scope, receive)
+            if reply is not None:
+                status = 200
                 await send_json(send, 200, self._head(name, reply.model) + reply.answers + b"}", {})
         except LLMOError as error:
             status = error.status
-            label = endpoint if (endpoint := name.partition(":")[0]) in self.router else UNKNOWN
             if isinstance(error, UnauthorizedError | ForbiddenError):
                 self.access.audit.denied(scope, error)
             await error_response(error)(scope, receive, send)
@@ -106,10 +105,11 @@ class Gateway:
             status = 500
             await error_response(LLMOError("the server made a mistake", hint="see its log"))(scope, receive, send)
         finally:
+            label = self.router.endpoint_of(name) or UNKNOWN
             self.metrics.seen(label, status, time.perf_counter() - began)
 
-    async def _answer(self, name: str, scope: Scope, receive: Receive) -> tuple[str, Reply] | None:
-        """The endpoint and its reply, or None when the client has gone."""
+    async def _answer(self, name: str, scope: Scope, receive: Receive) -> Reply | None:
+        """The reply, or None when the client has gone."""
         key = await self.access.check(scope["headers"], "predict")
         data = await read_body(scope, receive, self._body_limit)
         if data is None:
@@ -117,8 +117,7 @@ class Gateway:
         body = parse(data, self._max_texts)
         self.quotas.take(key.id, len(body.texts))
         endpoint, adapter = await self.router.find(name)
-        reply = await self._call(endpoint, adapter, body, key.id, receive)
-        return None if reply is None else (endpoint, reply)
+        return await self._call(endpoint, adapter, body, key.id, receive)
 
     async def _call(
         self, endpoint: str, adapter: str | None, body: PredictBody, tenant: str, receive: Receive
@@ -168,7 +167,8 @@ class Gateway:
             responses={code: {"description": text} for code, text in _PROBLEMS.items()},
         )
         async def predict(
-            name: Annotated[str, Path(description="the endpoint, or ENDPOINT:ADAPTER")], request: Request
+            name: Annotated[str, Path(description="the endpoint, ENDPOINT:ADAPTER, or the version of either")],
+            request: Request,
         ) -> Response:
             """Answers of the endpoint's model, or of one that was added to it, for one text or many."""
             return Handled(lambda scope, receive, send: self.predict(name, scope, receive, send))

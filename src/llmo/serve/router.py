@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
 from llmo.kernel.paging import Use
-from llmo.serve.adapters import Ready, missing
+from llmo.serve.adapters import Ready, missing, names
 from llmo.serve.ask import Ask
 from llmo.serve.connection import Replica, stats_of
 from llmo.serve.protocol import ReplicaGone, frame, last_used
 from llmo.serve.stream import Stream
 from llmo.serve.waking import Waking, patience
-from llmo.types import Adapter, Endpoint
+from llmo.types import Adapter, Endpoint, split_name
 
 T = TypeVar("T")
 
@@ -93,13 +93,11 @@ class Router:
         self._asked: dict[str, _Asked] = {}
         self._refresh_seconds = refresh_seconds
         self._table: dict[str, Target] = {}
+        self._names: dict[str, tuple[str, str | None]] = {}
         self._replicas: dict[str, Replica] = {}
         self._refreshing = asyncio.Lock()
         self._began = 0.0  # when the load that made the table began
         self.ready = False
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._table
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Router]:
@@ -149,32 +147,21 @@ class Router:
     async def find(self, model: str) -> tuple[str, str | None]:
         """The endpoint, and its adapter if it is one, that `model` names: ENDPOINT, ENDPOINT:ADAPTER, or the version
         NAME@VERSION of either. Raises NotFoundError."""
-        found = self._named(model)
-        if found is None:
+        if model not in self._names:
             await self._refresh_quietly()
-            found = self._named(model)
+        found = self._names.get(model)
         if found is not None:
             return found
-        name, colon, adapter = model.partition(":")
-        known = self._table[name].adapters if colon and name in self._table else None
-        if known is None:
-            await self._find(name)
-        raise missing(name, adapter, known or ())
+        name, adapter = split_name(model)
+        target = await self._find(name)
+        if adapter is None or adapter in target.adapters:
+            return name, adapter  # it came while it was looked for
+        raise missing(name, adapter, target.adapters)
 
-    def _named(self, model: str) -> tuple[str, str | None] | None:
-        if model in self._table:
-            return model, None
-        name, colon, adapter = model.partition(":")
-        if colon:
-            target = self._table.get(name)
-            return (name, adapter) if target is not None and adapter in target.adapters else None
-        for name, target in sorted(self._table.items()):
-            if target.endpoint.model_ref == model:
-                return name, None
-            for ready in target.adapters.values():
-                if ready.adapter.model_ref == model:
-                    return name, ready.adapter.name
-        return None
+    def endpoint_of(self, model: str) -> str | None:
+        """The endpoint that is asked by this name, whether it has such an adapter or not; None for none in the table."""
+        name, _ = self._names.get(model) or split_name(model)
+        return name if name in self._table else None
 
     async def endpoint(self, name: str) -> Endpoint:
         """Raises NotFoundError."""
@@ -316,6 +303,7 @@ class Router:
             replicas = tuple(self._replicas.setdefault(a, Replica(a)) for a in addresses if a)
             table[endpoint.name] = Target(endpoint, replicas, adapters.get(endpoint.name, {}))
         self._table = table
+        self._names = names(endpoints, adapters)
         self._waking.heard({name: target.endpoint for name, target in table.items()})
         used = {r.address for target in table.values() for r in target.replicas}
         for address in [a for a, r in self._replicas.items() if a not in used and r.outstanding == 0]:

@@ -22,6 +22,7 @@ from llmo.doors.cli.steps import assignments
 from llmo.doors.sampling import checked
 from llmo.errors import InputError, LLMOError
 from llmo.files import publish
+from llmo.types import split_name
 
 HELP = """\
 /help                    this
@@ -57,11 +58,9 @@ def chat(
 
     given = checked(assignments(settings))
     with closing(flow.connect()) as api:
-        served = endpoint.partition(":")[0]
-        known = _generates(api, served)
+        _check(api, split_name(endpoint)[0])
         with gateway(api) as door:
-            if known:
-                door.awake(served)
+            door.awake(endpoint)
             talk = Chat(api, (door.url, door.key), endpoint, system, given, as_json)
             if once is not None:
                 talk.say(lines.whole_pipe() if once == "-" else once)
@@ -71,14 +70,13 @@ def chat(
                 talk.follow(lines.from_pipe())
 
 
-def _generates(api: Api, endpoint: str) -> bool:
-    """Whether it is an endpoint; one that writes no text is refused, what is none is left to the server."""
+def _check(api: Api, endpoint: str) -> None:
+    """Raises InputError for an endpoint that writes no text; what is none is left to whoever looks for it."""
     found = next((known for known in api.endpoints() if known.name == endpoint), None)
     if found is not None and found.task != "generation":
         raise InputError(
             f"'{endpoint}' writes no text, it is for {found.task}", hint=f"llmo predict {endpoint} 'a text'"
         )
-    return found is not None
 
 
 def harmless(text: str) -> str:
@@ -101,7 +99,7 @@ class Chat:
         self._api = api
         self._door = door
         self._endpoint = endpoint
-        self._served = endpoint.partition(":")[0]
+        self._served, _ = split_name(endpoint)
         self._system = system
         self._settings = settings
         self._as_json = as_json

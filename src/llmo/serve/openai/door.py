@@ -80,7 +80,7 @@ class Door:
             _log.exception("a request failed")
             await out.fail(LLMOError("the server made a mistake", hint="see its log"))
         finally:
-            label = out.model if out.model in self._router else UNKNOWN
+            label = self._router.endpoint_of(out.model) or UNKNOWN
             self._metrics.seen(label, out.status, time.perf_counter() - began)
 
     async def _generate(self, parse: Callable[[bytes], Wanted], scope: Scope, receive: Receive, out: _Out) -> None:
