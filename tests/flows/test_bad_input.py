@@ -79,6 +79,8 @@ COMMANDS = [
     (("compress", "nope"), 2, "no model 'nope'"),
     (("verify", "nope@3"), 2, "no model"),
     (("deploy", "nope"), 2, "no model"),
+    (("deploy", "package:numpy", "--set", "qeue=1"), 2, "did you mean 'queue'"),  # before anything is fetched
+    (("compress", "package:numpy", "--set", "varints=[fp32]"), 2, "did you mean 'variants'"),
     (("evaluate", ""), 2, "no model ''"),
     (("predict", "nope", "text"), 2, "no endpoint 'nope'"),
     (("predict", "nope", "text", "--file", "x"), 2, "twice"),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmo import pipeline, sources
 from llmo.api import Api
-from llmo.errors import InputError, JobFailed, NotFoundError, from_json
+from llmo.errors import InputError, JobFailed, from_json
 from llmo.settings import Settings
 from llmo.types import Artifact, Event, Job, JobState, Kind
 
@@ -83,11 +83,19 @@ def output(api: Api, job: Job) -> Artifact:
     return next(named, None) or api.artifact(job.output)
 
 
-def ensure_model(api: Api, source: str, hear: Callable[[News], None] | None = None) -> str:
-    """The ref of a base model: as it is when stored already, else fetched into the store first."""
-    known = {a.ref for a in api.artifacts(Kind.MODEL)} | {a.name for a in api.artifacts(Kind.MODEL)}
-    if source in known or source.startswith("sha256:"):
-        return source
+def check(op: str, spec: Mapping[str, Any]) -> None:
+    """Raises SpecError for a specification that `op` will not take, before anything is done for it."""
+    from llmo.specfile import validate  # the client alone needs neither
+    from llmo.specs import OPERATIONS
+
+    validate(dict(spec), OPERATIONS[op])
+
+
+def ensure_model(api: Api, model: str, hear: Callable[[News], None] | None = None) -> str:
+    """The ref of a base model: what the store calls so, else what is fetched from the source that is named."""
+    source = _source(api, model)
+    if source is None:
+        return model
     job = api.submit("base-model", {"source": source}, name=pipeline.base_name(source))
     return output(api, wait(api, job, hear)).digest
 
@@ -95,13 +103,9 @@ def ensure_model(api: Api, source: str, hear: Callable[[News], None] | None = No
 def servable(api: Api, model: str, hear: Callable[[News], None] | None = None) -> Artifact:
     """The stored model that is named. A base, or a source of one (package:NAME, hf:NAME, a folder, a GGUF file), is
     taken as it is, with the card and the evidence that serving and compressing need. Raises NotFoundError."""
-    try:
-        artifact = api.artifact(model, Kind.MODEL)
-    except NotFoundError:
-        source = absolute(model, Path())
-        if not _names_source(source):
-            raise
-        artifact = api.artifact(ensure_model(api, source, hear), Kind.MODEL)
+    source = _source(api, model)
+    fetched = source is not None and _names_source(source)
+    artifact = api.artifact(ensure_model(api, model, hear) if fetched else model, Kind.MODEL)
     if "engine" in artifact.card:
         return artifact
     name = f"{artifact.name}-plain"
@@ -113,10 +117,9 @@ def adapter(api: Api, endpoint: str, name: str, model: str) -> str:
 
     Raises ModelError for a folder whose adapter does not fit what the endpoint serves.
     """
-    source = absolute(model, Path())
-    stored = sources.is_stored(model) or any(known.name == model for known in api.artifacts(Kind.MODEL))
+    source = _source(api, model)
     served = next((known.model for known in api.endpoints() if known.name == endpoint), None)
-    if stored or served is None or not _names_source(source):
+    if source is None or served is None or not _names_source(source):
         return model
     artifact = api.artifact(served, Kind.MODEL)
     base = reference(artifact).get("reference", artifact.digest)
@@ -142,6 +145,13 @@ def absolute(source: str, base: Path) -> str:
         return str(inside.resolve() if ".." in inside.parts else inside.absolute())
     except (OSError, ValueError, RuntimeError):  # no path at all: whoever reads it says so
         return source
+
+
+def _source(api: Api, model: str) -> str | None:
+    """Where a model is to come from; None for one that the store has, by name, version or digest."""
+    if sources.is_stored(model) or any(known.name == model for known in api.artifacts(Kind.MODEL)):
+        return None
+    return absolute(model, Path())
 
 
 def _names_source(source: str) -> bool:

@@ -181,9 +181,10 @@ def train(data: Dataset, *, model: str | Path | Model, name: str | None = None, 
     """
     if not isinstance(model, str | Path | Model):
         raise SpecError(f"a model is named by text, not by {model!r:.80}", hint="write it like package:NAME or NAME@1")
-    base = model.artifact.digest if isinstance(model, Model) else flow.absolute(str(model), Path())
+    base = model.artifact.digest if isinstance(model, Model) else str(model)
     api = data.api
     task = {"name": data.card["task"]} | ({"max_length": spec.pop("max_length")} if "max_length" in spec else {})
+    flow.check("train", {"task": task, **spec})
     inputs = {"data": data.artifact.digest, "model": flow.ensure_model(api, base)}
     job = api.submit("train", {"task": task, **spec}, inputs, name=name or data.artifact.name)
     return Model(flow.output(api, flow.wait(api, job)), api)

@@ -159,7 +159,7 @@ class Router:
         raise missing(name, adapter, target.adapters)
 
     def endpoint_of(self, model: str) -> str | None:
-        """The endpoint that is asked by this name, whether it has such an adapter or not; None for none in the table."""
+        """The endpoint that is asked by this name, with such an adapter or without; None for none in the table."""
         name, _ = self._names.get(model) or split_name(model)
         return name if name in self._table else None
 

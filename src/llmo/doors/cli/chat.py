@@ -16,9 +16,9 @@ import typer
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.doors.cli import lines
+from llmo.doors.cli.given import assignments
 from llmo.doors.cli.outfile import place
 from llmo.doors.cli.show import Json, console, emit
-from llmo.doors.cli.steps import assignments
 from llmo.doors.sampling import checked
 from llmo.errors import InputError, LLMOError
 from llmo.files import publish

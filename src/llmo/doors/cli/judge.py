@@ -11,9 +11,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from llmo.doors import flow
 from llmo.doors.cli.chat import Settings
+from llmo.doors.cli.given import Data, assignments
 from llmo.doors.cli.outfile import place
 from llmo.doors.cli.show import Json, console, emit, figure, table
-from llmo.doors.cli.steps import Data, assignments
 from llmo.files import publish
 
 

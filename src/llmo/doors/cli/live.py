@@ -188,3 +188,9 @@ def _parting(root: Job, *, goes_on: bool) -> str:
     if goes_on:
         return f"job {root.id} goes on at the server; watch it: llmo logs -f {root.id}, stop it: llmo kill {root.id}\n"
     return "stopped; what was finished is kept, and the same command goes on from there\n"
+
+
+def follow(api: Api, job: Job, as_json: bool) -> Job:
+    """As `flow.wait`, with its progress shown."""
+    with Live(api, quiet=as_json) as live:
+        return flow.wait(api, job, live.hear)

@@ -1,4 +1,4 @@
-"""Single steps: data, train, evaluate, compress, verify, deploy, predict."""
+"""Single steps: train, evaluate, compress, verify, deploy, predict."""
 
 from __future__ import annotations
 
@@ -11,26 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.doors.cli import summary
-from llmo.doors.cli.live import Live
-from llmo.doors.cli.show import Json, ago, console, emit, figure, shorten, size, table
-from llmo.errors import InputError, SpecError
-from llmo.settings import parse_bytes
-from llmo.types import Artifact, Job, Kind, Needs
+from llmo.doors.cli.given import Cores, Data, Fresh, Gpus, Memory, Set, assignments, needs_of
+from llmo.doors.cli.live import Live, follow
+from llmo.doors.cli.show import Json, console, emit, figure, shorten, table
+from llmo.errors import InputError
+from llmo.types import Artifact, Job, Kind
 
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any other key of this step (`llmo check --resolved` lists them)."),
-]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Do it again even if it is done already.")]
-Cores = Annotated[int | None, typer.Option(help="CPU cores this job needs.", min=1)]
-Memory = Annotated[str | None, typer.Option(help="Memory this job needs, e.g. 4GiB.")]
-Gpus = Annotated[int | None, typer.Option(help="GPUs this job needs; without it it runs on the CPU.", min=1)]
-Data = Annotated[str | None, typer.Option(help="A stored data set; default: the one the model was trained on.")]
 Model = Annotated[str, typer.Argument(help="A stored model: NAME, NAME@VERSION or its digest.")]
 Served = Annotated[
     str,
@@ -40,97 +30,10 @@ Served = Annotated[
     ),
 ]
 
-_TOLD_BY_TEXT = ("messages", "tools", "chosen", "rejected")  # a conversation's text is its transcript
-
-data_app = typer.Typer(name="data", help="Data sets: import, show, list.", no_args_is_help=True, rich_markup_mode=None)
-
 
 def register(app: typer.Typer) -> None:
-    app.add_typer(data_app)
     for command in (train, evaluate, compress, verify, deploy, predict):
         app.command()(command)
-
-
-@data_app.command("import")
-def data_import(
-    source: Annotated[str, typer.Argument(help="A file, a folder, or package:NAME/FOLDER.")],
-    name: Annotated[str, typer.Option(help="What the data set is called in the store.")],
-    task: Annotated[str, typer.Option(help="What it is for.")] = "text-classification",
-    text: Annotated[str | None, typer.Option(help="The column that holds the text.")] = None,
-    label: Annotated[str | None, typer.Option(help="The column that holds the label.")] = None,
-    settings: Set = None,
-    fresh: Fresh = False,
-    as_json: Json = False,
-) -> None:
-    """Read, clean, deduplicate and split a source into a stored data set.
-
-    Example: llmo data import tickets.csv --name tickets --text body --label queue
-    """
-    told = {key: value for key, value in (("text", text), ("label", label)) if value is not None}
-    spec = {"source": flow.absolute(source, Path()), "task": task, **told, **assignments(settings)}
-    with closing(flow.connect()) as api:
-        job = _do(api, api.submit("import", spec, name=name, fresh=fresh), as_json)
-        artifact = flow.output(api, job)
-        shown = {"ref": artifact.ref, "digest": artifact.digest, **flow.result(job)}
-        emit(shown, as_json, lambda: show_dataset(artifact))
-
-
-@data_app.command("show")
-def data_show(
-    ref: Annotated[str, typer.Argument(help="NAME, NAME@VERSION or a digest.")],
-    split: Annotated[str, typer.Option(help="train, dev or test.")] = "train",
-    dropped: Annotated[bool, typer.Option("--dropped", help="Show the rows that were left out, with reasons.")] = False,
-    limit: Annotated[int, typer.Option(help="How many rows.", min=0)] = 10,
-    as_json: Json = False,
-) -> None:
-    """Show a data set: its counts, and rows of one split.
-
-    Example: llmo data show newsdesk --dropped
-    """
-    split = "dropped" if dropped else split
-    with closing(flow.connect()) as api:
-        artifact = api.artifact(ref, Kind.DATASET)
-        rows = api.rows(artifact.digest, split, limit=limit)
-
-    def show() -> None:
-        show_dataset(artifact)
-        columns = [name for name in (rows[0] if rows else {}) if name not in ("text", *_TOLD_BY_TEXT)]
-        values = [[*(shorten(row[name], 40) for name in columns), shorten(row["text"], 80)] for row in rows]
-        table(f"\n{split}", [*columns, "text"], values, empty="no rows")
-
-    emit({"ref": artifact.ref, "card": artifact.card, "split": split, "rows": rows}, as_json, show)
-
-
-@data_app.command("list")
-def data_list(as_json: Json = False) -> None:
-    """List the stored data sets.
-
-    Example: llmo data list
-    """
-    with closing(flow.connect()) as api:
-        found = api.artifacts(Kind.DATASET)
-    rows = [(a.ref, a.card.get("task", "-"), _rows(a), size(a.size), ago(a.created_at)) for a in found]
-    columns = ["data set", "task", "rows train/dev/test>", "size>", "made"]
-    emit(found, as_json, lambda: table("", columns, rows, empty="no data sets; make one with: llmo data import"))
-
-
-def _rows(artifact: Artifact) -> str:
-    rows = artifact.card.get("rows", {})
-    return "/".join(str(rows.get(split, "-")) for split in ("train", "dev", "test"))
-
-
-def show_dataset(artifact: Artifact) -> None:
-    card = artifact.card
-    facts = [
-        ("rows", f"{card['rows']['read']} read, {_rows(artifact)} train/dev/test, {card['rows']['dropped']} dropped")
-    ]
-    facts += [(f"dropped: {reason.replace('_', ' ')}", str(count)) for reason, count in card["dropped"].items()]
-    if "shape" in card:
-        turns = f", {card['turns']['mean']:.1f} turns on average" if "turns" in card else ""
-        facts += [("shape", f"{card['shape']}, written as {card['layout']}{turns}")]
-    else:
-        facts += [("labels", ", ".join(f"{label} {count}" for label, count in card["labels"].items()))]
-    table(f"data set {artifact.ref}", ["", ""], facts)
 
 
 def train(
@@ -160,7 +63,8 @@ def train(
             **({"epochs": epochs} if epochs is not None else {}),
             **assignments(settings),
         }
-        inputs = {"data": artifact.digest, "model": flow.ensure_model(api, flow.absolute(model, Path()), live.hear)}
+        flow.check("train", spec)
+        inputs = {"data": artifact.digest, "model": flow.ensure_model(api, model, live.hear)}
         job = api.submit("train", spec, inputs, name=name, needs=needs_of("train", cores, memory, gpus), fresh=fresh)
         job = flow.wait(api, job, live.hear)
         found = flow.output(api, job)
@@ -195,7 +99,7 @@ def evaluate(
         job = api.submit(
             "evaluate", {"split": split, "answers": answers}, inputs, name=f"{artifact.name}-report", fresh=fresh
         )
-        found = flow.result(_do(api, job, as_json))
+        found = flow.result(follow(api, job, as_json))
     rows = [(name.replace("_", " "), figure(value)) for name, value in found["metrics"].items()]
     emit(found, as_json, lambda: table(f"{artifact.ref} on {split}", ["", "value (95% interval)>"], rows))
 
@@ -213,13 +117,14 @@ def compress(
 
     Example: llmo compress newsdesk --max-drop 0.005
     """
+    spec = {"max_drop": max_drop, **assignments(settings)}
+    flow.check("compress", spec)
     with closing(flow.connect()) as api:
         artifact = _servable(api, model, as_json)
         inputs = {"model": artifact.digest, "data": data or flow.data_of(api, artifact)}
-        spec = {"max_drop": max_drop, **assignments(settings)}
         made = name or f"{_served_name(artifact)}-compressed"
         job = api.submit("compress", spec, inputs, name=made, fresh=fresh)
-        job = _do(api, job, as_json)
+        job = follow(api, job, as_json)
         found = flow.output(api, job)
     emit({"ref": found.ref, **flow.result(job)}, as_json, lambda: summary.show_variants(flow.result(job)))
 
@@ -243,7 +148,7 @@ def verify(
         if endpoint is not None:
             with gateway(api) as door:
                 spec["heard"] = door.heard(endpoint, api.golden(artifact.digest))
-        job = _do(api, api.submit("verify", spec, inputs, name=f"{artifact.name}-verify", fresh=fresh), as_json)
+        job = follow(api, api.submit("verify", spec, inputs, name=f"{artifact.name}-verify", fresh=fresh), as_json)
     emit(flow.result(job), as_json, lambda: summary.show_verify(flow.result(job)))
 
 
@@ -258,12 +163,13 @@ def deploy(
 
     Example: llmo deploy newsdesk-compressed --endpoint newsdesk
     """
+    spec = {**({"pinned": True} if pinned else {}), **assignments(settings)}
+    flow.check("serve", {"endpoint": endpoint or "named-by-its-model", **spec})
     with closing(flow.connect()) as api:
         artifact = _servable(api, model, as_json)
         name = endpoint or _served_name(artifact)
-        spec = {"endpoint": name, **({"pinned": True} if pinned else {}), **assignments(settings)}
-        job = api.submit("serve", spec, {"model": artifact.digest})
-        _do(api, job, as_json)
+        job = api.submit("serve", {"endpoint": name, **spec}, {"model": artifact.digest})
+        follow(api, job, as_json)
         found = next(e for e in api.endpoints() if e.name == name)
     emit(
         found,
@@ -365,39 +271,3 @@ def _chunks(texts: Iterator[str], size: int) -> Iterator[Sequence[str]]:
             chunk = []
     if chunk:
         yield chunk
-
-
-def _do(api: Api, job: Job, as_json: bool) -> Job:
-    with Live(api, quiet=as_json) as live:
-        return flow.wait(api, job, live.hear)
-
-
-def assignments(given: list[str] | None) -> dict[str, Any]:
-    """`["a.b=1"]` -> `{"a": {"b": 1}}`; values are read as YAML."""
-    found: dict[str, Any] = {}
-    for item in given or []:
-        key, separator, text = item.partition("=")
-        if not separator or not key:
-            raise SpecError(f"'{item}' is not KEY=VALUE", where="--set")
-        section = found
-        *path, last = key.split(".")
-        for part in path:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                raise SpecError(f"'{part}' of '{key}' has a value already", where="--set", hint="set one of them")
-        try:
-            section[last] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise SpecError(f"cannot read the value of '{key}'", where="--set", hint="it is read as YAML") from None
-    return found
-
-
-def needs_of(op: str, cores: int | None, memory: str | None, gpus: int | None = None) -> Needs | None:
-    """What a job is told to need, or None when the operation's own needs are right."""
-    if cores is None and memory is None and gpus is None:
-        return None
-    from llmo.plugins import operation
-
-    usual = operation(op).needs
-    amount = parse_bytes(memory, "--memory") if memory else usual.memory
-    return Needs(cores=cores or usual.cores, cores_max=cores or usual.cores_max, memory=amount, gpus=gpus or usual.gpus)
