@@ -63,6 +63,12 @@ class ModelError(InputError):
     code = "model"
 
 
+class NoRoomError(ModelError):
+    """An adapter fits the model that is loaded, but not into the memory that is set aside for adapters."""
+
+    code = "no_room"
+
+
 class NeedsError(InputError):
     """A job needs more than the machine has."""
 

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from llmo import plugins
 from llmo.errors import nearest
+from llmo.types import ENCODER_ADAPTER_BYTES, GENERATOR_ADAPTER_BYTES
 
 
 class Spec(BaseModel):
@@ -20,8 +21,6 @@ class Spec(BaseModel):
         """As JSON values, with every default written out: what jobs carry and digests are taken of."""
         return self.model_dump(mode="json")
 
-
-_ADAPTERS_MIB, _FURTHER_MIB = 512, 64  # for a model that generates, and over an encoder, where nothing is said
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -187,7 +186,7 @@ class DeploySpec(Spec):
     adapters_mib: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="memory for adapters and heads, in MiB, with an engine that takes them; default: "
-        f"{_ADAPTERS_MIB} where it generates, {_FURTHER_MIB} over an encoder",
+        f"{GENERATOR_ADAPTER_BYTES >> 20} where it generates, {ENCODER_ADAPTER_BYTES >> 20} over an encoder",
     )
     deadline_seconds: Annotated[Number, Field(gt=0)] = Field(
         30.0, description="a request older than this is answered 504"
@@ -199,7 +198,7 @@ def adapter_bytes(deploy: Mapping[str, Any], *, generates: bool) -> int:
     """What all adapters of an endpoint may take, if its engine takes any."""
     wanted = deploy.get("adapters_mib")
     if wanted is None:
-        wanted = _ADAPTERS_MIB if generates else _FURTHER_MIB
+        return GENERATOR_ADAPTER_BYTES if generates else ENCODER_ADAPTER_BYTES
     return int(wanted) << 20
 
 

@@ -184,6 +184,10 @@ class Endpoint:
         return self.state in ("asleep", "waking")
 
 
+# What all adapters of one endpoint take at most, where nothing is said.
+GENERATOR_ADAPTER_BYTES, ENCODER_ADAPTER_BYTES = 512 << 20, 64 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """A LoRA, or a model of an encoder's trunk, that an endpoint also answers with as the model `ENDPOINT:NAME`; `base`

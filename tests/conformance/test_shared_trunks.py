@@ -190,7 +190,7 @@ def spoil(folder: Path, harm: str) -> None:
         ("a deaf head", "says the same of every text"),
         ("no head", "no tensor 'classifier"),
         ("no weights", "no model.safetensors"),
-        ("cut weights", "cannot be"),
+        ("cut weights", "no whole safetensors"),
         ("settings of another kind", "use_dora"),
         ("no adapter", "its trunk is another one"),
     ],

@@ -10,8 +10,8 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmo.errors import EnvironmentProblem, ModelError
-from llmo.types import Device
+from llmo.errors import EnvironmentProblem, NoRoomError
+from llmo.types import ENCODER_ADAPTER_BYTES, Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,10 @@ class Embedder(Engine, Protocol):
 class TakesAdapters(Protocol):
     """An engine, of either kind, whose `abilities` hold "adapters": it runs further models by name, mixed in one batch.
 
-    `add_adapter` raises ConflictError for a name in use, and ModelError for a model that does not fit what is loaded in
-    every module, or has no effect. After `remove_adapter` nothing may name it (NotFoundError where it is not loaded);
-    what runs with it ends as it would have. Both may be called from any thread while another one runs the engine.
+    `add_adapter` raises ConflictError for a name in use, NoRoomError where the memory for adapters is full, and
+    ModelError for a model that does not fit what is loaded in every module, or has no effect. After `remove_adapter`
+    nothing may name it (NotFoundError where it is not loaded); what runs with it ends as it would have. Both may be
+    called from any thread while another one runs the engine.
     """
 
     def add_adapter(self, name: str, folder: Path) -> None: ...
@@ -80,12 +81,12 @@ class Shared(Engine, TakesAdapters, Protocol):
     `head` or `lora`. One with another trunk is refused, and a request for one that is not loaded is InputError. All of
     them take at most `adapter_bytes`."""
 
-    def load(self, model: Path, device: Device, *, adapter_bytes: int = 64 << 20) -> None: ...
+    def load(self, model: Path, device: Device, *, adapter_bytes: int = ENCODER_ADAPTER_BYTES) -> None: ...
 
 
-def no_room(count: int, needed: int, memory: int) -> ModelError:
+def no_room(count: int, needed: int, memory: int) -> NoRoomError:
     """What `add_adapter` raises when `count` loaded ones, with the new one, would need more bytes than there are."""
-    return ModelError(
+    return NoRoomError(
         f"with this adapter the {count} loaded ones need {-(-needed >> 20)} MiB, and {memory >> 20} MiB are set aside "
         "for adapters",
         hint=f"deploy it again with `--set adapters_mib={-(-needed >> 20)}`, or train at a lower rank",

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmo.engines.base import TakesAdapters
-from llmo.types import Device
+from llmo.types import GENERATOR_ADAPTER_BYTES, Device
 
 Finish = Literal["stop", "length"]
 
@@ -146,7 +146,7 @@ class GenerationOptions:
 
     streams: int = 16
     cache_bytes: int = 1 << 30
-    adapter_bytes: int = 512 << 20
+    adapter_bytes: int = GENERATOR_ADAPTER_BYTES
     context: int | None = None
     chunk: int = 256
     precision: str | None = None

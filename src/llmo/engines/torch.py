@@ -22,7 +22,7 @@ from llmo.engines.place import torch_device
 from llmo.engines.trunk import Row, Said, Trunk
 from llmo.errors import ModelError
 from llmo.tasks.card import load_task
-from llmo.types import Device
+from llmo.types import ENCODER_ADAPTER_BYTES, Device
 
 
 class TorchEngine:
@@ -38,14 +38,14 @@ class TorchEngine:
         self._vocabulary = 0
         self._positions: int | None = None
 
-    def load(self, model: Path, device: Device, *, adapter_bytes: int = 64 << 20) -> None:
+    def load(self, model: Path, device: Device, *, adapter_bytes: int = ENCODER_ADAPTER_BYTES) -> None:
         self._device = torch_device(device)
         torch.set_num_threads(device.cores)
         config = read_config(model)
         self._pad_id, self._positions = pad_token_id(config), position_limit(config)
         opened = open_model(model).to(self._device)
         self._vocabulary = opened.get_input_embeddings().num_embeddings
-        self._trunk = Trunk(opened, self._device, adapter_bytes)
+        self._trunk = Trunk(opened, self._device, adapter_bytes, _architecture)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
         return self._through(Trunk.logits, chunks, requests)
@@ -54,13 +54,7 @@ class TorchEngine:
         return self._through(Trunk.hidden, means, requests)
 
     def add_adapter(self, name: str, folder: Path) -> None:
-        auto_class = _auto_class(folder)
-        try:
-            with quiet():
-                config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-                self._loaded().add(name, folder, config, partial(auto_class.from_config, dtype=torch.float32))
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"transformers cannot open the model: {_first_line(error)}", where=str(folder)) from error
+        self._loaded().add(name, folder)
 
     def remove_adapter(self, name: str) -> None:
         self._loaded().remove(name)
@@ -141,6 +135,17 @@ def open_model(folder: Path) -> Any:
             where=str(folder),
         )
     return model.eval()
+
+
+def _architecture(folder: Path) -> tuple[Any, Callable[[Any], Any]]:
+    """The folder's config, and what makes a model of it without its weights. Raises ModelError."""
+    auto_class = _auto_class(folder)
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"transformers cannot open the model: {_first_line(error)}", where=str(folder)) from error
+    return config, partial(auto_class.from_config, dtype=torch.float32)
 
 
 def _auto_class(folder: Path) -> Any:

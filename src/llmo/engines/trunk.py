@@ -7,10 +7,9 @@ a batch, and each row goes on through its own model's head.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmo.engines import updates
-from llmo.engines.base import Request, no_room
+from llmo.engines.base import Request
 from llmo.engines.folder import require
 from llmo.engines.heads import Head
+from llmo.engines.named import Named
 from llmo.engines.updates import Update, Updates
-from llmo.errors import ConflictError, InputError, ModelError, NotFoundError
+from llmo.errors import ModelError
 from llmo.tasks.card import ADAPTER
 
 _log = logging.getLogger("llmo.engines")
+_ALONE = "deploy it by itself"
 _PROBE = (2, 3)  # texts and tokens
 _ROUNDING = 1e-5  # of the largest weight (or of 1): how far a merged one may be from the sum of its parts
 
@@ -49,39 +50,25 @@ Row = tuple[Request, Further | None]  # None: the model that was loaded
 Said = Iterator[tuple[Sequence[Request], Tensor]]
 
 
-class Trunk:
-    """Models by name beside the one that was loaded, `model` (fp32, in eval mode), which all take at most `memory`
-    bytes. `add` and `remove` may be called from any thread; the rest is the engine's own."""
+class Trunk(Named[Further]):
+    """The models beside the one that was loaded, `model` (fp32, in eval mode), by name. What is not of `Named` is the
+    engine's own. `architecture` gives a folder's config, and what makes a model of it. A batch holds what it runs with,
+    so nothing is taken and given back here.
+    """
 
-    def __init__(self, model: Any, device: torch.device, memory: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        memory: int,
+        architecture: Callable[[Path], tuple[Any, Callable[[Any], Any]]],
+    ) -> None:
+        super().__init__(memory)
         self._model = model
-        self._memory = memory
         self._device = device
+        self._architecture = architecture
         self._modules = _mixable(model, device)
-        self._updates = Updates(self._modules)
-        self._lock = threading.Lock()
-        self._own: Head | None = None
-        self._further: dict[str, Further] = {}
-
-    def add(self, name: str, folder: Path, config: Any, make: Callable[[Any], Any]) -> None:
-        """`make` builds the folder's model from its `config`. Raises ConflictError for a name in use, and ModelError
-        for a model of another trunk or shape, one that says the same of every text, or whose adapter changes nothing or
-        does not apply in every module, and when the memory is full."""
-        made = self._read(folder, config, make)
-        with self._lock:
-            if name in self._further:
-                raise ConflictError(f"a model named '{name}' is loaded", hint="remove it first, or take another name")
-            needed = made.nbytes + sum(further.nbytes for further in self._further.values())
-            if needed > self._memory:
-                raise no_room(len(self._further) + 1, needed, self._memory)
-            self._further[name] = made
-
-    def remove(self, name: str) -> None:
-        """Raises NotFoundError."""
-        with self._lock:
-            if self._further.pop(name, None) is None:
-                known = ", ".join(sorted(self._further)) or "none"
-                raise NotFoundError(f"no model named '{name}' is loaded", hint=f"loaded: {known}")
+        self._updates = Updates(self._modules or {})
 
     def rows(self, requests: Sequence[Request]) -> list[Row]:
         """The requests with their models, those of one model side by side, those with updates first.
@@ -90,9 +77,7 @@ class Trunk:
         """
         rows = []
         for request in requests:
-            further = None if request.adapter is None else self._further.get(request.adapter)
-            if request.adapter is not None and further is None:
-                raise InputError(f"unknown adapter '{request.adapter}'", hint="add it before it is asked for")
+            further = None if request.adapter is None else self.get(request.adapter)
             rows.append((request, further))
         return sorted(rows, key=lambda row: (not (row[1] and row[1].update), row[0].adapter or ""))
 
@@ -106,7 +91,7 @@ class Trunk:
         for _, group in groupby(rows, key=lambda row: row[0].adapter):
             some = list(group)
             end = start + len(some)
-            head = some[0][1].head if some[0][1] is not None else self._head()
+            head = some[0][1].head if some[0][1] is not None else self._own
             yield [request for request, _ in some], head(hidden[start:end], mask[start:end])
             start = end
 
@@ -119,24 +104,33 @@ class Trunk:
             self._updates.apply([])
         yield [request for request, _ in rows], said
 
-    def _head(self) -> Head:
-        """That of the loaded model, by itself."""
-        with self._lock:
-            if self._own is None:
-                self._own = Head(self._model.config, type(self._model), self._model.state_dict())
-            return self._own
+    @cached_property
+    def _own(self) -> Head:
+        """That of the loaded model, by itself. Raises ValueError where it cannot be taken off."""
+        return Head(self._model.config, type(self._model), self._model.state_dict())
 
-    def _read(self, folder: Path, config: Any, make: Callable[[Any], Any]) -> Further:
+    def _size(self, adapters: Sequence[Further]) -> int:
+        return sum(further.nbytes for further in adapters)
+
+    def _read(self, folder: Path) -> Further:
+        """Raises ModelError for a model of another trunk or shape, one that says the same of every text, or whose
+        adapter changes nothing or does not apply in every module."""
         path = require(folder, "model.safetensors")
+        if self._modules is None:
+            raise _unfit("the model that is served does not run without its head: its log says why", path, _ALONE)
+        config, make = self._architecture(folder)
         try:
             weights = {name: tensor.to(self._device) for name, tensor in load_file(path).items()}
+        except (SafetensorError, OSError) as error:
+            raise _unfit(f"it is no whole safetensors file: {error}", path, "make the folder again") from error
+        try:
+            own = self._own
             head = Head(config, make, weights)
             speaks = head.says()
-            own = self._head()
         except KeyError as error:
             raise _unfit(f"it has no tensor {error}", path) from error
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise _unfit(f"its head cannot be taken off its trunk: {error}", path) from error
+        except (ValueError, RuntimeError) as error:
+            raise _unfit(f"its head cannot be taken off its trunk: {error}", path, _ALONE) from error
         if not speaks:
             raise _unfit("its head says the same of every text", path, "train it before it is served")
         update: Update = {}
@@ -163,9 +157,9 @@ class Trunk:
                 raise _unfit(f"its trunk is another one: {name} differs from what is served", path)
 
 
-def _mixable(model: Any, device: torch.device) -> dict[str, nn.Linear]:
+def _mixable(model: Any, device: torch.device) -> dict[str, nn.Linear] | None:
     """The trunk's linear modules that see each text of a batch apart. (DeBERTa's project distances too, for all texts
-    at once: there no row can have an update of its own.)"""
+    at once: there no row can have an update of its own.) None for a model whose trunk does not run by itself."""
     prefix = f"{model.base_model_prefix}."
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(prefix)}
     shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in linear}
@@ -178,16 +172,15 @@ def _mixable(model: Any, device: torch.device) -> dict[str, nn.Linear]:
     try:
         with torch.inference_mode():
             model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    except Exception as error:  # transformers raises what it likes; the model may yet run as a whole
-        _log.info("nothing can be added to this model's trunk, which does not run by itself: %s", error)
-        return {}
+    except Exception:  # transformers raises what it likes; the model may yet run as a whole
+        _log.warning("nothing can be added to this model's trunk, which does not run by itself", exc_info=True)
+        return None
     finally:
         for hook in hooks:
             hook.remove()
     return {name: module for name, module in linear.items() if shapes[name] == {_PROBE}}
 
 
-def _unfit(
-    what: str, path: Path, hint: str = "train it on what is served with method head or lora, or deploy it by itself"
-) -> ModelError:
+def _unfit(what: str, path: Path, hint: str = "") -> ModelError:
+    hint = hint or f"train it on what is served with method head or lora, or {_ALONE}"
     return ModelError(what, hint=hint, where=str(path))

@@ -33,7 +33,11 @@ class EncoderPipeline(Pipeline):
     def load_adapter(self, folder: str) -> None:
         """Raises GateRefused for a model that does not repeat its golden answers on this trunk."""
         super().load_adapter(folder)
-        self_test(self, load_task(Path(folder)), read_golden(Path(folder)), exact=True, adapter=folder)
+        try:
+            self_test(self, load_task(Path(folder)), read_golden(Path(folder)), exact=True, adapter=folder)
+        except LLMOError:
+            self._adapters.drop(folder)
+            raise
 
 
 def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device: Device) -> Pipeline:

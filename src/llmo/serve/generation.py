@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
@@ -135,9 +136,9 @@ class GenerationPipeline(Lifecycle[Call, _Step]):
                 if self._stopping:
                     return
                 call = self._queue.take_call()
+            if not self._at_hand(call, partial(self._ask_again, call)):
+                continue
             try:
-                if call.adapter is not None:
-                    self._adapters.need(call.adapter)
                 prompts = [self._ids_of(one, call.ask) for one in call.ask.inputs]
             except LLMOError as error:
                 self._end(call, error)
@@ -152,6 +153,12 @@ class GenerationPipeline(Lifecycle[Call, _Step]):
                 if not call.over:
                     self._queue.stand(call, streams)
                     self._changed.notify_all()
+
+    def _ask_again(self, call: Call) -> None:
+        with self._changed:
+            if not call.over:
+                self._queue.wait_again(call)
+                self._changed.notify_all()
 
     def _ids_of(self, one: Input, ask: Ask) -> list[int]:
         if one.ids is not None:

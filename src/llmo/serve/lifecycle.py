@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
-from llmo.errors import DeadlineError, JobFailed, LLMOError, UnreachableError
+from llmo.errors import DeadlineError, JobFailed, LLMOError, ModelError, UnreachableError
 from llmo.serve.loaded import LoadedAdapters
 
 _log = logging.getLogger("llmo.serve")
@@ -56,6 +58,8 @@ class Lifecycle(ABC, Generic[C, W]):
         self._load = load
         self._adapters = adapters
         self._owned = engine
+        self._loader = ThreadPoolExecutor(1, "llmo-adapters")
+        adapters.busy = self._asked_for
         self.broken: LLMOError | None = None
         self._changed = threading.Condition()
         self._calls: set[C] = set()
@@ -92,14 +96,15 @@ class Lifecycle(ABC, Generic[C, W]):
         self._end(call, None)
 
     def load_adapter(self, folder: str) -> None:
-        """Have an adapter in the engine before it is asked for. Raises ModelError for one that does not fit."""
+        """Have an adapter in the engine before it is asked for. Raises ModelError for one that does not fit, and
+        BusyError where others that are in use leave it no room."""
         self._adapters.need(folder)
 
     def expire(self, now: float) -> None:
         """Answer every call that is late, whether it waits or runs; `now` in unix seconds. Beside it, adapters that
         nobody asked for in a long while are given back."""
+        self._adapters.look()
         with self._changed:
-            self._adapters.give_back({call.adapter for call in self._calls if call.adapter is not None})
             late = [call for call in self._calls if self._late(call, now)]
         for call in late:
             self._end(call, too_late())
@@ -119,6 +124,7 @@ class Lifecycle(ABC, Generic[C, W]):
         for call in left:
             self._end(call, UnreachableError("the replica stopped before it answered", hint="ask again"))
         self._work.put(None)
+        self._loader.shutdown(cancel_futures=True)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
@@ -127,6 +133,32 @@ class Lifecycle(ABC, Generic[C, W]):
         """Raises UnreachableError when the replica is leaving; to be asked with `_changed` held."""
         if self._refusing:
             raise UnreachableError("the replica is leaving", hint="ask again: another one takes over")
+
+    @contextmanager
+    def _asked_for(self) -> Iterator[set[str]]:
+        """The adapters of the open calls; no other call opens meanwhile."""
+        with self._changed:
+            yield {call.adapter for call in self._calls if call.adapter is not None}
+
+    def _at_hand(self, call: C, again: Callable[[], None]) -> bool:
+        """Whether what answers a call is loaded. If not, that is done beside the calls that need not wait for it, and
+        then the call ends with what went wrong, or comes `again`."""
+        if call.adapter is None or self._adapters.at_hand(call.adapter):
+            return True
+        self._loader.submit(self._bring, call, call.adapter, again)
+        return False
+
+    def _bring(self, call: C, adapter: str, again: Callable[[], None]) -> None:
+        try:
+            if not call.over:
+                self._adapters.need(adapter)
+        except LLMOError as error:
+            self._end(call, error)
+        except Exception as error:  # what a folder holds may surprise: that fails this call and no other
+            _log.exception("an adapter could not be loaded")
+            self._end(call, ModelError(f"the adapter cannot be loaded: {error}", hint="see the replica's log"))
+        else:
+            again()
 
     def _late(self, call: C, now: float) -> bool:
         return call.deadline <= now

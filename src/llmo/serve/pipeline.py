@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from queue import Empty
 from typing import Any, cast
@@ -177,7 +177,7 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                     self._answer(ran)
             fresh: list[tuple[Call, int]] = []
             for item in work:
-                if isinstance(item, tuple):
+                if isinstance(item, tuple) and self._at_hand(item[0], partial(self._work.put, item)):
                     fresh += [(item[0], i) for i in range(item[1], min(item[1] + _CHUNK, len(item[0].texts)))]
             for start in range(0, len(fresh), _CHUNK):
                 self._encode([(call, i) for call, i in fresh[start : start + _CHUNK] if not call.over])
@@ -190,7 +190,7 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
         for adapter in dict.fromkeys(call.adapter for call, _ in places):
             wanted = [(call, i) for call, i in places if call.adapter == adapter]
             try:
-                task = self._task_of(adapter)
+                task = self._task if adapter is None else _further_task(adapter)
             except LLMOError as error:
                 for call, _ in wanted:
                     self._end(call, error)
@@ -211,13 +211,6 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                     text.call.items[text.index] = item
                     self._batcher.add(item)
             self._changed.notify_all()
-
-    def _task_of(self, adapter: str | None) -> Task:
-        """The task of the model that answers, which is loaded if it is not there yet."""
-        if adapter is None:
-            return self._task
-        self._adapters.need(adapter)
-        return _further_task(adapter)
 
     def _encodings(self, task: Task, texts: Sequence[Input]) -> Sequence[Encoding | LLMOError]:
         try:

@@ -62,6 +62,10 @@ class PromptQueue:
         """The next call whose prompts are to be made; it keeps its places. Raises KeyError when there is none."""
         return self._unmade.take()
 
+    def wait_again(self, call: Call) -> None:
+        """What `take_call` gave cannot be made yet: it comes last of its tenant's."""
+        self._unmade.add(call.tenant, call)
+
     def stand(self, call: Call, streams: Sequence[Stream]) -> None:
         """The call's prompts are made: its choices wait for the engine, and their tokens are known."""
         tokens = sum(len(stream.ids) for stream in streams)

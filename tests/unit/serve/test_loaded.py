@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
 
 from llmo.engines.generation import GenerationOptions, Prompt
 from llmo.engines.llamacpp.engine import LlamaCppEngine
+from llmo.engines.native.engine import NativeEngine
 from llmo.engines.onnx import OnnxEngine
 from llmo.engines.paged.engine import PagedEngine
-from llmo.errors import InputError, ModelError
+from llmo.errors import BusyError, GateRefused, InputError, ModelError, NoRoomError
+from llmo.serve import encoder
 from llmo.serve.loaded import LoadedAdapters
-from llmo.types import Device
+from llmo.tasks.card import read_card, read_golden, write_golden
+from support.headed import further_model, topics
+from support.serving import CPU, deploy, served_model, with_evidence
 from support.tiny_chat import tiny_adapter, tiny_chat_model
 
 
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[PagedEngine]:
     made = PagedEngine()
-    device = Device("cpu", "cpu", memory=0, free=0, cores=1)
-    made.load(tiny_chat_model(tmp_path / "base"), device, GenerationOptions(cache_bytes=1 << 20, streams=2))
+    made.load(tiny_chat_model(tmp_path / "base"), CPU, GenerationOptions(cache_bytes=1 << 20, streams=2))
     yield made
     made.close()
 
@@ -40,7 +44,8 @@ def test_what_is_idle_is_given_back_and_loaded_again_when_asked_for(engine: Page
     adapters = LoadedAdapters(engine, idle_seconds=0.0)
     for folder in (one, one, other):
         adapters.need(folder)
-    adapters.give_back({one})
+    adapters.busy = lambda: nullcontext({one})
+    adapters.look()
     assert len(adapters) == 1
     engine.add(Prompt(0, [3, 4], adapter=one))
     with pytest.raises(InputError, match="unknown adapter"):
@@ -55,3 +60,45 @@ def test_what_cannot_be_loaded_is_not_kept(engine: PagedEngine, tmp_path: Path) 
         with pytest.raises(ModelError, match="adapter_config"):
             adapters.need(str(tmp_path / "nothing"))
     assert len(adapters) == 0
+
+
+def test_what_was_not_asked_for_the_longest_makes_room(tmp_path: Path) -> None:
+    base = tiny_chat_model(tmp_path / "base")
+    one, two, three = (str(tiny_adapter(tmp_path / str(i), i)) for i in range(3))
+    with closing(NativeEngine()) as engine:
+        engine.load(base, CPU, GenerationOptions(cache_bytes=1 << 20, adapter_bytes=25_000))  # one takes 10,688
+        adapters = LoadedAdapters(engine)
+        for folder in (one, two, one, three):
+            adapters.need(folder)
+        assert [adapters.at_hand(folder) for folder in (one, two, three)] == [True, False, True]
+        adapters.busy = lambda: nullcontext({one, three})
+        with pytest.raises(BusyError, match="all of those are being asked") as caught:
+            adapters.need(two)
+        assert caught.value.extra["retry_after"] > 0
+        assert "adapters_mib" in caught.value.hint
+        adapters.busy = lambda: nullcontext({three})
+        adapters.need(two)
+        assert [adapters.at_hand(folder) for folder in (one, two, three)] == [False, True, True]
+
+
+def test_what_is_larger_than_all_the_room_is_refused(tmp_path: Path) -> None:
+    base = tiny_chat_model(tmp_path / "base")
+    with closing(NativeEngine()) as engine:
+        engine.load(base, CPU, GenerationOptions(cache_bytes=1 << 20, adapter_bytes=10_000))
+        with pytest.raises(NoRoomError, match="set aside"):
+            LoadedAdapters(engine).need(str(tiny_adapter(tmp_path / "one")))
+
+
+def test_a_model_that_does_not_repeat_its_answers_is_not_kept(tmp_path: Path) -> None:
+    base = served_model(tmp_path / "base")
+    good, bad = (with_evidence(further_model(tmp_path / name, base, topics(3))) for name in ("good", "bad"))
+    write_golden(bad, [g | {"logits": [-x for x in g["logits"]]} for g in read_golden(bad)])
+    pipeline = encoder.make(base, read_card(base), deploy(), CPU)
+    pipeline.start()
+    try:
+        pipeline.load_adapter(str(good))
+        with pytest.raises(GateRefused, match="golden answers"):
+            pipeline.load_adapter(str(bad))
+        assert len(pipeline._adapters) == 1
+    finally:
+        pipeline.close()

@@ -25,6 +25,7 @@ from llmo.errors import (
 )
 from llmo.serve.pipeline import Call, Pipeline
 from llmo.tasks.card import load_task, load_tokenizer
+from support.headed import further_model, topics
 from support.serving import CPU, direct, eventually, served_model
 
 FOREVER = float("inf")
@@ -78,8 +79,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return served_model(tmp_path_factory.mktemp("model") / "m")
 
 
-def pipeline_of(model: Path, engine: Any, queue: int = 64) -> Pipeline:
-    pipeline = Pipeline(load_task(model), load_tokenizer(model), engine, lambda: engine.load(model, CPU), queue=queue)
+def pipeline_of(model: Path, engine: Any, queue: int = 64, **more: Any) -> Pipeline:
+    task, tokenizer = load_task(model), load_tokenizer(model)
+    pipeline = Pipeline(task, tokenizer, engine, lambda: engine.load(model, CPU), queue=queue, **more)
     pipeline.start()
     return pipeline
 
@@ -93,9 +95,9 @@ def held(model: Path) -> Iterator[tuple[Pipeline, HeldEngine]]:
     pipeline.close()
 
 
-def ask(pipeline: Pipeline, texts: list[str], deadline: float = FOREVER, *, logits: bool = False) -> tuple[Call, Heard]:
+def ask(pipeline: Pipeline, texts: list[str], deadline: float = FOREVER, **more: Any) -> tuple[Call, Heard]:
     heard = Heard()
-    call = Call(texts, deadline, heard, logits=logits)
+    call = Call(texts, deadline, heard, **more)
     pipeline.submit(call)
     return call, heard
 
@@ -121,6 +123,31 @@ def test_batched_answers_equal_those_of_texts_run_alone(model: Path) -> None:
     assert [a.get("truncated", False) for a in answers[:8]] == [False] * 7 + [True]
     assert answers[7]["tokens"] == 83
     assert len(answers[7]["input_ids"]) == 64
+
+
+def test_what_is_still_to_be_loaded_holds_up_nobody_else(model: Path, tmp_path: Path) -> None:
+    further = further_model(tmp_path / "further", model, topics(2))
+    may_load = threading.Event()
+
+    def slowly(_: Path) -> None:
+        assert may_load.wait(60)
+
+    pipeline = pipeline_of(model, TorchEngine(), check_adapter=slowly)
+    try:
+        calls = [ask(pipeline, ["goal"] * 20, adapter=str(further)) for _ in range(2)]
+        gone, _ = ask(pipeline, ["goal"], adapter=str(further))
+        nowhere = ask(pipeline, ["goal"], adapter=str(tmp_path / "nowhere"))[1]
+        assert len(json.loads(ask(pipeline, ["goal"] * 3)[1].get())) == 3
+        assert [heard.outcome for _, heard in calls] == [None, None]
+        pipeline.cancel(gone)
+        may_load.set()
+        for _, heard in calls:
+            assert {answer["label"] for answer in json.loads(heard.get())} <= {"topic0", "topic1"}
+        assert isinstance(nowhere.get(), ModelError)
+        assert pipeline.stats()["queue"] == 0
+    finally:
+        may_load.set()
+        pipeline.close()
 
 
 def test_a_full_queue_says_when_to_come_back(held: tuple[Pipeline, HeldEngine]) -> None:

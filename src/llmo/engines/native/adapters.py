@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmo.engines.base import no_room
+from llmo.engines.named import Named
 from llmo.engines.native import library
 from llmo.engines.native.model import LANES
 from llmo.engines.paged.config import Config
 from llmo.engines.paged.lora import GROUPS, read_lora
-from llmo.engines.paged.named import Named
 from llmo.engines.paged.stream import Piece
 
 
@@ -28,11 +27,9 @@ class Adapter:
 
 
 class Adapters(Named[Adapter]):
-    """All of them take at most `memory` bytes."""
-
     def __init__(self, config: Config, precision: str, memory: int) -> None:
-        super().__init__()
-        self._config, self._memory = config, memory
+        super().__init__(memory)
+        self._config = config
         self._rounded = precision == "int8"
 
     def addresses(self, pieces: Sequence[Piece]) -> list[int] | None:
@@ -58,10 +55,8 @@ class Adapters(Named[Adapter]):
                 tensors += group_tensors
         return Adapter(native, tensors)
 
-    def _check(self, adapters: Sequence[Adapter]) -> None:
-        needed = sum(tensor.nbytes for adapter in adapters for tensor in adapter.tensors)
-        if needed > self._memory:
-            raise no_room(len(adapters), needed, self._memory)
+    def _size(self, adapters: Sequence[Adapter]) -> int:
+        return sum(tensor.nbytes for adapter in adapters for tensor in adapter.tensors)
 
 
 def _reach(up: Tensor) -> Tensor:

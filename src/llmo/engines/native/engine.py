@@ -14,10 +14,10 @@ from llmo.engines.base import require_cpu
 from llmo.engines.generation import GenerationOptions
 from llmo.engines.native.adapters import Adapters
 from llmo.engines.native.model import PRECISIONS, Cache, Decoder, Rows
+from llmo.engines.paged.adapting import Adapting
 from llmo.engines.paged.batching import pick_precision
 from llmo.engines.paged.blocks import BLOCK, Blocks
 from llmo.engines.paged.config import load_config
-from llmo.engines.paged.named import Adapting
 from llmo.engines.paged.stream import Piece
 from llmo.engines.sampling import log_softmax
 from llmo.types import Device

@@ -20,10 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmo.engines.base import no_room
+from llmo.engines.named import Named
 from llmo.engines.paged.config import Config
 from llmo.engines.paged.lora import GROUPS, Lora, group_sizes, read_lora
-from llmo.engines.paged.named import Named
 from llmo.engines.paged.stream import Piece
 
 LEAST_ROWS = 2  # of a product whose rows are to be the same in any number of rows: see linear.py
@@ -102,17 +101,14 @@ _NONE = _Room(0, dict.fromkeys(GROUPS, 0))
 
 
 class Adapters(Named[Lora]):
-    """Adapters by name. A removed one stays as long as a stream uses it; a name that comes back is another one.
-
-    At most `most` take part in one step; all of them, slots too, take at most `memory` bytes. `add`, `remove`, `names`
-    and `key` may be called from any thread; the rest is the engine's own.
-    """
+    """At most `most` take part in one step; all of them, slots too, take at most `memory` bytes. What is not of `Named`
+    is the engine's own."""
 
     def __init__(self, config: Config, most: int, memory: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
+        super().__init__(memory)
         self._config = config
         self._sizes = group_sizes(config)
-        self._most, self._memory = most, memory
+        self._most = most
         self._dtype, self._device = dtype, device
         self.version = 0
         self._slot: dict[str, int] = {}
@@ -195,14 +191,12 @@ class Adapters(Named[Lora]):
     def _read(self, folder: Path) -> Lora:
         return read_lora(folder, self._config, self._dtype, self._device)
 
-    def _check(self, adapters: Sequence[Lora]) -> None:
+    def _size(self, adapters: Sequence[Lora]) -> int:
         """The slots, and the adapters themselves."""
         room = self._room_of(adapters)
         numbers = sum(room.ranks[g] * parts * (2 * wide + out) for g, (wide, parts, out) in self._sizes.items())
         slots = numbers * self._config.layers * (room.slots + 1) * self._dtype.itemsize
-        needed = slots + sum(m.nbytes for lora in adapters for m in (*lora.down.values(), *lora.up.values()))
-        if needed > self._memory:
-            raise no_room(len(adapters), needed, self._memory)
+        return slots + sum(m.nbytes for lora in adapters for m in (*lora.down.values(), *lora.up.values()))
 
     def _place(self, wanted: Mapping[str, Lora]) -> None:
         """Give each wanted adapter a slot, and fill those that are new."""

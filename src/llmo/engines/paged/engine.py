@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llmo.engines.generation import GenerationOptions, Prompt, Sampling
 from llmo.engines.paged.adapters import LEAST_ROWS, Adapters
+from llmo.engines.paged.adapting import Adapting
 from llmo.engines.paged.attention import Cache
 from llmo.engines.paged.batching import pick_precision
 from llmo.engines.paged.blocks import BLOCK, Blocks
@@ -21,7 +22,6 @@ from llmo.engines.paged.config import Config, load_config
 from llmo.engines.paged.linear import DTYPES
 from llmo.engines.paged.lookup import TOGETHER
 from llmo.engines.paged.model import Decoder
-from llmo.engines.paged.named import Adapting
 from llmo.engines.paged.stream import Piece, Stream
 from llmo.engines.place import torch_device
 from llmo.engines.sampling import Sampler, log_softmax
