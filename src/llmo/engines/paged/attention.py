@@ -43,6 +43,7 @@ class Batch:
     """Everything of a step but the tokens: where each row is written, its rotation, and the calls of attention."""
 
     slots: Tensor  # [rows]
+    cleared: Tensor | None  # what follows the rows in the blocks that they begin
     positions: Tensor  # [rows]
     prompt: int  # rows that are prompt tokens; they stand first
     calls: Sequence[Call]
@@ -58,7 +59,7 @@ class Cache:
         self.dtype = dtype
         self._group = config.heads // config.kv_heads
         self._shape = (BLOCK, 2, config.kv_heads, config.head_dim)
-        pool = torch.zeros(shape, dtype=dtype, device=device)  # zeros: a mask hides numbers, but not a NaN
+        pool = torch.zeros(shape, dtype=dtype, device=device)
         self._tokens = list(pool.flatten(3).flatten(1, 2).unbind())  # each [slots, features], to write
         self._blocks = list(pool.flatten(2).unbind())  # each [blocks, features], to gather
 
@@ -78,6 +79,7 @@ class Cache:
             for p in pieces
             for position in range(p.start, p.start + p.count)
         ]
+        cleared = [slot for p in pieces for slot in self._behind(p)]
         calls, start = [], 0
         long = [p for p in pieces if p.of_prompt or p.count > 1]
         for piece in long:
@@ -87,6 +89,7 @@ class Cache:
             calls.append(self._singles(pieces[len(long) :], start))
         return Batch(
             slots=self._tensor(slots + [SCRATCH] * pad),
+            cleared=self._tensor(cleared) if cleared else None,
             positions=self._tensor(positions + [0] * pad),
             prompt=sum(p.count for p in pieces if p.of_prompt),
             calls=calls,
@@ -94,6 +97,8 @@ class Cache:
 
     def attend(self, layer: int, queries: Tensor, pairs: Tensor, batch: Batch) -> Tensor:
         """Write `pairs` (`[rows, 2 * kv_heads * head_dim]`), then let `queries` (`[rows, heads * head_dim]`) read."""
+        if batch.cleared is not None:
+            self._tokens[layer].index_fill_(0, batch.cleared, 0)
         self._tokens[layer].index_copy_(0, batch.slots, pairs)
         parts = [self._call(layer, queries, call) for call in batch.calls]
         filled = sum(call.streams * call.count for call in batch.calls)
@@ -114,19 +119,28 @@ class Cache:
         out = out[:, :, : call.count * group].view(call.streams, kv_heads, call.count, group, dim)
         return out.transpose(1, 2).reshape(rows, kv_heads * group * dim)
 
+    def _behind(self, piece: Piece) -> range:
+        """The slots behind a piece in the block that it begins: a mask hides numbers that somebody left there, but no
+        NaN."""
+        end = piece.start + piece.count
+        if end % BLOCK == 0 or end // BLOCK * BLOCK < piece.start:
+            return range(0)
+        first = piece.stream.blocks[end // BLOCK] * BLOCK
+        return range(first + end % BLOCK, first + BLOCK)
+
     def _chunk(self, piece: Piece, start: int) -> Call:
         """Each row of a piece sees the tokens up to its own."""
         end = piece.start + piece.count
-        table = self._filled(piece.stream.blocks, self._width(end))
+        table = self._table(piece, self._width(end))
         seen = torch.arange(piece.start, end, device=self._device).repeat_interleave(self._group)
         seen = functional.pad(seen, (0, -len(seen) % ROWS))
         hidden = torch.arange(len(table) * BLOCK, device=self._device)[None] > seen[:, None]
         return Call(start, 1, piece.count, self._tensor(table), self._mask(hidden[None, None]))
 
     def _singles(self, pieces: Sequence[Piece], start: int) -> Call:
-        """Single tokens of answers; shorter ones are filled up with the scratch block."""
+        """Single tokens of answers, all over as many blocks as the longest needs."""
         width = self._width(max(p.start for p in pieces) + 1)
-        table = [block for p in pieces for block in self._filled(p.stream.blocks, width)]
+        table = [block for p in pieces for block in self._table(p, width)]
         seen = self._tensor([p.start for p in pieces])
         hidden = torch.arange(width * BLOCK, device=self._device)[None] > seen[:, None]
         return Call(start, len(pieces), 1, self._tensor(table), self._mask(hidden[:, None, None]))
@@ -136,8 +150,10 @@ class Cache:
         blocks = -(-tokens // BLOCK)
         return blocks if blocks <= SHORT else -(-blocks // LONG) * LONG
 
-    def _filled(self, blocks: list[int], width: int) -> list[int]:
-        return blocks[:width] + [SCRATCH] * (width - len(blocks))
+    def _table(self, piece: Piece, width: int) -> list[int]:
+        """The blocks up to the piece's end, filled up to `width`: what its stream holds beyond has not been written."""
+        blocks = piece.stream.blocks[: -(-(piece.start + piece.count) // BLOCK)]
+        return blocks + [SCRATCH] * (width - len(blocks))
 
     def _mask(self, hidden: Tensor) -> Tensor:
         return torch.zeros(hidden.shape, dtype=self.dtype, device=self._device).masked_fill_(hidden, float("-inf"))

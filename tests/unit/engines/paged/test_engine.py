@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llmo.engines.generation import Delta, GenerationOptions, Grammar, Prompt, Sampling
+from llmo.engines.paged.blocks import BLOCK
 from llmo.engines.paged.engine import PagedEngine
 from llmo.engines.paged.stream import Piece
 from llmo.errors import InputError, ModelError
@@ -110,6 +111,22 @@ class Faulty(PagedEngine):
             raise RuntimeError("out of memory")
         broken = np.full(self.vocabulary, np.nan, np.float32)
         return [broken if b else row for row, b in zip(rows, bad, strict=True)]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_others_left_in_the_cache_is_never_read(folder: Path, precision: str) -> None:
+    repeated = [9, 8, 7, 6, 5] * 9  # lookup guesses, and takes blocks ahead
+    found = []
+    for left in (0.0, np.nan):
+        engine = loaded(folder, precision=precision)
+        with torch.inference_mode():
+            for slots in engine._cache._tokens:
+                slots[BLOCK:].fill_(left)  # all but the scratch block
+        found.append(answers(engine, [*prompts(5, 16, 37, 130), repeated]))
+        assert engine.failed() == []
+        engine.close()
+    assert found[0] == found[1]
+    assert all(len(tokens) == GREEDY.max_tokens for tokens in found[1])
 
 
 def test_one_bad_stream_does_not_end_the_others(folder: Path) -> None:
