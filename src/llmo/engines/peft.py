@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -55,6 +56,14 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise unfit(f"{path.name} is no whole safetensors file: {error}", path) from error
+
+
+def check(what: str, down: Tensor, up: Tensor, rank: int, wide: int, out: int, folder: Path) -> None:
+    """Raises ModelError for matrices of a module, `[rank, wide]` and `[out, rank]`, of another shape or not finite."""
+    if down.shape != (rank, wide) or up.shape != (out, rank):
+        raise unfit(f"{what} is {list(up.shape)} x {list(down.shape)}, it should be {out} x {rank} x {wide}", folder)
+    if not torch.isfinite(down.sum() + up.sum()):  # a sum keeps every NaN and infinity
+        raise unfit(f"{what} is not finite", folder)
 
 
 def unfit(what: str, path: Path, hint: str = "train it on this very base, or merge it into its own") -> ModelError:

@@ -73,10 +73,7 @@ def _pair(
     wide, out = modules[name].in_features, modules[name].out_features
     if down is None or up is None:
         raise unfit(f"not all of the adapter applies: a matrix of {name} is missing", folder)
-    if down.shape != (rank, wide) or up.shape != (out, rank):
-        raise unfit(f"{name} is {list(up.shape)} x {list(down.shape)}, it should be {out} x {rank} x {wide}", folder)
-    if not (down.isfinite().all() and up.isfinite().all()):
-        raise unfit(f"{name} is not finite", folder)
+    peft.check(name, down, up, rank, wide, out, folder)
     return down.contiguous().to(device), (up.T * scale).contiguous().to(device)
 
 

@@ -92,13 +92,7 @@ def _fused(
         wide, out = sizes[name]
         a = tensors.get((layer, name, "A"), torch.zeros(rank, wide))
         b = tensors.get((layer, name, "B"), torch.zeros(out, rank))
-        if a.shape != (rank, wide) or b.shape != (out, rank):
-            raise unfit(
-                f"layer {layer}'s {name} is {list(b.shape)} x {list(a.shape)}, it should be {out} x {rank} x {wide}",
-                folder,
-            )
-        if not torch.isfinite(a.sum() + b.sum()):
-            raise unfit(f"layer {layer}'s {name} is not finite", folder)
+        peft.check(f"layer {layer}'s {name}", a, b, rank, wide, out, folder)
         if name in ("q_proj", "k_proj"):
             b = config.paired(b)
         downs.append(a)
