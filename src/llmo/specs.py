@@ -180,7 +180,9 @@ class DeploySpec(Spec):
     max_batch_tokens: Positive = Field(4096, description="padded tokens in one batch")
     queue: Positive = Field(1024, description="texts or prompts that may wait; more are answered 429")
     engine: str | None = Field(None, description="generation: the engine; default: the one the model was measured on")
-    streams: Positive = Field(16, description="generation: answers written at once")
+    streams: Positive | None = Field(
+        None, description="generation: answers written at once; default: what compressing measured as best, else 16"
+    )
     context: Positive | None = Field(None, description="generation: tokens of prompt and answer; default: the model's")
     cache_mib: Positive = Field(1024, description="generation: memory for keys and values, in MiB")
     adapters_mib: Annotated[int, Field(ge=0)] | None = Field(

@@ -37,6 +37,9 @@ def test_answers_are_learnt_and_what_is_served_is_what_was_measured(done: tuple[
     chosen = table[steps["compress"]["result"]["chosen"]]
     assert chosen["speedup"] > 1.0
     assert chosen["drop"] <= 0.9
+    width = steps["compress"]["result"]["width"]
+    assert {row["streams"] for row in width} == {1, 4, 8, 16, 32}
+    assert all(row["tokens_per_second"] > 0 for row in width)
     served = steps["evaluate"]["result"]["metrics"]["perplexity"]["value"]
     assert served / test["after"]["perplexity"]["value"] - 1 < 0.9
     assert all(check["passed"] for check in steps["verify"]["result"]["checks"])

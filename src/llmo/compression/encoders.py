@@ -44,6 +44,11 @@ def compete(
     return _table(task, rows, encodings, candidates, measured, bits), metrics
 
 
+def settle(model: Path, work: Path, chosen: str, ctx: Context) -> dict[str, Any]:
+    """Nothing: an encoder's batches follow from the texts."""
+    return {}
+
+
 def files(model: Path, work: Path, chosen: str) -> list[Path]:
     """What the chosen variant brings into the model folder beside what serves any engine."""
     return [work / chosen / GRAPH]

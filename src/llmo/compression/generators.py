@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from llmo import plugins
+from llmo.compression import widths
 from llmo.compression.choice import Table
 from llmo.compression.probe import Candidate, Probe
 from llmo.context import Context, Stopped
@@ -32,7 +33,7 @@ PROMPTS = 8  # timed ones: what runs together in the second pass of a round
 ALONE = 3  # of them that are timed one at a time: the shortest, the middle and the longest
 SHORTEST, LONGEST = 16, 32  # tokens written for each
 ROUNDS = 3
-WEIGHTS = "model.safetensors"
+PLAN, WEIGHTS = "work.json", "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def compete(
     tokenizer = load_tokenizer(model)
     encodings = task.encode_rows(tokenizer, rows)
     plan = _plan(task, tokenizer, rows, encodings)
-    file = work / "work.json"
+    file = work / PLAN
     file.write_text(json.dumps(plan), encoding="utf-8")
     folders, problems = _build(model, work, variants, ctx)
     candidates = [Candidate(REFERENCE, "torch", model, ("fp32",))]
@@ -92,6 +93,14 @@ def compete(
     return table, metrics
 
 
+def settle(model: Path, work: Path, chosen: str, ctx: Context) -> dict[str, Any]:
+    """What the card says beside the choice: `width`, the chosen variant's throughput by streams and threads."""
+    plan = json.loads((work / PLAN).read_text(encoding="utf-8"))
+    variant = VARIANTS[chosen]
+    folder = model if variant.build is None else work / chosen
+    return {"width": widths.measure(MEASURE, variant.engine, variant.precision, folder, plan, work, ctx)}
+
+
 def files(model: Path, work: Path, chosen: str) -> list[Path]:
     """What the chosen variant brings into the model folder beside what serves any engine."""
     if VARIANTS[chosen].build is None:
@@ -113,6 +122,7 @@ def _plan(task: Generation, tokenizer: Tokenizer, rows: Sequence[Row], encodings
         "sequences": [encoding.input_ids for encoding in encodings],
         "prompts": prompts,
         "lengths": lengths,
+        "streams": len(prompts),
         "alone": sorted({round(i) for i in np.linspace(0, len(prompts) - 1, min(ALONE, len(prompts)))}),
         "context": max(longest, *(len(encoding.input_ids) for encoding in encodings)) + 1,
     }

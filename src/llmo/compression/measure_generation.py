@@ -1,7 +1,7 @@
 """One generating engine measured in a process of its own: `python -m ... ENGINE MODEL WORK CORES PRECISION`.
 
 Its orders: `score FILE` keeps the log-probabilities of every sequence, `round N` times one pass over the prompts, first
-one after another, then all at once.
+one after another, then all at once, and `width STREAMS N` times so many answers at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     def load() -> GenerationEngine:
         engine: GenerationEngine = plugins.load("llmo.generators", name)()
         options = GenerationOptions(
-            streams=len(work["prompts"]),
+            streams=work["streams"],
             cache_bytes=CACHE_BYTES,
             context=work["context"],
             precision=precision,
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
 def obey(engine: GenerationEngine, work: Mapping[str, Any], words: list[str]) -> Answer:
     """Do one order. `work`: `sequences` and `prompts` (token ids), `lengths` (tokens to write a prompt), `alone`
-    (numbers of the prompts that are also timed one at a time), `context`."""
+    (numbers of the prompts that are also timed one at a time), `context`, `streams`."""
     match words:
         case ["score", file]:
             found = engine.score(work["sequences"])
@@ -55,6 +55,8 @@ def obey(engine: GenerationEngine, work: Mapping[str, Any], words: list[str]) ->
             return {"rss_bytes": peak_memory()}
         case ["round", number]:
             return _round(engine, work, number)
+        case ["width", streams, number]:
+            return _width(engine, work, int(streams), number)
         case _:
             raise unknown(words)
 
@@ -71,12 +73,25 @@ def _round(engine: GenerationEngine, work: Mapping[str, Any], number: str) -> An
     return {"one": one, "many": time.perf_counter() - began, "firsts": firsts, "rss_bytes": peak_memory()}
 
 
-def _drain(engine: GenerationEngine, prompts: list[tuple[list[int], int]], tenant: str) -> float:
-    """Write all answers to their full length, greedily; returns the seconds until the first token of any."""
+def _width(engine: GenerationEngine, work: Mapping[str, Any], streams: int, number: str) -> Answer:
+    """The prompts come again where there are fewer, and are asked as new ones: each for a tenant of its own."""
+    prompts = list(zip(work["prompts"], work["lengths"], strict=True))
+    wanted = [prompts[(int(number) + i) % len(prompts)] for i in range(streams)]
+    began = time.perf_counter()
+    _drain(engine, wanted, f"{number} wide {streams}", apart=True)
+    return {"tokens": sum(length for _, length in wanted), "seconds": time.perf_counter() - began}
+
+
+def _drain(
+    engine: GenerationEngine, prompts: list[tuple[list[int], int]], tenant: str, *, apart: bool = False
+) -> float:
+    """Write all answers to their full length, greedily; returns the seconds until the first token of any. No prompt
+    finds another one's in the cache where they are to be `apart`."""
     began = time.perf_counter()
     for ids, length in prompts:
         sampling = Sampling(max_tokens=length, temperature=0.0, ignore_end=True)
-        engine.add(Prompt(next(_ids), ids, sampling, tenant=tenant))
+        id = next(_ids)
+        engine.add(Prompt(id, ids, sampling, tenant=f"{tenant} {id}" if apart else tenant))
     first, left = 0.0, len(prompts)
     while left:
         deltas = engine.step()

@@ -24,7 +24,8 @@ SAMPLE_SEED = 13
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """Write the compressed model folder. Returns `{"metric", "variants", "chosen", "why", "texts"}`.
+    """Write the compressed model folder. Returns `{"metric", "variants", "chosen", "why", "texts"}`, and
+    `width` of a model that generates.
 
     Raises GateRefused, with the table in `extra`, when no variant is both faster than the original and within
     `max_drop` of its metric on dev.
@@ -47,9 +48,10 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         ctx.note(reason)
         if chosen is None:
             raise refusal(reason, table)
+        settled = kind.settle(model, work, chosen, ctx)
         _assemble(model, kind.files(model, work, chosen), out)
     row = next(row for row in table if row["name"] == chosen)
-    result = {"metric": task.metric, "variants": table, "chosen": chosen, "why": reason, "texts": len(rows)}
+    result = {"metric": task.metric, "variants": table, "chosen": chosen, "why": reason, "texts": len(rows), **settled}
     write_card(out, _card(card, model, result, row, metrics[chosen]))
     return result
 

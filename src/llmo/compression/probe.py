@@ -19,12 +19,14 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run the model: the engine, the folder that it opens, and what the measuring module is told more."""
+    """One way to run the model: the engine, the folder that it opens, what the measuring module is told more, and the
+    threads that compute (None: one for each of the job's cores)."""
 
     name: str
     engine: str
     folder: Path
     options: tuple[str, ...] = ()
+    threads: int | None = None
 
 
 class Probe:
@@ -33,7 +35,7 @@ class Probe:
     def __init__(self, module: str, candidate: Candidate, work: Path, folder: Path, ctx: Context) -> None:
         self._name, self._ctx = candidate.name, ctx
         self._log = folder / f"{candidate.name}.log"
-        cores = str(ctx.device.cores)
+        cores = str(candidate.threads or ctx.device.cores)
         command = [sys.executable, "-m", module, candidate.engine, candidate.folder, work, cores, *candidate.options]
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmo import plugins
 from llmo.engines.generation import GenerationEngine, GenerationOptions, Sampling
+from llmo.engines.width import choose
 from llmo.errors import GateRefused, LLMOError, ModelError
 from llmo.serve.ask import Ask, Input
 from llmo.serve.calls import Call, Heard, Part, Usage
@@ -30,9 +32,14 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
     task: Any = load_task(folder)
     if not hasattr(task, "prompt"):
         raise ModelError("the card's task makes no prompts, so its model cannot be served as one that generates")
-    engine: GenerationEngine = plugins.load("llmo.generators", spec["engine"] or card["engine"])()
+    name = spec["engine"] or card["engine"]
+    engine: GenerationEngine = plugins.load("llmo.generators", name)()
+    measured = card.get("width", ()) if name == card["engine"] and device.kind == "cpu" else ()
+    width = choose(measured, device.cores)
+    device = replace(device, cores=width.threads)
+    streams = spec["streams"] or width.streams
     options = GenerationOptions(
-        streams=spec["streams"],
+        streams=streams,
         cache_bytes=spec["cache_mib"] << 20,
         adapter_bytes=adapter_bytes(spec, generates=True),
         context=spec["context"],
@@ -43,7 +50,7 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
         load_tokenizer(folder),
         engine,
         lambda: engine.load(folder, device, options),
-        streams=spec["streams"],
+        streams=streams,
         queue=spec["queue"],
         takes_tools="tools" in card["task"]["options"]["template"],
     )
@@ -51,7 +58,8 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
 
 def check(pipeline: GenerationPipeline, folder: Path, card: Mapping[str, Any]) -> str:
     """The self-test on what the model folder carries; one line on how it went. Raises GateRefused."""
-    return self_test(pipeline, read_golden(folder), exact=card["precision"] == "fp32")
+    said = self_test(pipeline, read_golden(folder), exact=card["precision"] == "fp32")
+    return f"{said}; at most {pipeline.stats()['streams_limit']} answers at once"
 
 
 def self_test(pipeline: GenerationPipeline, golden: Sequence[Mapping[str, Any]], *, exact: bool) -> str:

@@ -16,9 +16,10 @@ from llmo.errors import BusyError, DeadlineError, GateRefused, InputError, JobFa
 from llmo.serve.ask import Ask, Input
 from llmo.serve.calls import Call, Heard, Part, Usage
 from llmo.serve.generation import GenerationPipeline
-from llmo.serve.generator import self_test
+from llmo.serve.generator import make, self_test
+from llmo.tasks.card import read_card
 from llmo.types import Device
-from support.serving import eventually
+from support.serving import deploy, eventually, served_chat_model
 from support.tiny_chat import tiny_chat_tokenizer
 
 TOKENIZER = tiny_chat_tokenizer()
@@ -468,3 +469,19 @@ def test_the_self_test_compares_prompts_and_greedy_tokens(engine: Stepped, pipel
         self_test(pipeline, [{**same[0], "input_ids": [9]}], exact=False)
     with pytest.raises(GateRefused):
         self_test(pipeline, [], exact=True)
+
+
+def test_a_replica_is_as_wide_as_was_measured_unless_it_is_told(tmp_path: Path) -> None:
+    folder = served_chat_model(tmp_path / "chat")
+    measured = [{"threads": 2, "streams": n, "tokens_per_second": speed} for n, speed in ((1, 90.0), (4, 200.0))]
+    card = {**read_card(folder), "width": measured}
+    two = Device("cpu", "cpu", memory=0, free=0, cores=2)
+
+    def limit(device: Device = two, **spec: Any) -> int:
+        return int(make(folder, card, deploy(cache_mib=1, **spec), device).stats()["streams_limit"])
+
+    assert limit() == 4
+    assert limit(streams=3) == 3
+    assert limit(engine="openvino" if card["engine"] != "openvino" else "native") == 16
+    assert limit(Device("cuda:0", "cuda", memory=0, free=0, cores=2)) == 16
+    assert limit(Device("cpu", "cpu", memory=0, free=0, cores=1)) == 16

@@ -166,6 +166,19 @@ def _show_generators(result: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     columns = ["variant", "bits>", "size>", "tokens/s alone>", "together>", "first token ms>", "speed>"]
     table("compression, measured on dev", [*columns, f"{result['metric']}>", "drop>", "verdict"], rows)
+    _show_width(result.get("width", []))
+
+
+def _show_width(measured: Sequence[Mapping[str, Any]]) -> None:
+    """A line for each number of threads; a column for each number of answers at once."""
+    speeds = {(row["threads"], row["streams"]): row["tokens_per_second"] for row in measured}
+    streams = sorted({count for _, count in speeds})
+    rows = [
+        (str(threads), *(f"{speeds[threads, count]:.0f}" for count in streams))
+        for threads in sorted({threads for threads, _ in speeds})
+    ]
+    if rows:
+        table("tokens/s of the chosen one", ["threads>", *(f"{count} at once>" for count in streams)], rows)
 
 
 def _show_encoders(result: Mapping[str, Any]) -> None:
