@@ -64,7 +64,7 @@ class ModelError(InputError):
 
 
 class NoRoomError(ModelError):
-    """An adapter fits the model that is loaded, but not into the memory that is set aside for adapters."""
+    """An adapter fits into the memory that is set aside for adapters, but not beside those that are loaded."""
 
     code = "no_room"
 

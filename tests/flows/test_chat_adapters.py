@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 
+from llmo.doors import flow
 from llmo.doors.cli import commands
 from llmo.doors.client import Client
 from llmo.doors.sdk import Deployed
@@ -127,6 +128,8 @@ def test_a_model_is_an_endpoint_an_adapter_or_the_version_of_either(place: Chat,
     assert place.text("voice0@1") == voiced.choices[0].message.content
     (predicted,) = api.predict("chat:a", ["Hello there"])
     assert predicted["text"].startswith(voiced.choices[0].message.content)
+    meant = {name: flow.asked(api, name) for name in ("chat", "served@1", "chat:a", "voice0@1", "nobody@1")}
+    assert [*meant.values()] == [("chat", None), ("chat", None), ("chat", "a"), ("chat", "a"), ("nobody@1", None)]
     for model, says in (("chat:c", "it has: a, b"), ("chad:a", "did you mean 'chat'"), ("voice7@1", "no endpoint")):
         with pytest.raises(openai.NotFoundError, match=says) as missing:
             place.answer(model)

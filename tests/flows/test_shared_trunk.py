@@ -288,7 +288,7 @@ def test_a_new_replica_answers_with_them_and_so_does_another_model_of_the_trunk(
 
 def test_no_more_are_taken_than_the_memory_set_aside_holds(place: Trunk, api: Client) -> None:
     place.serve(place.news, adapters_mib=0)
-    with pytest.raises(ModelError, match="1 loaded ones need 1 MiB, and 0 MiB are set aside") as caught:
+    with pytest.raises(ModelError, match="the adapter alone needs 1 MiB, and 0 MiB are set aside") as caught:
         api.add_adapter("news", "urgent", "urgent")
     assert "adapters_mib=1" in caught.value.hint
     assert api.adapters("news") == []

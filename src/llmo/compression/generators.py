@@ -98,7 +98,11 @@ def settle(model: Path, work: Path, chosen: str, ctx: Context) -> dict[str, Any]
     plan = json.loads((work / PLAN).read_text(encoding="utf-8"))
     variant = VARIANTS[chosen]
     folder = model if variant.build is None else work / chosen
-    return {"width": widths.measure(MEASURE, variant.engine, variant.precision, folder, plan, work, ctx)}
+    try:
+        return {"width": widths.measure(MEASURE, variant.engine, variant.precision, folder, plan, work, ctx)}
+    except LLMOError as error:  # there may be no memory for so many; the choice stands
+        ctx.note(f"streams and threads could not be measured: {error.what}")
+        return {}
 
 
 def files(model: Path, work: Path, chosen: str) -> list[Path]:

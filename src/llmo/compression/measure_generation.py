@@ -74,9 +74,11 @@ def _round(engine: GenerationEngine, work: Mapping[str, Any], number: str) -> An
 
 
 def _width(engine: GenerationEngine, work: Mapping[str, Any], streams: int, number: str) -> Answer:
-    """The prompts come again where there are fewer, and are asked as new ones: each for a tenant of its own."""
+    """Prompts of all lengths, which stand by length. They come again where there are fewer, and are asked as new ones:
+    each for a tenant of its own."""
     prompts = list(zip(work["prompts"], work["lengths"], strict=True))
-    wanted = [prompts[(int(number) + i) % len(prompts)] for i in range(streams)]
+    apart = max(1, len(prompts) // streams)
+    wanted = [prompts[(int(number) + apart // 2 + i * apart) % len(prompts)] for i in range(streams)]
     began = time.perf_counter()
     _drain(engine, wanted, f"{number} wide {streams}", apart=True)
     return {"tokens": sum(length for _, length in wanted), "seconds": time.perf_counter() - began}

@@ -13,7 +13,7 @@ from llmo import pipeline, sources
 from llmo.api import Api
 from llmo.errors import InputError, JobFailed, from_json
 from llmo.settings import Settings
-from llmo.types import Artifact, Event, Job, JobState, Kind
+from llmo.types import Artifact, Event, Job, JobState, Kind, split_name
 
 POLL_SECONDS = 0.1
 
@@ -126,6 +126,21 @@ def adapter(api: Api, endpoint: str, name: str, model: str) -> str:
     return output(api, wait(api, api.submit("adapter", {"source": source}, {"model": base}, name=name))).digest
 
 
+def asked(api: Api, name: str) -> tuple[str, str | None]:
+    """The endpoint, and its adapter if it is one, that a name means, as the gateway has it; what nobody serves is taken
+    apart as it is written."""
+    endpoints = api.endpoints()
+    if any(endpoint.name == name for endpoint in endpoints):
+        return name, None
+    for endpoint in endpoints:
+        if endpoint.model_ref == name:
+            return endpoint.name, None
+        for adapter in api.adapters(endpoint.name):
+            if adapter.model_ref == name:
+                return endpoint.name, adapter.name
+    return split_name(name)
+
+
 def data_of(api: Api, model: Artifact) -> str:
     """The digest of the data set a model was trained on, found through its lineage."""
     for artifact in reversed(api.lineage(model.digest)):
@@ -149,9 +164,10 @@ def absolute(source: str, base: Path) -> str:
 
 def _source(api: Api, model: str) -> str | None:
     """Where a model is to come from; None for one that the store has, by name, version or digest."""
-    if sources.is_stored(model) or any(known.name == model for known in api.artifacts(Kind.MODEL)):
+    if any(model in (known.name, known.ref) for known in api.artifacts(Kind.MODEL)):
         return None
-    return absolute(model, Path())
+    source = absolute(model, Path())
+    return None if source == model and sources.is_stored(model) else source
 
 
 def _names_source(source: str) -> bool:

@@ -25,7 +25,7 @@ from llmo.errors import (
     UnauthorizedError,
 )
 from llmo.tasks import pairwise
-from llmo.types import Kind, split_name
+from llmo.types import Kind
 
 AT_ONCE = 8  # questions under way
 MOST_ROWS, PAGE = 10_000, 500
@@ -126,14 +126,14 @@ def _check(api: Api, match: Match) -> None:
         raise InputError(f"'{match.first}' cannot be compared with itself", hint="name two endpoints or adapters")
     known = {endpoint.name: endpoint for endpoint in api.endpoints()}
     for name in (match.first, match.second, match.by):
-        found = known.get(split_name(name)[0])
+        found = known.get(flow.asked(api, name)[0])
         if found is not None and found.task != "generation":
             raise InputError(f"'{name}' writes no text, it is for {found.task}", hint="see: llmo endpoints")
 
 
 def _data_of(api: Api, name: str) -> str:
     """The digest of the data set that the model behind an endpoint, or its adapter, was trained on."""
-    served, adapter = split_name(name)
+    served, adapter = flow.asked(api, name)
     found = next((endpoint.model for endpoint in api.endpoints() if endpoint.name == served), None)
     if adapter is not None:
         found = next((known.model for known in api.adapters(served) if known.name == adapter), None)

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmo.errors import EnvironmentProblem, NoRoomError
+from llmo.errors import EnvironmentProblem, ModelError, NoRoomError
 from llmo.types import ENCODER_ADAPTER_BYTES, Device
 
 
@@ -65,7 +65,7 @@ class Embedder(Engine, Protocol):
 class TakesAdapters(Protocol):
     """An engine, of either kind, whose `abilities` hold "adapters": it runs further models by name, mixed in one batch.
 
-    `add_adapter` raises ConflictError for a name in use, NoRoomError where the memory for adapters is full, and
+    `add_adapter` raises ConflictError for a name in use, NoRoomError where the others leave it no memory, and
     ModelError for a model that does not fit what is loaded in every module, or has no effect. After `remove_adapter`
     nothing may name it (NotFoundError where it is not loaded); what runs with it ends as it would have. Both may be
     called from any thread while another one runs the engine.
@@ -84,11 +84,13 @@ class Shared(Engine, TakesAdapters, Protocol):
     def load(self, model: Path, device: Device, *, adapter_bytes: int = ENCODER_ADAPTER_BYTES) -> None: ...
 
 
-def no_room(count: int, needed: int, memory: int) -> NoRoomError:
-    """What `add_adapter` raises when `count` loaded ones, with the new one, would need more bytes than there are."""
-    return NoRoomError(
-        f"with this adapter the {count} loaded ones need {-(-needed >> 20)} MiB, and {memory >> 20} MiB are set aside "
-        "for adapters",
+def no_room(count: int, needed: int, memory: int) -> ModelError:
+    """What `add_adapter` raises when `count` loaded ones, with the new one, would need more bytes than there are: a
+    NoRoomError, unless it is alone."""
+    needs = "the adapter alone needs" if count == 1 else f"with this adapter the {count} loaded ones need"
+    kind = ModelError if count == 1 else NoRoomError
+    return kind(
+        f"{needs} {-(-needed >> 20)} MiB, and {memory >> 20} MiB are set aside for adapters",
         hint=f"deploy it again with `--set adapters_mib={-(-needed >> 20)}`, or train at a lower rank",
     )
 

@@ -53,9 +53,10 @@ class Named(ABC, Generic[T]):
         adapter = self._read(folder)
         with self._lock:
             self._check_name(name)
-            needed = self._size([*self._loaded.values(), adapter])
-            if needed > self._memory:
-                raise no_room(len(self._loaded) + 1, needed, self._memory)
+            for all_of_them in ([adapter], [*self._loaded.values(), adapter]):
+                needed = self._size(all_of_them)
+                if needed > self._memory:
+                    raise no_room(len(all_of_them), needed, self._memory)
             self._count_of_keys += 1
             key = f"{name}#{self._count_of_keys}"
             self._loaded[key] = adapter

@@ -27,7 +27,7 @@ class Ready:
 
 
 class AdapterTable:
-    """What the store says, kept in memory where it cannot change; `load` is called by the router, beside requests."""
+    """What the store says, kept in memory where it cannot change; any thread may call `load`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -35,7 +35,7 @@ class EncoderPipeline(Pipeline):
         super().load_adapter(folder)
         try:
             self_test(self, load_task(Path(folder)), read_golden(Path(folder)), exact=True, adapter=folder)
-        except LLMOError:
+        except BaseException:
             self._adapters.drop(folder)
             raise
 

@@ -36,7 +36,7 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
     engine: GenerationEngine = plugins.load("llmo.generators", name)()
     measured = card.get("width", ()) if name == card["engine"] and device.kind == "cpu" else ()
     width = choose(measured, device.cores)
-    device = replace(device, cores=width.threads)
+    device = device if spec["cores"] else replace(device, cores=width.threads)
     streams = spec["streams"] or width.streams
     options = GenerationOptions(
         streams=streams,

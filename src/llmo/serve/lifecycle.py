@@ -124,10 +124,10 @@ class Lifecycle(ABC, Generic[C, W]):
         for call in left:
             self._end(call, UnreachableError("the replica stopped before it answered", hint="ask again"))
         self._work.put(None)
-        self._loader.shutdown(cancel_futures=True)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
+        self._loader.shutdown(cancel_futures=True)
 
     def _check_accepting(self) -> None:
         """Raises UnreachableError when the replica is leaving; to be asked with `_changed` held."""

@@ -52,7 +52,7 @@ class LoadedAdapters:
         self._check = check
         self._idle_seconds = idle_seconds
         self.busy: Callable[[], AbstractContextManager[Collection[str]]] = lambda: nullcontext(())
-        self._loading = threading.Lock()
+        self._loading = threading.Lock()  # to be held by whoever changes what is held
         self._held: set[str] = set()
         self._asked: dict[str, float] = {}
         self._looked = 0.0
@@ -85,11 +85,12 @@ class LoadedAdapters:
                 while not self._load(folder):
                     pass
                 self._held.add(folder)
+            self._asked[folder] = time.monotonic()
 
     def drop(self, folder: str) -> None:
-        """Give one back now, if it is loaded."""
-        with self.busy():
-            if folder in self._held:
+        """Give one back now, if it is loaded and no open call asks for it."""
+        with self._loading, self.busy() as busy:
+            if folder in self._held and folder not in busy:
                 self._give_back(folder)
 
     def look(self) -> None:
@@ -97,11 +98,16 @@ class LoadedAdapters:
         now = time.monotonic()
         if now - self._looked < min(_LOOK_SECONDS, self._idle_seconds):
             return
+        if not self._loading.acquire(blocking=False):
+            return  # one is being loaded: there is no hurry
         self._looked = now
-        with self.busy() as busy:
-            self._asked |= dict.fromkeys(self._held & set(busy), now)
-            for folder in [folder for folder in list(self._held) if now - self._asked[folder] > self._idle_seconds]:
-                self._give_back(folder)
+        try:
+            with self.busy() as busy:
+                self._asked |= dict.fromkeys(self._held & set(busy), now)
+                for folder in [folder for folder in self._held if now - self._asked[folder] > self._idle_seconds]:
+                    self._give_back(folder)
+        finally:
+            self._loading.release()
 
     def _load(self, folder: str) -> bool:
         """False where there was no room, and there is more now."""
@@ -125,8 +131,6 @@ class LoadedAdapters:
             if idle:
                 self._give_back(min(idle, key=self._asked.__getitem__))
                 return
-        if not self._held:
-            raise error
         raise BusyError(
             f"{error.what}, and all of those are being asked",
             hint=f"ask again in {_TRY_AGAIN:g} s; {error.hint}",

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from llmo.engines.generation import Delta, GenerationOptions, Prompt, Sampling, TokenLogprob
+from llmo.engines.paged.engine import PagedEngine
 from llmo.errors import BusyError, DeadlineError, GateRefused, InputError, JobFailed, LLMOError, UnreachableError
 from llmo.serve.ask import Ask, Input
 from llmo.serve.calls import Call, Heard, Part, Usage
@@ -471,17 +472,37 @@ def test_the_self_test_compares_prompts_and_greedy_tokens(engine: Stepped, pipel
         self_test(pipeline, [], exact=True)
 
 
-def test_a_replica_is_as_wide_as_was_measured_unless_it_is_told(tmp_path: Path) -> None:
+def test_a_replica_is_as_wide_as_was_measured_unless_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = served_chat_model(tmp_path / "chat")
     measured = [{"threads": 2, "streams": n, "tokens_per_second": speed} for n, speed in ((1, 90.0), (4, 200.0))]
-    card = {**read_card(folder), "width": measured}
+    card = {**read_card(folder), "engine": "torch", "width": measured}
     two = Device("cpu", "cpu", memory=0, free=0, cores=2)
+    loaded: list[int] = []
+    load = PagedEngine.load
+
+    def noted(engine: PagedEngine, model: Path, device: Device, options: GenerationOptions) -> None:
+        loaded.append(device.cores)
+        load(engine, model, device, options)
+
+    monkeypatch.setattr(PagedEngine, "load", noted)
 
     def limit(device: Device = two, **spec: Any) -> int:
         return int(make(folder, card, deploy(cache_mib=1, **spec), device).stats()["streams_limit"])
 
+    def threads(**spec: Any) -> int:
+        pipeline = make(folder, card, deploy(cache_mib=1, **spec), two)
+        pipeline.start()
+        pipeline.close()
+        return loaded[-1]
+
     assert limit() == 4
     assert limit(streams=3) == 3
-    assert limit(engine="openvino" if card["engine"] != "openvino" else "native") == 16
+    assert limit(engine="native") == 16
     assert limit(Device("cuda:0", "cuda", memory=0, free=0, cores=2)) == 16
     assert limit(Device("cpu", "cpu", memory=0, free=0, cores=1)) == 16
+    assert threads() == 2
+    measured += [{"threads": 1, "streams": 1, "tokens_per_second": 100.0}, {**measured[1], "threads": 1}]
+    assert threads() == 1
+    assert threads(cores=2) == 2

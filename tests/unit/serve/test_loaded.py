@@ -13,7 +13,7 @@ from llmo.engines.llamacpp.engine import LlamaCppEngine
 from llmo.engines.native.engine import NativeEngine
 from llmo.engines.onnx import OnnxEngine
 from llmo.engines.paged.engine import PagedEngine
-from llmo.errors import BusyError, GateRefused, InputError, ModelError, NoRoomError
+from llmo.errors import BusyError, GateRefused, InputError, ModelError
 from llmo.serve import encoder
 from llmo.serve.loaded import LoadedAdapters
 from llmo.tasks.card import read_card, read_golden, write_golden
@@ -81,12 +81,43 @@ def test_what_was_not_asked_for_the_longest_makes_room(tmp_path: Path) -> None:
         assert [adapters.at_hand(folder) for folder in (one, two, three)] == [False, True, True]
 
 
-def test_what_is_larger_than_all_the_room_is_refused(tmp_path: Path) -> None:
+def test_what_is_larger_than_all_the_room_is_refused_and_takes_none(tmp_path: Path) -> None:
     base = tiny_chat_model(tmp_path / "base")
+    small, large = str(tiny_adapter(tmp_path / "small")), str(tiny_adapter(tmp_path / "large", rank=32))
     with closing(NativeEngine()) as engine:
-        engine.load(base, CPU, GenerationOptions(cache_bytes=1 << 20, adapter_bytes=10_000))
-        with pytest.raises(NoRoomError, match="set aside"):
-            LoadedAdapters(engine).need(str(tiny_adapter(tmp_path / "one")))
+        engine.load(base, CPU, GenerationOptions(cache_bytes=1 << 20, adapter_bytes=15_000))
+        adapters = LoadedAdapters(engine)
+        adapters.need(small)
+        for _ in range(2):
+            with pytest.raises(ModelError, match=r"the adapter alone needs .* set aside"):
+                adapters.need(large)
+        assert adapters.at_hand(small)
+
+
+def test_where_streams_still_hold_all_of_it_the_next_is_told_to_come_back(tmp_path: Path) -> None:
+    base = tiny_chat_model(tmp_path / "base")
+    one, two = (str(tiny_adapter(tmp_path / str(i), i)) for i in range(2))
+    with closing(NativeEngine()) as engine:
+        engine.load(base, CPU, GenerationOptions(cache_bytes=1 << 20, adapter_bytes=15_000))
+        adapters = LoadedAdapters(engine)
+        adapters.need(one)
+        engine.add(Prompt(0, [3, 4], adapter=one))
+        with pytest.raises(BusyError):  # its call is over, and the engine has not heard of it yet
+            adapters.need(two)
+        engine.cancel(0)
+        adapters.need(two)
+
+
+def test_what_an_open_call_asks_for_is_not_dropped(engine: PagedEngine, tmp_path: Path) -> None:
+    one = str(tiny_adapter(tmp_path / "one"))
+    adapters = LoadedAdapters(engine)
+    adapters.need(one)
+    adapters.busy = lambda: nullcontext({one})
+    adapters.drop(one)
+    assert adapters.at_hand(one)
+    adapters.busy = lambda: nullcontext(())
+    adapters.drop(one)
+    assert not adapters.at_hand(one)
 
 
 def test_a_model_that_does_not_repeat_its_answers_is_not_kept(tmp_path: Path) -> None:

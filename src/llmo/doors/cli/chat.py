@@ -22,7 +22,6 @@ from llmo.doors.cli.show import Json, console, emit
 from llmo.doors.sampling import checked
 from llmo.errors import InputError, LLMOError
 from llmo.files import publish
-from llmo.types import split_name
 
 HELP = """\
 /help                    this
@@ -58,10 +57,11 @@ def chat(
 
     given = checked(assignments(settings))
     with closing(flow.connect()) as api:
-        _check(api, split_name(endpoint)[0])
+        served, _ = flow.asked(api, endpoint)
+        _check(api, served)
         with gateway(api) as door:
             door.awake(endpoint)
-            talk = Chat(api, (door.url, door.key), endpoint, system, given, as_json)
+            talk = Chat(api, (door.url, door.key), endpoint, served, system, given, as_json)
             if once is not None:
                 talk.say(lines.whole_pipe() if once == "-" else once)
             elif sys.stdin.isatty():
@@ -85,13 +85,15 @@ def harmless(text: str) -> str:
 
 
 class Chat:
-    """One conversation: what was said, the settings, and the last answer, which can be rated."""
+    """One conversation: what was said, the settings, and the last answer, which can be rated. `endpoint` is the name
+    that is asked, `served` the endpoint that it means."""
 
     def __init__(
         self,
         api: Api,
         door: tuple[str, str],
         endpoint: str,
+        served: str,
         system: str | None,
         settings: dict[str, Any],
         as_json: bool,
@@ -99,7 +101,7 @@ class Chat:
         self._api = api
         self._door = door
         self._endpoint = endpoint
-        self._served, _ = split_name(endpoint)
+        self._served = served
         self._system = system
         self._settings = settings
         self._as_json = as_json

@@ -6,8 +6,8 @@ of prompts are many and of few adapters: at half precision the adapters of all p
 seeing only its own part. Parts of others are multiplied by zero, which is exact. So an answer is the same alone and in
 a mixed batch. (All this is a CPU's; on a GPU a kernel does it for any row: `gpu/kernels.py`.)
 
-There are as many slots as adapters that were asked for, rounded up to a power of two, and no more than streams. An
-adapter that would not fit into the memory set aside, slots and all, is refused when it is added.
+There are as many slots as adapters that were asked for, rounded up to a power of two, and no more than streams. They
+count in the memory set aside.
 """
 
 from __future__ import annotations
