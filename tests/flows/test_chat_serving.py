@@ -75,7 +75,7 @@ class Site:
         )
         router = self.gateway.router
         eventually(
-            lambda: name in router._table and router._table[name].endpoint.address == address,
+            lambda: any((e.name, e.address) == (name, address) for e in router.endpoints()),
             f"the gateway hears of {address}",
         )
 

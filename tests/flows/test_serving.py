@@ -52,14 +52,10 @@ class Site:
         self.store.endpoints.set(
             "topics", job=self.job, model="sha256:0", model_ref=model_ref, state=state, address=address
         )
-        table = self.gateway.router._table
+        router = self.gateway.router
         eventually(
-            lambda: (
-                "topics" in self.gateway.router
-                and (found := self.gateway.router._table["topics"].endpoint).address == address
-                and found.state == state
-            ),
-            f"the gateway hears of {address} ({table})",
+            lambda: any((e.name, e.address, e.state) == ("topics", address, state) for e in router.endpoints()),
+            f"the gateway hears of {address}",
         )
 
 
