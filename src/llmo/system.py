@@ -6,22 +6,21 @@ import atexit
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llmo import pipeline, sources
-from llmo.errors import InputError, ModelError, NotFoundError, SpecError, StorageError, UnreachableError
+from llmo import naming, pipeline, sources
+from llmo.errors import InputError, ModelError, NotFoundError, SpecError, UnreachableError
 from llmo.kernel import service
 from llmo.kernel.devices import detect
-from llmo.kernel.local import LocalExecutor
+from llmo.kernel.driver import Driver
 from llmo.kernel.paging import Usage
-from llmo.kernel.scheduler import Holder, Scheduler, SchedulerLock
+from llmo.kernel.scheduler import Holder, SchedulerLock
 from llmo.kernel.submit import cache_key, submit
 from llmo.plugins import operation
-from llmo.serve.adapters import AdapterTable, Ready, bases, check_base, folder_of, missing, names, trained
+from llmo.serve.adapters import AdapterTable, Ready, bases, check_base, folder_of, missing, trained
 from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
 from llmo.specfile import validate
@@ -41,13 +40,11 @@ from llmo.types import (
     Key,
     Kind,
     Needs,
-    split_name,
     to_json,
 )
 
 INPUT_KINDS = {"data": Kind.DATASET, "model": Kind.MODEL, "reference": Kind.MODEL}
 ACTIVE = [state for state in JobState if not state.ended]
-LOCK_SECONDS = 0.2  # between looks at whether the process that runs this store's jobs has gone
 
 
 class System:
@@ -67,7 +64,7 @@ class System:
         self.usage: Usage | None = None  # how endpoints are used; a server's scheduler lets idle ones give way
         self._mine: set[int] = set()
         self._made: set[int] = set()  # those of mine that were new, so that nobody else waits for them
-        self._scheduler: _Driver | None = None
+        self._scheduler: Driver | None = None
         self._starting = threading.Lock()
         atexit.register(self.close)
 
@@ -276,7 +273,7 @@ class System:
         """Begin to run jobs; waits in the background while another process runs this store's jobs."""
         with self._starting:
             if self._scheduler is None:
-                self._scheduler = _Driver(self)
+                self._scheduler = Driver(self)
 
     def adopt(self, id: int) -> None:
         """Run this job here too (embedded systems run only their own)."""
@@ -399,9 +396,10 @@ class System:
         """The endpoint that is asked by this name, and its adapter if it is one. Raises NotFoundError."""
         endpoints = self.store.endpoints.list()
         adapters = self._adapters.load(endpoints)
-        found = names(endpoints, adapters).get(asked)
+        of_all = (ready.adapter for found in adapters.values() for ready in found.values())
+        found = naming.meanings(endpoints, of_all).get(asked)
         if found is None:
-            endpoint, adapter = split_name(asked)
+            endpoint, adapter = naming.split(asked)
             self.store.endpoints.get(endpoint)
             raise missing(endpoint, adapter or "", adapters.get(endpoint, {}))
         endpoint, adapter = found
@@ -455,64 +453,3 @@ def wait_up(system: System, endpoint: str, seconds: float = 120.0) -> str:
     what = f"job {job.id}, its service, is {job.state.value}" if job else "no service stands behind it"
     hint = f"see: llmo logs {job.id}" if job else f"llmo deploy MODEL --endpoint {endpoint}"
     raise UnreachableError(f"the endpoint '{endpoint}' does not answer: {what}", hint=hint)
-
-
-class _Driver:
-    """Runs the scheduler in a thread as soon as this process may: one process at a time runs a store's jobs."""
-
-    def __init__(self, system: System) -> None:
-        self._system = system
-        self._lock = SchedulerLock(system.settings.home)
-        self._scheduler: Scheduler | None = None
-        self._closing = threading.Event()
-        self._take()
-        self._thread = threading.Thread(target=self._run, name="llmo-scheduler", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._take():
-            if self._closing.wait(LOCK_SECONDS):
-                return
-        system = self._system
-        scope = system.is_mine if system.embedded else None
-        usage = None if system.embedded else system.usage
-        scheduler = Scheduler(
-            system.store, LocalExecutor(), system.devices(), scope=scope, lock=self._lock, usage=usage
-        )
-        self._scheduler = scheduler
-        if self._closing.is_set():
-            scheduler.stop()
-        scheduler.run()
-
-    def _take(self) -> bool:
-        if self._lock.held:
-            return True
-        if not self._lock.try_acquire(self._system.url):
-            return False
-        # Before anybody is told that this process is up: what an earlier one left as `up` is not. It may fail
-        # (a full disk) without harm: each endpoint's state is written again when its service is taken up.
-        with suppress(StorageError):
-            service.bring_down(self._system.store)
-        return True
-
-    @property
-    def trouble(self) -> str:
-        return self._scheduler.trouble if self._scheduler is not None else ""
-
-    def wake(self) -> None:
-        if self._scheduler is not None:
-            self._scheduler.wake()
-
-    def holder(self) -> Holder | None:
-        """The other process that runs this store's jobs, if one does."""
-        return None if self._lock.held else self._lock.holder()
-
-    def close(self) -> None:
-        self._closing.set()
-        if self._scheduler is not None:
-            self._scheduler.stop()
-        self._thread.join()
-        if self._scheduler is not None:
-            self._scheduler.shutdown()
-        else:
-            self._lock.release()

@@ -203,12 +203,6 @@ class Adapter:
     answers: bool = True
 
 
-def split_name(name: str) -> tuple[str, str | None]:
-    """The endpoint and the adapter, if there is one, of ENDPOINT or ENDPOINT:NAME."""
-    endpoint, colon, adapter = name.partition(":")
-    return endpoint, adapter if colon else None
-
-
 @dataclass(frozen=True, slots=True)
 class Key:
     """An API key as it is kept: never the secret, only its SHA-256."""

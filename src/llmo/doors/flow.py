@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmo import pipeline, sources
+from llmo import naming, pipeline, sources
 from llmo.api import Api
 from llmo.errors import InputError, JobFailed, from_json
 from llmo.settings import Settings
-from llmo.types import Artifact, Event, Job, JobState, Kind, split_name
+from llmo.types import Artifact, Event, Job, JobState, Kind
 
 POLL_SECONDS = 0.1
 
@@ -126,19 +126,12 @@ def adapter(api: Api, endpoint: str, name: str, model: str) -> str:
     return output(api, wait(api, api.submit("adapter", {"source": source}, {"model": base}, name=name))).digest
 
 
-def asked(api: Api, name: str) -> tuple[str, str | None]:
+def asked(api: Api, name: str) -> naming.Meaning:
     """The endpoint, and its adapter if it is one, that a name means, as the gateway has it; what nobody serves is taken
     apart as it is written."""
     endpoints = api.endpoints()
-    if any(endpoint.name == name for endpoint in endpoints):
-        return name, None
-    for endpoint in endpoints:
-        if endpoint.model_ref == name:
-            return endpoint.name, None
-        for adapter in api.adapters(endpoint.name):
-            if adapter.model_ref == name:
-                return endpoint.name, adapter.name
-    return split_name(name)
+    adapters = (adapter for endpoint in endpoints for adapter in api.adapters(endpoint.name))
+    return naming.meanings(endpoints, adapters).get(name) or naming.split(name)
 
 
 def data_of(api: Api, model: Artifact) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from llmo.errors import LLMOError, ModelError, NotFoundError, nearest
@@ -123,22 +123,6 @@ def check_base(store: Store, artifact: Artifact, served: str, endpoint: str) -> 
         f"{artifact.ref} was trained on {theirs}, and the endpoint '{endpoint}' serves {ours}",
         hint=f"train it on what is served: llmo train --model {ours} --method {method}, or deploy {theirs}",
     )
-
-
-def names(
-    endpoints: Iterable[Endpoint], adapters: Mapping[str, Mapping[str, Ready]]
-) -> dict[str, tuple[str, str | None]]:
-    """What each name means, as an endpoint and its adapter if it is one: ENDPOINT, ENDPOINT:ADAPTER, and the version
-    NAME@VERSION of either, where several serve it the first."""
-    named: dict[str, tuple[str, str | None]] = {}
-    versions: dict[str, tuple[str, str | None]] = {}
-    for endpoint in endpoints:
-        named[endpoint.name] = (endpoint.name, None)
-        versions.setdefault(endpoint.model_ref, (endpoint.name, None))
-        for name, ready in adapters.get(endpoint.name, {}).items():
-            named[f"{endpoint.name}:{name}"] = (endpoint.name, name)
-            versions.setdefault(ready.adapter.model_ref, (endpoint.name, name))
-    return {**versions, **named}
 
 
 def missing(endpoint: str, name: str, known: Collection[str]) -> NotFoundError:

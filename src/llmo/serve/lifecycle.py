@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
-from llmo.errors import DeadlineError, JobFailed, LLMOError, ModelError, UnreachableError
+from llmo.errors import DeadlineError, JobFailed, LLMOError, UnreachableError
 from llmo.serve.loaded import LoadedAdapters
 
 _log = logging.getLogger("llmo.serve")
@@ -154,9 +154,6 @@ class Lifecycle(ABC, Generic[C, W]):
                 self._adapters.need(adapter)
         except LLMOError as error:
             self._end(call, error)
-        except Exception as error:  # what a folder holds may surprise: that fails this call and no other
-            _log.exception("an adapter could not be loaded")
-            self._end(call, ModelError(f"the adapter cannot be loaded: {error}", hint="see the replica's log"))
         else:
             again()
 

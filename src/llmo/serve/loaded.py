@@ -81,9 +81,16 @@ class LoadedAdapters:
             return
         with self._loading:
             if folder not in self._held:
-                self._check(Path(folder))
-                while not self._load(folder):
-                    pass
+                try:
+                    self._check(Path(folder))
+                    self._load(folder)
+                except LLMOError:
+                    raise
+                except Exception as error:  # an engine is a plugin, and its library raises what it likes
+                    _log.exception("an adapter could not be loaded")
+                    raise ModelError(
+                        f"the adapter cannot be loaded: {error}", hint="see the replica's log", where=folder
+                    ) from error
                 self._held.add(folder)
             self._asked[folder] = time.monotonic()
 
@@ -109,21 +116,13 @@ class LoadedAdapters:
         finally:
             self._loading.release()
 
-    def _load(self, folder: str) -> bool:
-        """False where there was no room, and there is more now."""
-        try:
-            cast(TakesAdapters, self._engine).add_adapter(folder, Path(folder))
-        except NoRoomError as error:
-            self._make_room(error)
-            return False
-        except LLMOError:
-            raise
-        except Exception as error:  # an engine is a plugin, and its library raises what it likes
-            _log.exception("an adapter could not be loaded")
-            raise ModelError(
-                f"the adapter cannot be loaded: {error}", hint="see the replica's log", where=folder
-            ) from error
-        return True
+    def _load(self, folder: str) -> None:
+        while True:
+            try:
+                cast(TakesAdapters, self._engine).add_adapter(folder, Path(folder))
+                return
+            except NoRoomError as error:
+                self._make_room(error)
 
     def _make_room(self, error: NoRoomError) -> None:
         with self.busy() as busy:

@@ -11,15 +11,16 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from llmo import naming
 from llmo.errors import BusyError, NotFoundError, UnreachableError, nearest
 from llmo.kernel.paging import Use
-from llmo.serve.adapters import Ready, missing, names
+from llmo.serve.adapters import Ready, missing
 from llmo.serve.ask import Ask
 from llmo.serve.connection import Replica, stats_of
 from llmo.serve.protocol import ReplicaGone, frame, last_used
 from llmo.serve.stream import Stream
 from llmo.serve.waking import Waking, patience
-from llmo.types import Adapter, Endpoint, split_name
+from llmo.types import Adapter, Endpoint
 
 T = TypeVar("T")
 
@@ -93,7 +94,7 @@ class Router:
         self._asked: dict[str, _Asked] = {}
         self._refresh_seconds = refresh_seconds
         self._table: dict[str, Target] = {}
-        self._names: dict[str, tuple[str, str | None]] = {}
+        self._names: dict[str, naming.Meaning] = {}
         self._replicas: dict[str, Replica] = {}
         self._refreshing = asyncio.Lock()
         self._began = 0.0  # when the load that made the table began
@@ -152,7 +153,7 @@ class Router:
         found = self._names.get(model)
         if found is not None:
             return found
-        name, adapter = split_name(model)
+        name, adapter = naming.split(model)
         target = await self._find(name)
         if adapter is None or adapter in target.adapters:
             return name, adapter  # it came while it was looked for
@@ -160,7 +161,7 @@ class Router:
 
     def endpoint_of(self, model: str) -> str | None:
         """The endpoint that is asked by this name, with such an adapter or without; None for none in the table."""
-        name, _ = self._names.get(model) or split_name(model)
+        name, _ = self._names.get(model) or naming.split(model)
         return name if name in self._table else None
 
     async def endpoint(self, name: str) -> Endpoint:
@@ -303,7 +304,8 @@ class Router:
             replicas = tuple(self._replicas.setdefault(a, Replica(a)) for a in addresses if a)
             table[endpoint.name] = Target(endpoint, replicas, adapters.get(endpoint.name, {}))
         self._table = table
-        self._names = names(endpoints, adapters)
+        of_all = (ready.adapter for found in adapters.values() for ready in found.values())
+        self._names = naming.meanings(endpoints, of_all)
         self._waking.heard({name: target.endpoint for name, target in table.items()})
         used = {r.address for target in table.values() for r in target.replicas}
         for address in [a for a, r in self._replicas.items() if a not in used and r.outstanding == 0]:

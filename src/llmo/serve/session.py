@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -41,7 +42,7 @@ class Served(Protocol):
     def stats(self) -> dict[str, Any]: ...
 
 
-class Session(Frames):
+class Session(Frames, ABC):
     """What every connection does, whatever the model: says hello, hears cancels, tells the numbers.
 
     A gateway that goes takes its calls with it.
@@ -96,9 +97,9 @@ class Session(Frames):
             case other:
                 self.transport.write(error_frame(number, InputError(f"a replica does not know '{other}'")))
 
+    @abstractmethod
     def call(self, op: str, number: int, body: Mapping[str, Any]) -> Any:
         """The pipeline's call for a frame. Raises LLMOError for one that this model cannot answer."""
-        raise NotImplementedError
 
     def load_adapter(self, number: int, folder: str) -> None:
         loading = self._loop.run_in_executor(None, self._pipeline.load_adapter, folder)
