@@ -15,7 +15,7 @@ SIZES = {
     "vocab_size": 259,
     "hidden_size": 48,
     "intermediate_size": 80,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
