@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
-from llmo.errors import DeadlineError, JobFailed, LLMOError, UnreachableError
+from llmo.errors import BusyError, DeadlineError, JobFailed, LLMOError, UnreachableError
 from llmo.serve.loaded import LoadedAdapters
 
 _log = logging.getLogger("llmo.serve")
@@ -59,7 +59,9 @@ class Lifecycle(ABC, Generic[C, W]):
         self._adapters = adapters
         self._owned = engine
         self._loader = ThreadPoolExecutor(1, "llmo-adapters")
-        adapters.busy = self._asked_for
+        self._pending: dict[str, list[tuple[C, Callable[[], None]]]] = {}  # by what they wait to be loaded
+        self._short = False  # of memory for what is to be loaded next
+        adapters.busy = self._in_use
         self.broken: LLMOError | None = None
         self._changed = threading.Condition()
         self._calls: set[C] = set()
@@ -135,27 +137,55 @@ class Lifecycle(ABC, Generic[C, W]):
             raise UnreachableError("the replica is leaving", hint="ask again: another one takes over")
 
     @contextmanager
-    def _asked_for(self) -> Iterator[set[str]]:
-        """The adapters of the open calls; no other call opens meanwhile."""
+    def _in_use(self) -> Iterator[set[str]]:
+        """The adapters of the open calls, but for those that wait to be loaded; no other call opens meanwhile."""
         with self._changed:
-            yield {call.adapter for call in self._calls if call.adapter is not None}
+            waiting = {call for calls in self._pending.values() for call, _ in calls}
+            yield {call.adapter for call in self._calls - waiting if call.adapter is not None}
 
     def _at_hand(self, call: C, again: Callable[[], None]) -> bool:
         """Whether what answers a call is loaded. If not, that is done beside the calls that need not wait for it, and
-        then the call ends with what went wrong, or comes `again`."""
-        if call.adapter is None or self._adapters.at_hand(call.adapter):
+        then the call ends with what went wrong, or comes `again`. Nobody overtakes those who wait for memory, or they
+        might for ever."""
+        if call.adapter is None:
             return True
-        self._loader.submit(self._bring, call, call.adapter, again)
+        with self._changed:
+            if self._adapters.at_hand(call.adapter) and not self._short:
+                return True
+            waiting = self._pending.setdefault(call.adapter, [])
+            waiting.append((call, again))
+            self._changed.notify_all()
+        if len(waiting) == 1:
+            self._loader.submit(self._bring, call.adapter)
         return False
 
-    def _bring(self, call: C, adapter: str, again: Callable[[], None]) -> None:
-        try:
-            if not call.over:
+    def _bring(self, adapter: str) -> None:
+        """Load it, as soon as those that leave it no memory are not in use any more."""
+        wrong: LLMOError | None = None
+        while self._wanted(adapter):
+            try:
                 self._adapters.need(adapter)
-        except LLMOError as error:
-            self._end(call, error)
-        else:
-            again()
+                break
+            except BusyError:
+                with self._changed:
+                    self._short = True
+                    self._changed.wait_for(lambda: not self._wanted(adapter) or self._adapters.may_make_room())
+            except LLMOError as error:
+                wrong = error
+                break
+        with self._changed:
+            self._short = False
+            waiting = self._pending.pop(adapter)
+        for call, again in waiting:
+            if wrong is None:
+                again()
+            else:
+                self._end(call, wrong)
+
+    def _wanted(self, adapter: str) -> bool:
+        """Whether a call waits for it that is still open; they all end when the replica leaves."""
+        with self._changed:
+            return any(not call.over for call, _ in self._pending[adapter])
 
     def _late(self, call: C, now: float) -> bool:
         return call.deadline <= now

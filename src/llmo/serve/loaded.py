@@ -35,8 +35,8 @@ class LoadedAdapters:
     """What is not loaded yet is loaded by whoever needs it, so a replica that was started again needs no telling.
 
     `kind` is the entry point group of the engine, where others of its kind are found; `check` says of a folder what the
-    engine does not know, and raises ModelError. `busy` holds up new calls while it is entered, and gives the folders of
-    the open ones, which stay. All may be called from any thread.
+    engine does not know, and raises ModelError. `busy` holds up new calls while it is entered, and gives the folders
+    that are in use, which stay. All may be called from any thread.
     """
 
     def __init__(
@@ -93,6 +93,11 @@ class LoadedAdapters:
                     ) from error
                 self._held.add(folder)
             self._asked[folder] = time.monotonic()
+
+    def may_make_room(self) -> bool:
+        """Whether something could be given back now, or nothing is left that could."""
+        with self.busy() as busy:
+            return not self._held <= set(busy) or not self._held
 
     def drop(self, folder: str) -> None:
         """Give one back now, if it is loaded and no open call asks for it."""

@@ -302,7 +302,7 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                     self._waiting -= 1
                 if item is not None:
                     self._batcher.cancel(item)
-            if not self._calls:
+            if not self._calls or call.adapter is not None:
                 self._changed.notify_all()
         self.gauge.ended(time.monotonic() - call.arrived, isinstance(outcome, bytes))
         if outcome is not None:

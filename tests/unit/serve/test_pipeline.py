@@ -150,6 +150,39 @@ def test_what_is_still_to_be_loaded_holds_up_nobody_else(model: Path, tmp_path: 
         pipeline.close()
 
 
+def test_calls_take_turns_for_memory_that_holds_one_of_their_models(model: Path, tmp_path: Path) -> None:
+    names = [str(further_model(tmp_path / name, model, topics(3), seed=i)) for i, name in enumerate("xyz")]
+    engine = TorchEngine()
+    engine.load(model, CPU)
+    sizes = []
+    for name in names:
+        engine.add_adapter(name, Path(name))
+        sizes.append(engine._loaded()._size([engine._loaded().get(name)]))
+    engine.close()
+    memory = max(sizes) * 3 // 2
+    task, tokenizer = load_task(model), load_tokenizer(model)
+    pipeline = Pipeline(task, tokenizer, engine, lambda: engine.load(model, CPU, adapter_bytes=memory), queue=1000)
+    pipeline.start()
+    texts = ["goal profit", "coach", "team " * 9]
+    try:
+        alone = {name: ask(pipeline, texts, adapter=name, logits=True)[1].get() for name in names}
+        calls = [(name, ask(pipeline, texts, adapter=name, logits=True)) for name in names * 20]
+        for _, (call, _) in calls[7::10]:
+            pipeline.cancel(call)
+        plain = ask(pipeline, texts)[1]
+        assert len(json.loads(plain.get())) == 3
+        for name, (call, heard) in calls:
+            if heard.outcome is not None or not call.over:
+                for found, expected in zip(json.loads(heard.get()), json.loads(alone[name]), strict=True):
+                    np.testing.assert_allclose(found["logits"], expected["logits"], atol=1e-5)
+        assert sum(heard.outcome is not None for _, (_, heard) in calls) >= 54
+        late = ask(pipeline, texts, deadline=time.time() + 60, adapter=names[0])[1]
+        assert len(json.loads(late.get())) == 3
+        assert pipeline.stats()["in_flight"] == 0
+    finally:
+        pipeline.close()
+
+
 def test_a_full_queue_says_when_to_come_back(held: tuple[Pipeline, HeldEngine]) -> None:
     pipeline, engine = held
     occupy(pipeline, engine)
