@@ -291,7 +291,6 @@ class GenerationPipeline(Lifecycle[Call, _Step]):
                 try:
                     part = self._part(stream, delta)
                 except Exception as error:  # the Rust library raises what it likes; only the answer at fault suffers
-                    _log.exception("an answer could not be written")
                     self._end(stream.call, _explained(error))
                     continue
                 if part is not None:
@@ -376,4 +375,5 @@ def too_long(tokens: int, context: int, one: Input, *, at_least: bool = False) -
 def _explained(error: Exception) -> LLMOError:
     if isinstance(error, LLMOError):
         return error
+    _log.error("an answer failed", exc_info=error)
     return ModelError(f"the model could not go on with this answer: {error}", hint="see the log of the replica")

@@ -329,7 +329,9 @@ def test_what_is_too_long_however_it_is_cut_is_refused_at_once(pipeline: Generat
         Asked(pipeline, n=9)
 
 
-def test_what_an_engine_refuses_or_drops_fails_itself_only(engine: Stepped, pipeline: GenerationPipeline) -> None:
+def test_what_an_engine_refuses_or_drops_fails_itself_only(
+    engine: Stepped, pipeline: GenerationPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
     def breaks(prompt: Prompt) -> None:
         if len(prompt.input_ids) == 5:
             raise InputError("no such grammar")
@@ -341,8 +343,10 @@ def test_what_an_engine_refuses_or_drops_fails_itself_only(engine: Stepped, pipe
     eventually(lambda: len(engine.added) == 2, "two run")
     engine.failing = [(next(p.id for p in engine.added if len(p.input_ids) == 6), RuntimeError("this one"))]
     engine.let(100)
-    with pytest.raises(LLMOError, match="this one"):
+    with pytest.raises(LLMOError, match="this one") as caught:
         dropped.end()
+    assert "log" in caught.value.hint
+    assert "RuntimeError: this one" in caplog.text
     assert good.end().completion == 8
 
 
