@@ -312,9 +312,9 @@ void adapt_ranks(const T* down, const T* rise, const float* scale, const float* 
     }
 }
 
-// Add to `out` what the row's adapter makes of `x`.
+// Add to `out` what the row's adapter makes of `x`. Ranks that reach the same outputs go eight or four at a time, so that
+// enough sums are on their way.
 template <class T> void adapt(const Lora& l, int layer, const float* x, int in, float* out, int wide) {
-    constexpr int SOME = 4;
     int ranks = l.parts * l.rank, part = wide / l.parts;
     const T* down = (const T*)l.down + (int64_t)layer * ranks * in;
     const T* rise = (const T*)l.up + (int64_t)layer * ranks * part;
@@ -322,10 +322,11 @@ template <class T> void adapt(const Lora& l, int layer, const float* x, int in, 
     for (int r = 0, took; r < ranks; r += took, down += took * in, rise += took * part, scale += took) {
         const int32_t* reach = l.reach + 2 * r;
         float* to = out + r / l.rank * part;
-        bool alike = r % l.rank + SOME <= l.rank;
-        for (int i = 2; alike && i < 2 * SOME; i++) alike = reach[i] == reach[i % 2];
-        took = alike ? SOME : 1;
-        if (alike) adapt_ranks<T, SOME>(down, rise, scale, x, in, to, part, reach);
+        int left = l.rank - r % l.rank, alike = 1;
+        while (alike < left && reach[2 * alike] == reach[0] && reach[2 * alike + 1] == reach[1]) alike++;
+        took = alike >= 8 ? 8 : alike >= 4 ? 4 : 1;
+        if (took == 8) adapt_ranks<T, 8>(down, rise, scale, x, in, to, part, reach);
+        else if (took == 4) adapt_ranks<T, 4>(down, rise, scale, x, in, to, part, reach);
         else adapt_ranks<T, 1>(down, rise, scale, x, in, to, part, reach);
     }
 }
