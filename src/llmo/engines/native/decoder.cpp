@@ -115,10 +115,15 @@ struct Worker {
     int id, phase;
     // Calls `work(i)` for the numbers below `count`, each in one thread, then waits for all. A ticket is for several.
     template <class F> void share(int count, F work) {
+        share_spans(count, [&](int first, int end) {
+            for (int i = first; i < end; i++) work(i);
+        });
+    }
+    template <class F> void share_spans(int count, F work) {
         int32_t* ticket = &c->s.tickets[phase++];
         int several = count / (c->threads * 8) + 1;
         for (int i; (i = __atomic_fetch_add(ticket, several, __ATOMIC_RELAXED)) < count;)
-            for (int end = least(count, i + several); i < end; i++) work(i);
+            work(i, least(count, i + several));
         barrier(c);
     }
 };
@@ -295,48 +300,73 @@ void normalise(const float* x, const float* weight, float* out, int size, int pa
     for (int i = 0; i < padded; i += LANES) store(out + i, load(x + i) * scale * load(weight + i));
 }
 
-// Add to `out` what R ranks that reach the same outputs make of `x`.
-template <class T, int R>
-void adapt_ranks(const T* down, const T* rise, const float* scale, const float* x, int in, float* out, int part,
-                 const int32_t* reach) {
-    f32x16 dots[R];
-    for (int r = 0; r < R; r++) dots[r] = f32x16{};
-    for (int i = 0; i < in; i += LANES)
-        for (int r = 0; r < R; r++) dots[r] += load(x + i) * load(down + r * in + i);
-    float inner[R];
-    for (int r = 0; r < R; r++) inner[r] = sum(dots[r]) * scale[r];
+struct Side { // one side of a product with an adapter, of several rows
+    float* row;
+    int stride, size;
+};
+
+// Add to Q rows of `out` what R ranks that reach the same outputs make of those of `x`.
+template <class T, int R, int Q>
+void adapt_ranks(const T* down, const T* rise, const float* scale, Side x, Side out, int part, const int32_t* reach) {
+    f32x16 dots[Q][R] = {};
+    for (int i = 0; i < x.size; i += LANES)
+        for (int r = 0; r < R; r++) {
+            f32x16 weight = load(down + r * x.size + i);
+            for (int q = 0; q < Q; q++) dots[q][r] += load(x.row + q * x.stride + i) * weight;
+        }
+    float inner[Q][R];
+    for (int q = 0; q < Q; q++)
+        for (int r = 0; r < R; r++) inner[q][r] = sum(dots[q][r]) * scale[r];
     for (int i = reach[0]; i < reach[1]; i += LANES) {
-        f32x16 made = load(out + i);
-        for (int r = 0; r < R; r++) made += load(rise + r * part + i) * inner[r];
-        store(out + i, made);
+        f32x16 made[Q];
+        for (int q = 0; q < Q; q++) made[q] = load(out.row + q * out.stride + i);
+        for (int r = 0; r < R; r++) {
+            f32x16 weight = load(rise + r * part + i);
+            for (int q = 0; q < Q; q++) made[q] += weight * inner[q][r];
+        }
+        for (int q = 0; q < Q; q++) store(out.row + q * out.stride + i, made[q]);
     }
 }
 
-// Add to `out` what the row's adapter makes of `x`. Ranks that reach the same outputs go eight or four at a time, so that
-// enough sums are on their way.
-template <class T> void adapt(const Lora& l, int layer, const float* x, int in, float* out, int wide) {
-    int ranks = l.parts * l.rank, part = wide / l.parts;
-    const T* down = (const T*)l.down + (int64_t)layer * ranks * in;
+// Add to Q rows of `out` what their adapter makes of `x`. One row is enough work for eight ranks at a time, several are
+// for four: so many sums are on their way at once.
+template <class T, int Q> void adapt(const Lora& l, int layer, Side x, Side out) {
+    constexpr int MANY = Q == 1 ? 8 : 4;
+    int ranks = l.parts * l.rank, part = out.size / l.parts;
+    const T* down = (const T*)l.down + (int64_t)layer * ranks * x.size;
     const T* rise = (const T*)l.up + (int64_t)layer * ranks * part;
-    const float* scale = l.scale + (int64_t)layer * ranks;
-    for (int r = 0, took; r < ranks; r += took, down += took * in, rise += took * part, scale += took) {
+    const float* scale = l.scale + layer * ranks;
+    for (int r = 0, took; r < ranks; r += took, down += took * x.size, rise += took * part, scale += took) {
         const int32_t* reach = l.reach + 2 * r;
-        float* to = out + r / l.rank * part;
+        Side to = {out.row + r / l.rank * part, out.stride, part};
         int left = l.rank - r % l.rank, alike = 1;
         while (alike < left && reach[2 * alike] == reach[0] && reach[2 * alike + 1] == reach[1]) alike++;
-        took = alike >= 8 ? 8 : alike >= 4 ? 4 : 1;
-        if (took == 8) adapt_ranks<T, 8>(down, rise, scale, x, in, to, part, reach);
-        else if (took == 4) adapt_ranks<T, 4>(down, rise, scale, x, in, to, part, reach);
-        else adapt_ranks<T, 1>(down, rise, scale, x, in, to, part, reach);
+        took = alike >= MANY ? MANY : alike >= 4 ? 4 : 1;
+        if (took == MANY) adapt_ranks<T, MANY, Q>(down, rise, scale, x, to, part, reach);
+        else if (took == 4) adapt_ranks<T, 4, Q>(down, rise, scale, x, to, part, reach);
+        else adapt_ranks<T, 1, Q>(down, rise, scale, x, to, part, reach);
     }
 }
 
-void adapt_row(const Crew* c, int group, int layer, int row, const float* x, int in, float* out, int wide) {
-    if (!c->step->adapters || !c->step->adapters[row]) return;
-    const Lora& l = c->step->adapters[row]->group[group];
-    if (!l.rank) return;
-    if (c->model.quantised) adapt<int8_t>(l, layer, x, in, out, wide);
-    else adapt<float>(l, layer, x, in, out, wide);
+// Rows `first` to `end`, each with its own adapter; four of one adapter read it together.
+void adapt_rows(const Crew* c, int group, int layer, int first, int end, Side x, Side out) {
+    constexpr int SOME = 4;
+    const Adapter* const* adapters = c->step->adapters;
+    if (!adapters) return;
+    for (int row = first, took; row < end; row += took) {
+        const Adapter* own = adapters[row];
+        bool alike = row + SOME <= end;
+        for (int i = 1; alike && i < SOME; i++) alike = adapters[row + i] == own;
+        took = alike ? SOME : 1;
+        if (!own || !own->group[group].rank) continue;
+        const Lora& l = own->group[group];
+        Side from = {x.row + (int64_t)row * x.stride, x.stride, x.size};
+        Side to = {out.row + (int64_t)row * out.stride, out.stride, out.size};
+        if (c->model.quantised && alike) adapt<int8_t, SOME>(l, layer, from, to);
+        else if (c->model.quantised) adapt<int8_t, 1>(l, layer, from, to);
+        else if (alike) adapt<float, SOME>(l, layer, from, to);
+        else adapt<float, 1>(l, layer, from, to);
+    }
 }
 
 // Neighbouring features are one complex number, turned by the position.
@@ -477,6 +507,13 @@ void look(const Crew* c, int index, int head, int first, int end, float* scores)
     if (count) run();
 }
 
+// A row's state, normalised, as `next` reads it.
+void enter(const Crew* c, const Linear& next, const float* weight, int row) {
+    int64_t at = (int64_t)row * up(c->model.hidden, GROUP);
+    normalise(c->s.x + at, weight, c->s.normal + at, c->model.hidden, up(c->model.hidden, GROUP), c->model.eps);
+    prepare(c, next, c->s.normal + at, c->step->rows, c->step->prompt, row);
+}
+
 void run_step(Worker& me) {
     Crew* c = me.c;
     const Model& m = c->model;
@@ -504,18 +541,19 @@ void run_step(Worker& me) {
                 memcpy(x + i, &bits, 4);
             } else x[i] = ((const float*)m.embedding)[(int64_t)step.ids[row] * m.hidden + i];
         }
-        normalise(x, m.layer[0].before_attention, s.normal + (int64_t)row * hidden, m.hidden, hidden, m.eps);
-        prepare(c, m.layer[0].qkv, s.normal + (int64_t)row * hidden, rows, prompt, row);
+        enter(c, m.layer[0].qkv, m.layer[0].before_attention, row);
     });
     looks = look_start[rows + 1];
+    const Side state = {s.x, hidden, m.hidden}, normal = {s.normal, hidden, m.hidden};
     for (int index = 0; index < m.layers; index++) {
         const Layer& l = m.layer[index];
         multiply(me, l.qkv, s.normal, rows, prompt, s.wide, l.qkv.n, false);
-        me.share(rows, [&](int row) {
-            adapt_row(c, 0, index, row, s.normal + (int64_t)row * hidden, m.hidden, s.wide + (int64_t)row * l.qkv.n,
-                      head_wide + 2 * m.kv_heads * m.dim);
-            if (m.quantised) remember<bf16>(c, index, row);
-            else remember<float>(c, index, row);
+        me.share_spans(rows, [&](int first, int end) {
+            adapt_rows(c, 0, index, first, end, normal, {s.wide, l.qkv.n, head_wide + 2 * m.kv_heads * m.dim});
+            for (int row = first; row < end; row++) {
+                if (m.quantised) remember<bf16>(c, index, row);
+                else remember<float>(c, index, row);
+            }
         });
         me.share(looks * m.kv_heads, [&](int i) {
             int which = i / m.kv_heads;
@@ -523,33 +561,41 @@ void run_step(Worker& me) {
         });
         me.share(rows, [&](int row) { prepare(c, l.out, s.attended + (int64_t)row * l.out.k, rows, prompt, row); });
         multiply(me, l.out, s.attended, rows, prompt, s.x, hidden, true);
-        me.share(rows, [&](int row) {
-            float *x = s.x + (int64_t)row * hidden, *normal = s.normal + (int64_t)row * hidden;
-            adapt_row(c, 1, index, row, s.attended + (int64_t)row * l.out.k, head_wide, x, m.hidden);
-            normalise(x, l.before_mlp, normal, m.hidden, hidden, m.eps);
-            prepare(c, l.gate_up, normal, rows, prompt, row);
+        me.share_spans(rows, [&](int first, int end) {
+            adapt_rows(c, 1, index, first, end, {s.attended, l.out.k, head_wide}, state);
+            for (int row = first; row < end; row++) enter(c, l.gate_up, l.before_mlp, row);
         });
         multiply(me, l.gate_up, s.normal, rows, prompt, s.wide, l.gate_up.n, false);
-        me.share(rows, [&](int row) {
-            float *both = s.wide + (int64_t)row * l.gate_up.n, *to = s.inner + (int64_t)row * l.down.k;
-            adapt_row(c, 2, index, row, s.normal + (int64_t)row * hidden, m.hidden, both, 2 * m.inner);
-            for (int i = 0; i < m.inner; i += LANES) {
-                f32x16 gate = load(both + i);
-                store(to + i, gate / (1.0f + exponential(-gate)) * load(both + m.inner + i));
+        me.share_spans(rows, [&](int first, int end) {
+            adapt_rows(c, 2, index, first, end, normal, {s.wide, l.gate_up.n, 2 * m.inner});
+            for (int row = first; row < end; row++) {
+                float *both = s.wide + (int64_t)row * l.gate_up.n, *to = s.inner + (int64_t)row * l.down.k;
+                for (int i = 0; i < m.inner; i += LANES) {
+                    f32x16 gate = load(both + i);
+                    store(to + i, gate / (1.0f + exponential(-gate)) * load(both + m.inner + i));
+                }
+                for (int i = m.inner; i < l.down.k; i++) to[i] = 0;
+                prepare(c, l.down, to, rows, prompt, row);
             }
-            for (int i = m.inner; i < l.down.k; i++) to[i] = 0;
-            prepare(c, l.down, to, rows, prompt, row);
         });
         multiply(me, l.down, s.inner, rows, prompt, s.x, hidden, true);
         bool last = index + 1 == m.layers;
-        me.share(last ? step.wanted : rows, [&](int i) {
-            int row = last ? step.wanted_rows[i] : i;
-            float *x = s.x + (int64_t)row * hidden, *normal = s.normal + (int64_t)i * hidden;
-            adapt_row(c, 3, index, row, s.inner + (int64_t)row * l.down.k, m.inner, x, m.hidden);
-            normalise(x, last ? m.norm : m.layer[index + 1].before_attention, normal, m.hidden, hidden, m.eps);
-            if (last) prepare(c, m.head, normal, step.wanted, 0, i);
-            else prepare(c, m.layer[index + 1].qkv, normal, rows, prompt, i);
-        });
+        Side inner = {s.inner, l.down.k, m.inner};
+        if (last) {
+            me.share(step.wanted, [&](int i) {
+                int row = step.wanted_rows[i];
+                float* made = s.normal + (int64_t)i * hidden;
+                adapt_rows(c, 3, index, row, row + 1, inner, state);
+                normalise(s.x + (int64_t)row * hidden, m.norm, made, m.hidden, hidden, m.eps);
+                prepare(c, m.head, made, step.wanted, 0, i);
+            });
+        } else {
+            const Layer& next = m.layer[index + 1];
+            me.share_spans(rows, [&](int first, int end) {
+                adapt_rows(c, 3, index, first, end, inner, state);
+                for (int row = first; row < end; row++) enter(c, next.qkv, next.before_attention, row);
+            });
+        }
     }
     if (step.wanted) multiply(me, m.head, s.normal, step.wanted, 0, step.logits, m.head.n, false);
 }
