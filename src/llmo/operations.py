@@ -11,6 +11,9 @@ PIPELINE = Operation("pipeline", "llmo.pipeline:run", cached=False, needs=Needs(
 CHECK = Operation("check", "llmo.preflight:run", needs=Needs(cores=0, cores_max=0, memory=_GIB // 2))
 IMPORT = Operation("import", "llmo.data.operation:run", produces=Kind.DATASET, needs=Needs(memory=_GIB))
 BASE_MODEL = Operation("base-model", "llmo.training.base:run", produces=Kind.MODEL, needs=Needs(memory=_GIB))
+SCRATCH_MODEL = Operation(
+    "scratch-model", "llmo.training.scratch:run", produces=Kind.MODEL, needs=Needs(memory=2 * _GIB)
+)
 PLAIN = Operation("plain", "llmo.training.plain:run", produces=Kind.MODEL, needs=Needs(memory=2 * _GIB))
 ADAPTER = Operation("adapter", "llmo.training.adapter:run", produces=Kind.MODEL, needs=Needs(memory=_GIB))
 TRAIN = Operation("train", "llmo.training.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB), revision=3)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmo import scratch
 from llmo.context import Context, Stopped
 from llmo.errors import JobFailed
 from llmo.errors import from_json as error_from_json
@@ -47,7 +48,7 @@ def plan(project: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -
     """The steps of a project (`ProjectSpec.plain()`), each after the steps it needs.
 
     `sources` says of `data` and of `model` either `{"artifact": digest}` (in the store already) or
-    `{"source", "digest", "uploads"}` (to be imported).
+    `{"source", "digest", "uploads"}` (to be imported); of `model` also `{"scratch": ScratchSpec.plain()}` (to be made).
     """
     name, task = project["name"], project["task"]
     steps: list[Step] = []
@@ -56,7 +57,11 @@ def plan(project: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -
     if "artifact" not in data:
         spec = {**project["data"], "task": task, **_source(data)}
         steps.append(Step("data", "import", name, spec, {}, f"read and clean {project['data']['source']}"))
-    if "artifact" not in model:
+    if "scratch" in model:
+        title = f"make a {model['scratch']['architecture']} from scratch"
+        needs = {"data": inputs["data"]}
+        steps.append(Step("base", "scratch-model", base_name(project["model"]), model["scratch"], needs, title))
+    elif "artifact" not in model:
         title = f"fetch the base model {project['model']}"
         steps.append(Step("base", "base-model", base_name(project["model"]), _source(model), {}, title))
     train = project["train"]
@@ -95,6 +100,8 @@ def _source(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def base_name(source: str) -> str:
     """What a base model is called in the store: the last readable part of its source."""
+    if scratch.is_scratch(source):
+        return scratch.name_of(source)
     # What was sent to a server is `upload:DIGEST/NAME`; the sender calls it NAME.
     local = ":" not in source or source.startswith("upload:")
     readable = Path(source).name if local else source.partition(":")[2].replace("/", ".")

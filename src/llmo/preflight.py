@@ -13,17 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from llmo import sources
+from llmo import plugins, sources
 from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.data.profile import profile
 from llmo.errors import SpecError
 from llmo.files import publish_json
 from llmo.specfile import validate
-from llmo.specs import DataSpec, ProjectSpec, TaskSpec
+from llmo.specs import DataSpec, ProjectSpec, ScratchSpec, TaskSpec
 from llmo.tasks.card import TOKENIZER, load_tokenizer
 from llmo.tasks.generation import Generation, conversation
-from llmo.training import gguf_source
+from llmo.training import gguf_source, scratch
 from llmo.training.base import config_of, inspect
 from llmo.training.forecast import forecast
 
@@ -38,11 +38,10 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     project = validate(dict(spec["project"]), ProjectSpec)
     data = inputs.get("data")
     found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
-    folder = inputs.get("model") or _resolved(spec["sources"]["model"])
-    _check_length(project.task.max_length, inspect(folder)["max_positions"])
-    config = config_of(folder)
     rows = found.pop("records")
-    with _described(folder, config) as described:
+    base = _base(spec["sources"]["model"], inputs.get("model"), project.task, rows[: found["rows"]["train"]])
+    with base as (described, config):
+        plugins.load("llmo.tasks", project.task.name).of_base(described)
         seen = _conversations if project.task.name == Generation.name else _texts
         lengths, samples = seen(described, project.task, rows, found["samples"])
     train_rows = int(found["rows"]["train"])
@@ -65,6 +64,26 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     }
     publish_json(out / "report.json", result)
     return result
+
+
+@contextmanager
+def _base(
+    source: Mapping[str, Any], stored: Path | None, task: TaskSpec, train: Rows
+) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """The base model's folder as the run will see it, weights aside, and its config; one from scratch is made here but
+    for its weights."""
+    if "scratch" in source:
+        with TemporaryDirectory() as name:
+            made = validate(dict(source["scratch"]), ScratchSpec)
+            config = scratch.describe(made, task.name, [row["text"] for row in train], Path(name))
+            _check_length(task.max_length, scratch.POSITIONS[made.architecture])
+            yield Path(name), config
+        return
+    folder = stored or _resolved(source)
+    _check_length(task.max_length, inspect(folder)["max_positions"])
+    config = config_of(folder)
+    with _described(folder, config) as described:
+        yield described, config
 
 
 def _check_length(length: int, limit: int | None) -> None:

@@ -64,7 +64,7 @@ def is_stored(source: str) -> bool:
 
 def is_local_path(source: str) -> bool:
     """True for a source that only means something on the machine that wrote it."""
-    return source.partition(":")[0] not in ("package", "upload", "hf")
+    return source.partition(":")[0] not in ("package", "upload", "hf", "scratch")
 
 
 def _package(rest: str) -> Path:

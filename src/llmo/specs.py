@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from llmo import plugins
 from llmo.errors import nearest
@@ -74,20 +83,26 @@ class DataSpec(Spec):
     """Where the text is and how to read it."""
 
     source: str = Field(description="a file, a folder, package:NAME/FOLDER, or a stored data set NAME@VERSION")
-    format: Literal["auto", "csv", "tsv", "json", "jsonl", "parquet", "folders", "conll", "chatterbot", "text"] = Field(
-        "auto", description="how the source is laid out; auto: by name and content"
-    )
+    format: Literal[
+        "auto", "csv", "tsv", "json", "jsonl", "parquet", "folders", "conll", "chatterbot", "text", "inter"
+    ] = Field("auto", description="how the source is laid out; auto: by name and content")
     encoding: str = Field("auto", description="character encoding of text files; auto: detected per file")
     text: str | None = Field(None, description="the column that holds the text; default: found by name")
     label: str | None = Field(None, description="the column that holds the label(s); default: found by name")
     id: str | None = Field(None, description="the column that identifies a row; default: found by name, else numbered")
     split_column: str | None = Field(None, description="a column that says train, dev or test; default: found by name")
+    user: str | None = Field(None, description="next-item: the column of who acted; default: found by name")
+    item: str | None = Field(
+        None, description="next-item: the column of the item, or of the whole sequence; default: found by name"
+    )
+    time: str | None = Field(None, description="next-item: the column of when; default: found by name, else row order")
     label_separator: str | None = Field(None, description="splits a label cell into several labels (multi-label)")
     clean: CleanSpec = Field(default_factory=CleanSpec, description="what is mended, dropped and compared")
     split: SplitSpec = Field(default_factory=SplitSpec, description="the shares of dev and test rows, and their seed")
 
 
 LONG_TASKS = ("generation",)
+BASE_TASKS = ("masked-lm",)  # what they train answers nothing: it is a base for other tasks
 
 
 class TaskSpec(Spec):
@@ -99,6 +114,9 @@ class TaskSpec(Spec):
     multi_label: bool | None = Field(None, description="several labels for one text; default: seen from the data")
     max_length: Annotated[int, Field(ge=8, le=8192)] = Field(
         128, description="tokens a text is cut to; default for generation: 1024"
+    )
+    repeats: bool | None = Field(
+        None, description="next-item: an item of the history may be the answer; default: seen from the data"
     )
 
     @model_validator(mode="before")
@@ -221,10 +239,21 @@ class ProjectSpec(Spec):
     name: Name = Field(description="what the data sets and models are called in the store")
     task: Annotated[TaskSpec, BeforeValidator(_task)] = Field(description="what is learnt")
     data: DataSpec = Field(description="where the text is")
-    model: str = Field(description="the base model: package:NAME, a folder, hf:NAME, or a stored model NAME@VERSION")
+    model: str = Field(
+        description="the base model: package:NAME, a folder, hf:NAME, a stored model NAME@VERSION, or one that is made "
+        "for the data: scratch:NAME"
+    )
     train: TrainSpec = Field(default_factory=TrainSpec, description="how the model is trained")
     compress: CompressSpec | None = Field(None, description="make it smaller and faster within a quality budget")
     deploy: DeploySpec | None = Field(None, description="serve it")
+
+    @field_validator("compress", "deploy")
+    @classmethod
+    def _answers(cls, value: Spec | None, info: ValidationInfo) -> Spec | None:
+        task = info.data.get("task")
+        if value is not None and task is not None and task.name in BASE_TASKS:
+            raise ValueError(f"a model of {task.name} answers nothing, it is a base for other tasks: leave this out")
+        return value
 
 
 class ImportSpec(DataSpec):
@@ -241,6 +270,22 @@ class BaseModelSpec(Spec):
     source: str
     source_digest: str | None = None
     uploads: str | None = None
+
+
+class ScratchSpec(Spec):
+    """The operation `scratch-model`: what `scratch:NAME,KEY=VALUE` asks for."""
+
+    architecture: Literal["transformer-tiny", "lstm", "causal-tiny", "sasrec"]
+    vocabulary: Annotated[int, Field(ge=300, le=200_000)] | None = Field(
+        None, description="entries of the tokeniser; default: by how much text there is"
+    )
+    width: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] | None = Field(
+        None, description="width of the hidden states; default: sasrec 64, the others 256"
+    )
+    layers: Annotated[int, Field(ge=1, le=48)] | None = Field(
+        None, description="default: lstm 1, sasrec 2, the others 4"
+    )
+    seed: int = Field(13, description="of the weights; default: train.seed")
 
 
 class ForeignAdapterSpec(BaseModelSpec):
@@ -283,6 +328,7 @@ class VerifySpec(Spec):
 
 # What each operation works on: its inputs by name, and those it can do without.
 INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "scratch-model": (("data",), ()),
     "plain": (("model",), ()),
     "adapter": (("model",), ()),
     "train": (("data", "model"), ()),
@@ -295,6 +341,7 @@ INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 OPERATIONS: dict[str, type[Spec]] = {
     "import": ImportSpec,
     "base-model": BaseModelSpec,
+    "scratch-model": ScratchSpec,
     "plain": PlainSpec,
     "adapter": ForeignAdapterSpec,
     "train": TrainJobSpec,

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llmo import naming, pipeline, sources
+from llmo import naming, pipeline, scratch, sources
 from llmo.errors import InputError, ModelError, NotFoundError, SpecError, UnreachableError
 from llmo.kernel import service
 from llmo.kernel.devices import detect
@@ -24,7 +24,7 @@ from llmo.serve.adapters import AdapterTable, Ready, bases, check_base, folder_o
 from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
 from llmo.specfile import validate
-from llmo.specs import INPUTS, OPERATIONS, AdapterSpec, DeploySpec, ProjectSpec
+from llmo.specs import BASE_TASKS, INPUTS, OPERATIONS, AdapterSpec, DeploySpec, ProjectSpec
 from llmo.store import Store
 from llmo.store.adapters import taken
 from llmo.store.feedback import parse as parse_feedback
@@ -340,6 +340,11 @@ class System:
                 f"{artifact.ref} is a base model, which has no card and no evidence of what it answers",
                 hint="train it, or let `llmo deploy` (the operation `plain`) make it one that is served as it is",
             )
+        if artifact.card["task"]["task"] in BASE_TASKS:
+            raise ModelError(
+                f"{artifact.ref} answers nothing: it is a base for other tasks",
+                hint=f"train one on it: llmo train --model {artifact.ref}, and deploy that",
+            )
         reference = artifact.inputs.get("model") if "reference" in artifact.card else None
         steps = [to_json(step) for step in pipeline.deployment(model, reference, spec.plain())]
         return self._start("pipeline", {"steps": steps}, {}, name=spec.endpoint)
@@ -348,8 +353,11 @@ class System:
         return pipeline.plan(project.plain(), self._sources(project))
 
     def _sources(self, project: ProjectSpec) -> dict[str, dict[str, Any]]:
-        wanted = {"data": project.data.source, "model": project.model}
-        return {name: self._source(name, source) for name, source in wanted.items()}
+        found = {"data": self._source("data", project.data.source)}
+        if scratch.is_scratch(project.model):
+            made = scratch.parse(project.model, project.task.name, project.train.seed)
+            return {**found, "model": {"scratch": made.plain()}}
+        return {**found, "model": self._source("model", project.model)}
 
     def _source(self, name: str, source: str) -> dict[str, Any]:
         if sources.is_stored(source) and not Path(source).exists():

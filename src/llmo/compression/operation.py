@@ -17,6 +17,7 @@ from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.errors import DataError, ModelError, SpecError
 from llmo.files import digest_of, manifest_of, storage_errors
+from llmo.specs import BASE_TASKS
 from llmo.tasks.base import Row
 from llmo.tasks.card import CARD, load_task, read_card, write_card
 
@@ -37,6 +38,12 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             "this model is compressed already", hint="compress the model it was made from", where=str(model)
         )
     task = load_task(model)
+    if task.name in BASE_TASKS:
+        raise ModelError(
+            f"a model of {task.name} answers nothing: it is a base for other tasks",
+            hint="train one on it, and compress that",
+            where=str(model),
+        )
     kind = generators if task.generates else encoders
     rows = _sample(Dataset.open(inputs["data"]).split("dev"), kind.MOST_ROWS)
     variants = _variants(spec["variants"], kind, task.name)

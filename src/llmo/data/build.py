@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmo.context import Context
-from llmo.data import checks
+from llmo.data import checks, sequences
+from llmo.data.built import Built
 from llmo.data.chat.reasons import REASONS
 from llmo.data.deduplicate import deduplicate
 from llmo.data.forms.base import Form
@@ -18,27 +18,17 @@ from llmo.data.prepare import prepare, tick
 from llmo.data.prepared import Prepared
 from llmo.data.row import SPLITS, Drop, Dropped, Row
 from llmo.data.split import FEW_DOCUMENTS, divide
-from llmo.data.stored import Column
 from llmo.errors import DataError, SpecError
 from llmo.specs import DataSpec, TaskSpec
 
+SEQUENCES = "next-item"  # the task that learns of users' histories, and of no text
 _SAMPLE_CHARACTERS = 300
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """`info` is the card but for the source's name and digest and the samples; `notes` are for the user."""
-
-    splits: Mapping[str, list[Row]]
-    dropped: list[Dropped]
-    info: dict[str, Any]
-    notes: list[str]
-    samples: list[dict[str, Any]]
-    stored: Sequence[Column]
 
 
 def build(source: Path, data: DataSpec, task: TaskSpec, ctx: Context) -> Built:
     """Raises DataError, with the place, for what cannot be read, understood or learnt from."""
+    if task.name == SEQUENCES:
+        return sequences.build(source, data, task, ctx)
     form = form_of(data, task)
     prepared = prepare(source, data, form, ctx)
     form.check(prepared, source.name)

@@ -19,6 +19,7 @@ _ENDINGS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".tab": "tsv",
+    ".inter": "inter",
     ".json": "json",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

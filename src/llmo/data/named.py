@@ -33,6 +33,9 @@ class Columns:
     id: str = ""
     split: str = ""
     document: str = ""
+    user: str = ""
+    item: str = ""
+    time: str = ""
     layout: str = ""
 
     def used(self) -> dict[str, str]:

@@ -27,6 +27,8 @@ class Drop(enum.StrEnum):
     NOT_TEXT = "not_text"
     SAME_ANSWERS = "same_answers"
     PROMPT_LEAK = "prompt_leak"
+    INCOMPLETE = "incomplete"
+    ALONE = "one_interaction"
 
 
 class Flawed(Exception):

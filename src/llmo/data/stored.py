@@ -36,6 +36,7 @@ def _of_conversation(name: str, part: Callable[[Conversation], Any]) -> Column:
 
 _TEXT = (Column("id", pa.string(), lambda row: row.id), Column("text", pa.string(), lambda row: row.text))
 ONE_LABEL = (*_TEXT, Column("label", pa.string(), lambda row: (row.labels or ("",))[0]))
+SEQUENCES = (*_TEXT, Column("label", pa.string(), lambda row: row.labels[0] if row.labels else None))
 LABELS = (*_TEXT, Column("labels", pa.list_(pa.string()), lambda row: list(row.labels or ())))
 SPANS = (
     *_TEXT,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmo import naming, pipeline, sources
+from llmo import naming, pipeline, scratch, sources
 from llmo.api import Api
 from llmo.errors import InputError, JobFailed, from_json
 from llmo.settings import Settings
@@ -91,9 +91,23 @@ def check(op: str, spec: Mapping[str, Any]) -> None:
     validate(dict(spec), OPERATIONS[op])
 
 
-def ensure_model(api: Api, model: str, hear: Callable[[News], None] | None = None) -> str:
-    """The ref of a base model: what the store calls so, else what is fetched from the source that is named."""
+def ensure_model(
+    api: Api,
+    model: str,
+    hear: Callable[[News], None] | None = None,
+    *,
+    data: Artifact | None = None,
+    seed: int | None = None,
+) -> str:
+    """The ref of a base model: what the store calls so, else what is fetched from the source that is named, or made
+    for `data` from scratch."""
     source = _source(api, model)
+    if source is not None and scratch.is_scratch(source):
+        if data is None:
+            raise scratch.needs_data(source)
+        made = scratch.parse(source, str(data.card["task"]), seed)
+        job = api.submit("scratch-model", made.plain(), {"data": data.digest}, name=scratch.name_of(source))
+        return output(api, wait(api, job, hear)).digest
     if source is None:
         return model
     job = api.submit("base-model", {"source": source}, name=pipeline.base_name(source))

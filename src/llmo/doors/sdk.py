@@ -175,7 +175,7 @@ class Deployed:
 
 
 def train(data: Dataset, *, model: str | Path | Model, name: str | None = None, **spec: Any) -> Model:
-    """Train `model` (package:NAME, a folder, hf:NAME or a stored one) on `data`.
+    """Train `model` (package:NAME, a folder, hf:NAME, scratch:NAME or a stored one) on `data`.
 
     Keywords are those of the `train:` section, and `max_length`. Raises JobFailed when the training fails.
     """
@@ -185,7 +185,8 @@ def train(data: Dataset, *, model: str | Path | Model, name: str | None = None, 
     api = data.api
     task = {"name": data.card["task"]} | ({"max_length": spec.pop("max_length")} if "max_length" in spec else {})
     flow.check("train", {"task": task, **spec})
-    inputs = {"data": data.artifact.digest, "model": flow.ensure_model(api, base)}
+    made = flow.ensure_model(api, base, data=data.artifact, seed=spec.get("seed"))
+    inputs = {"data": data.artifact.digest, "model": made}
     job = api.submit("train", {"task": task, **spec}, inputs, name=name or data.artifact.name)
     return Model(flow.output(api, flow.wait(api, job)), api)
 

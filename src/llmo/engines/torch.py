@@ -15,6 +15,7 @@ import transformers
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
+from llmo.engines import lstm  # noqa: F401 (transformers opens it once it is registered)
 from llmo.engines.base import Chunk, Request
 from llmo.engines.batch import Ids, chunks, means, pad
 from llmo.engines.folder import pad_token_id, position_limit, read_config, require

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Logits = NDArray[np.float32]
+IGNORED = -100  # a target that is not learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,11 @@ class Task(ABC):
     @abstractmethod
     def scores(self, totals: Totals) -> dict[str, Floats]:
         """The metrics made of summed counts; works on many resampled sums at once."""
+
+    def kept(self, logits: Logits, encoding: Encoding) -> Logits:
+        """What is kept of a text's logits, for figures and as evidence: all of them, unless the labels are a whole
+        vocabulary for every token."""
+        return logits
 
     def measure(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> dict[str, float]:
         """Metrics over a whole split."""

@@ -41,6 +41,8 @@ def check_config(folder: Path) -> dict[str, Any]:
 def _known(kind: str, folder: Path) -> None:
     from transformers import CONFIG_MAPPING  # brings torch: seconds
 
+    from llmo.engines import lstm  # noqa: F401 (registers itself there)
+
     if kind not in CONFIG_MAPPING:
         raise ModelError(
             f"unknown architecture '{kind}'{nearest(kind, list(CONFIG_MAPPING))}",

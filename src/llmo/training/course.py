@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from llmo.errors import SpecError
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Row, Task
 from llmo.tasks.generation import Generation
-from llmo.training import batches, folder, golden, preference, scoring
+from llmo.tasks.masked_lm import MaskedLm
+from llmo.tasks.next_item import NextItem
+from llmo.training import batches, folder, golden, places, preference, scoring
 from llmo.training.batches import Encoded
 from llmo.training.causal import Speaker
 from llmo.training.figures import Figures, Splits, TaskFigures
@@ -86,7 +88,10 @@ def plan(
     rows = data.split("train")
     encoded = batches.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"))
     goal: Objective
-    if speaker is None:
+    predictor: Callable[[Precision], scoring.Predict]
+    if isinstance(task, MaskedLm | NextItem):
+        goal, predictor = _places(task, encoded, built, spec, ctx)
+    elif speaker is None:
         predictor = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
         goal = Labels(built.model, task, encoded, spec, built.pad_id, chosen.device)
     else:
@@ -94,6 +99,19 @@ def plan(
         goal = Likelihood(speaker, task, encoded, spec, built.pad_id)
     figures = TaskFigures(task, tokenizer, splits, predictor, ctx)
     return Course(encoded, goal, figures, exact if speaker is None else chosen, built, task, tokenizer)
+
+
+def _places(
+    task: MaskedLm | NextItem, encoded: Encoded, built: Built, spec: TrainSpec, ctx: Context
+) -> tuple[Objective, Callable[[Precision], scoring.Predict]]:
+    found = places.Places(built.network)
+    if not found.apart:
+        ctx.note("this architecture's head does not run by itself: all logits are made, which takes longer")
+    if isinstance(task, MaskedLm):
+        predictor = functools.partial(places.predictor, built.model, found, task, built.pad_id)
+        return places.Masked(found, task, encoded, spec, built.pad_id), predictor
+    predictor = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
+    return places.AtPlaces(found, task, encoded, spec, built.pad_id), predictor
 
 
 def _preferences(

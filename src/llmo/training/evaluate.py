@@ -20,7 +20,7 @@ from llmo.errors import DataError, SpecError
 from llmo.files import publish_json
 from llmo.specfile import validate
 from llmo.specs import EvaluateSpec
-from llmo.tasks.base import Encoding, Logits, Row
+from llmo.tasks.base import Encoding, Logits, Row, Task
 from llmo.tasks.card import load_task, load_tokenizer, read_card
 from llmo.tasks.generation import Generation, conversation
 from llmo.tasks.written import measure
@@ -53,7 +53,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     else:
         if asked.answers:
             raise SpecError(f"a model for {task.name} writes no answers", hint="leave `answers` out")
-        with _labeller(card, folder, ctx) as predict:
+        with _labeller(card, folder, task, ctx) as predict:
             started = time.monotonic()
             scored = scoring.score(task, tokenizer, rows, predict, ctx, split)
             seconds = time.monotonic() - started
@@ -75,14 +75,14 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
 
 
 @contextmanager
-def _labeller(card: Mapping[str, Any], folder: Path, ctx: Context) -> Iterator[scoring.Predict]:
+def _labeller(card: Mapping[str, Any], folder: Path, task: Task, ctx: Context) -> Iterator[scoring.Predict]:
     engine: Engine = plugins.load("llmo.engines", card["engine"])()
     engine.load(folder, ctx.device)
 
     def predict(encodings: Sequence[Encoding]) -> list[Logits]:
         requests = [Request(i, encoding.input_ids) for i, encoding in enumerate(encodings)]
         found = {chunk.id: chunk.data for chunk in engine.run(requests)}
-        return [found[i] for i in range(len(encodings))]
+        return [task.kept(found[i], encoding) for i, encoding in enumerate(encodings)]
 
     with closing(engine):
         yield predict

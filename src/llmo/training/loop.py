@@ -136,7 +136,8 @@ class Loop:
     def _backward(self, batch: NDArray[np.int64]) -> float:
         """Gradients of the mean loss of the whole batch, however many parts it is computed in."""
         pieces = [p for p in np.array_split(batch, self.spec.gradient_accumulation_steps) if len(p)]
-        parts = [self._objective.batch(piece) for piece in pieces]
+        epoch = self.state.step // self._per_epoch
+        parts = [self._objective.batch(piece, epoch) for piece in pieces]
         masses = [self._objective.mass(targets) for _, targets in parts]
         whole = sum(masses) or 1.0
         loss = 0.0

@@ -109,7 +109,7 @@ def _open(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:
         )
     with quiet():
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    renew = not task.generates and _label(config, written, task)
+    renew = bool(task.labels) and _label(config, written, task)
     if spec.dropout is not None:
         for name in DROPOUTS:
             if isinstance(getattr(config, name, None), float):
@@ -182,7 +182,7 @@ def _load(base: Path, task: Task, config: Any, attention: str) -> tuple[Any, dic
 
 def _names(model: Any, modules: list[nn.Module]) -> set[str]:
     mine = {id(p) for module in modules for p in module.parameters()}
-    return {name for name, p in model.named_parameters() if id(p) in mine}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in mine}
 
 
 def _check_loaded(model: Any, info: dict[str, Any], base: Path, new: set[str]) -> None:

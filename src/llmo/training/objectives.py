@@ -25,8 +25,8 @@ class Objective(Protocol):
     metric: str
     higher_is_better: bool
 
-    def batch(self, rows: NDArray[np.int64]) -> tuple[Inputs, torch.Tensor]:
-        """Inputs and targets of training rows, on the CPU."""
+    def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
+        """Inputs and targets of training rows in an epoch, on the CPU: a pure function of both."""
 
     def mass(self, targets: torch.Tensor) -> float:
         """What `loss` divides by: parts weighted by their mass add up to the whole batch exactly."""
@@ -47,7 +47,7 @@ class Labels:
         self._weights = _class_weights(task, data) if spec.class_weights == "balanced" else None
         self._weights_there = None if self._weights is None else self._weights.to(device)
 
-    def batch(self, rows: NDArray[np.int64]) -> tuple[Inputs, torch.Tensor]:
+    def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         return batches.collate(self._data, rows, self._pad_id)
 
     def mass(self, targets: torch.Tensor) -> float:
@@ -65,7 +65,7 @@ class Likelihood:
         self._speaker, self._data, self._pad_id = speaker, data, pad_id
         self._smoothing = spec.label_smoothing
 
-    def batch(self, rows: NDArray[np.int64]) -> tuple[Inputs, torch.Tensor]:
+    def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         return batches.collate(self._data, rows, self._pad_id)
 
     def mass(self, targets: torch.Tensor) -> float:
@@ -91,7 +91,7 @@ class Preference:
         self._beta, self._smoothing = spec.beta, spec.label_smoothing
         self._reference = torch.from_numpy(reference.astype(np.float32))
 
-    def batch(self, rows: NDArray[np.int64]) -> tuple[Inputs, torch.Tensor]:
+    def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         return batches.collate(self._data, self._data.sequences(rows), self._pad_id)
 
     def mass(self, targets: torch.Tensor) -> float:

@@ -18,7 +18,7 @@ from llmo.specs import TrainJobSpec
 from llmo.tasks.base import Task
 from llmo.tasks.card import load_tokenizer, write_card, write_golden
 from llmo.tasks.generation import Generation
-from llmo.training import checkpoint, folder, lineage, optimiser, precision
+from llmo.training import checkpoint, folder, lineage, optimiser, precision, scratch
 from llmo.training.course import Course, plan, resolve
 from llmo.training.failures import memory_errors
 from llmo.training.loop import Loop
@@ -100,9 +100,14 @@ def _task(request: TrainJobSpec, data: Dataset, base: Path) -> tuple[Task, Train
     objective = resolve(request, cls, data.info.get("shape"))
     multi_label = request.task.multi_label
     options = {"multi_label": bool(data.info.get("multi_label")) if multi_label is None else multi_label}
-    options |= cls.of_base(base) | ({"learns": objective} if objective in ("answers", "text") else {})
+    repeats = data.info.get("repeats") if request.task.repeats is None else request.task.repeats
+    options |= {"repeats": repeats} | cls.of_base(base)
+    options |= {"learns": objective} if objective in ("answers", "text") else {}
     task = cls.from_rows(data.split("train"), max_length=request.task.max_length, options=options)
-    return task, request.model_copy(update={"objective": objective})
+    found: dict[str, Any] = {"objective": objective}
+    if request.learning_rate is None and scratch.is_new(base):
+        found["learning_rate"] = scratch.LEARNING_RATE
+    return task, request.model_copy(update=found)
 
 
 def _say(ctx: Context, built: Built, course: Course, chosen: precision.Precision) -> None:

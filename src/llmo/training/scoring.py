@@ -78,7 +78,8 @@ def model_predictor(model: nn.Module, task: Task, pad_id: int, precision: Precis
         with measuring(model, precision):
             logits = model(**{k: v.to(precision.device) for k, v in inputs.items()}).logits
         found = logits.float().cpu().numpy()
-        return [found[i] if found.ndim == 2 else found[i, : len(e.input_ids)] for i, e in enumerate(encodings)]
+        own = [found[i] if found.ndim == 2 else found[i, : len(e.input_ids)] for i, e in enumerate(encodings)]
+        return [task.kept(logits, e) for logits, e in zip(own, encodings, strict=True)]
 
     return predict
 

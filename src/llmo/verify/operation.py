@@ -153,7 +153,7 @@ def _saved_checks(saved: Path, subject: Subject, device: Device) -> list[Check]:
     """The saved model re-opened by plain transformers, and its adapter where it was trained with one."""
     expected = subject.golden.logits
     with _loaded("torch", saved, device) as engine:
-        reopened = _logits(engine, subject.golden.input_ids)
+        reopened = _logits(engine, subject)
     found = [checks.same_logits("saved model", "training graph and saved model", reopened, expected, hint=RETRAIN)]
     modules = read_card(saved).get("adapted_modules")
     if modules:
@@ -173,10 +173,9 @@ def _engine_checks(subject: Subject, device: Device) -> list[Check]:
     """The model through the engine that will serve it, in one padded batch and each text alone."""
     name, precision = subject.card["engine"], subject.card["precision"]
     hint = RETRAIN if name == "torch" else RECOMPRESS
-    ids = subject.golden.input_ids
     with _loaded(name, subject.folder, device) as engine:
-        together = _logits(engine, ids)
-        alone = [_logits(engine, [one])[0] for one in ids]
+        together = _logits(engine, subject)
+        alone = [_logits(engine, subject, [one])[0] for one in range(len(subject.encodings))]
     expected, limit = subject.golden.logits, subject.limit(checks.LOSSY_SPREAD)
     served = f"training graph and {name} {precision}"
     batches = checks.same_logits(
@@ -224,7 +223,9 @@ def _loaded(name: str, folder: Path, device: Device) -> Iterator[Engine]:
         engine.close()
 
 
-def _logits(engine: Engine, texts: Sequence[Sequence[int]]) -> list[Logits]:
-    """Logits of the texts as one batch."""
-    found = {chunk.id: chunk.data for chunk in engine.run([Request(i, ids) for i, ids in enumerate(texts)])}
-    return [found[i] for i in range(len(texts))]
+def _logits(engine: Engine, subject: Subject, which: Sequence[int] | None = None) -> list[Logits]:
+    """What is kept of the logits of the golden texts, or of some of them, as one batch."""
+    numbers = range(len(subject.encodings)) if which is None else which
+    requests = [Request(i, subject.golden.input_ids[i]) for i in numbers]
+    found = {chunk.id: chunk.data for chunk in engine.run(requests)}
+    return [subject.task.kept(found[i], subject.encodings[i]) for i in numbers]

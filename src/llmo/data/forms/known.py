@@ -12,6 +12,7 @@ _FORMS: dict[str, type[Form]] = {
     "text-classification": Labelled,
     "token-classification": Tagged,
     "generation": Conversational,
+    "masked-lm": Conversational,
 }
 
 

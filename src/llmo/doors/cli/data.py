@@ -100,6 +100,9 @@ def _show_dataset(artifact: Artifact) -> None:
     if "shape" in card:
         turns = f", {card['turns']['mean']:.1f} turns on average" if "turns" in card else ""
         facts += [("shape", f"{card['shape']}, written as {card['layout']}{turns}")]
+    elif "items" in card:
+        facts += [("users", str(card["users"])), ("items", str(card["items"]))]
+        facts += [("interactions", f"{card['interactions']}, the last two of a user held out")]
     else:
         facts += [("labels", ", ".join(f"{label} {count}" for label, count in card["labels"].items()))]
     table(f"data set {artifact.ref}", ["", ""], facts)

@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 def train(
     data: Annotated[str, typer.Option(help="A stored data set: NAME or NAME@VERSION.")],
-    model: Annotated[str, typer.Option(help="The base: package:NAME, a folder, hf:NAME, or a stored model.")],
+    model: Annotated[str, typer.Option(help="The base: package:NAME, a folder, hf:NAME, scratch:NAME, a stored one.")],
     name: Annotated[str, typer.Option(help="What the trained model is called in the store.")],
     method: Annotated[str, typer.Option(help="full, head, last-n or lora.")] = "full",
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
@@ -64,7 +64,8 @@ def train(
             **assignments(settings),
         }
         flow.check("train", spec)
-        inputs = {"data": artifact.digest, "model": flow.ensure_model(api, model, live.hear)}
+        base = flow.ensure_model(api, model, live.hear, data=artifact, seed=spec.get("seed"))
+        inputs = {"data": artifact.digest, "model": base}
         job = api.submit("train", spec, inputs, name=name, needs=needs_of("train", cores, memory, gpus), fresh=fresh)
         job = flow.wait(api, job, live.hear)
         found = flow.output(api, job)

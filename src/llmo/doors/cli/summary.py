@@ -19,6 +19,7 @@ Steps = Mapping[str, Mapping[str, Any]]
 SHOWN = (
     *("accuracy", "micro_f1", "f1", "precision", "recall", "macro_f1"),
     *("perplexity", "loss", "token_accuracy", "preference_accuracy", "margin"),
+    *("masked_perplexity", "masked_accuracy", "recall@10", "ndcg@10"),
 )
 
 
@@ -216,6 +217,8 @@ def brief(answer: Mapping[str, Any]) -> str:
         return (
             ", ".join(f"{e['label']} '{e['text']}' {e['start']}-{e['end']}" for e in answer["entities"]) or "no entity"
         )
+    if "items" in answer:
+        return ", ".join(f"{item['item']} ({item['score']:.3f})" for item in answer["items"][:5])
     if "labels" in answer:
         return ", ".join(answer["labels"]) or "no label"
     if "text" in answer:
