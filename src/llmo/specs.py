@@ -280,10 +280,10 @@ class ScratchSpec(Spec):
         None, description="entries of the tokeniser; default: by how much text there is"
     )
     width: Annotated[int, Field(ge=16, le=2048, multiple_of=8)] | None = Field(
-        None, description="width of the hidden states; default: sasrec 64, the others 256"
+        None, description="width of the hidden states; default: lstm 256, sasrec 64, the others 128"
     )
     layers: Annotated[int, Field(ge=1, le=48)] | None = Field(
-        None, description="default: lstm 1, sasrec 2, the others 4"
+        None, description="default: lstm 1, causal-tiny 4, the others 2"
     )
     seed: int = Field(13, description="of the weights; default: train.seed")
 

@@ -340,7 +340,7 @@ class System:
                 f"{artifact.ref} is a base model, which has no card and no evidence of what it answers",
                 hint="train it, or let `llmo deploy` (the operation `plain`) make it one that is served as it is",
             )
-        if artifact.card["task"]["task"] in BASE_TASKS:
+        if artifact.card.get("task", {}).get("task") in BASE_TASKS:
             raise ModelError(
                 f"{artifact.ref} answers nothing: it is a base for other tasks",
                 hint=f"train one on it: llmo train --model {artifact.ref}, and deploy that",

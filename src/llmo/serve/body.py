@@ -11,7 +11,7 @@ from llmo.errors import InputError, TooLargeError, nearest
 
 MAX_TEXTS = 512
 DEEPEST = 100  # levels of a JSON value
-_KEYS = ("text", "texts", "logits", "deadline_seconds")
+_KEYS = ("text", "texts", "history", "logits", "deadline_seconds")
 _LONGEST_DEADLINE = 3600.0
 _EXAMPLE = 'send {"text": "..."} or {"texts": ["...", "..."]}'
 
@@ -46,6 +46,8 @@ def parse(data: bytes, max_texts: int = MAX_TEXTS) -> PredictBody:
 
 
 def _texts(body: dict[str, Any]) -> list[str]:
+    if "history" in body and "text" not in body and "texts" not in body:
+        return [_history(body["history"])]
     if ("text" in body) == ("texts" in body):
         problem = "both 'text' and 'texts' are there" if "text" in body else "neither 'text' nor 'texts' is there"
         raise InputError(problem, hint=_EXAMPLE)
@@ -57,6 +59,18 @@ def _texts(body: dict[str, Any]) -> list[str]:
             where = "text" if "text" in body else f"texts[{index}]"
             raise InputError(f"a text is a string, not {_kind(text)}", where=where, hint=_EXAMPLE)
     return texts
+
+
+def _history(value: Any) -> str:
+    """A list of items as the text that means it: spaces between, and white space within one as `_`."""
+    if not isinstance(value, list) or not value:
+        raise InputError(
+            "'history' is a list of at least one item", where="history", hint='send {"history": ["50", "172"]}'
+        )
+    for index, item in enumerate(value):
+        if isinstance(item, bool) or not isinstance(item, str | int) or not str(item).strip():
+            raise InputError("an item is a string or a whole number", where=f"history[{index}]")
+    return " ".join("_".join(str(item).split()) for item in value)
 
 
 def _deadline(value: Any) -> float | None:

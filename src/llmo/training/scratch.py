@@ -20,9 +20,8 @@ from llmo.training.base import SOURCE, origin
 from llmo.training.vocabulary import CLS, END, FILL, MASK, PAD, SEP, UNKNOWN
 
 POSITIONS = {"transformer-tiny": 512, "lstm": 8192, "causal-tiny": 1024, "sasrec": 512}
-WIDTHS = {"sasrec": 64}
-LAYERS = {"sasrec": 2, "lstm": 1}
-WIDTH, DEPTH = 256, 4
+WIDTHS = {"transformer-tiny": 128, "lstm": 256, "causal-tiny": 128, "sasrec": 64}
+LAYERS = {"transformer-tiny": 2, "lstm": 1, "causal-tiny": 4, "sasrec": 2}  # the first as BERT-Tiny (Turc et al. 2019)
 HEAD = 64  # of the width, where it divides
 LEAST_ENTRIES = 64  # of an embedding table
 LEARNING_RATE = 1e-3  # the peak, where none is written
@@ -93,7 +92,7 @@ def describe(spec: ScratchSpec, task: str, texts: Sequence[str], out: Path) -> d
 
 def _config(spec: ScratchSpec, entries: int) -> dict[str, Any]:
     name = spec.architecture
-    width, layers = spec.width or WIDTHS.get(name, WIDTH), spec.layers or LAYERS.get(name, DEPTH)
+    width, layers = spec.width or WIDTHS[name], spec.layers or LAYERS[name]
     common = {
         "vocab_size": entries,
         "hidden_size": width,
