@@ -33,9 +33,9 @@ class Door:
         """Where models that generate answer in OpenAI's protocol."""
         return f"{self.url}/v1/chat/completions"
 
-    def curl(self, name: str) -> str:
-        """A command that asks an endpoint that labels texts."""
-        return self._curl(self.endpoint(name), {"text": "Shares rose after the bank's profits beat forecasts."})
+    def curl(self, name: str, text: str = "Shares rose after the bank's profits beat forecasts.") -> str:
+        """A command that asks an endpoint that answers in one pass over a text."""
+        return self._curl(self.endpoint(name), {"text": text})
 
     def curl_chat(self, name: str) -> str:
         """A command that talks to an endpoint that generates."""

@@ -11,7 +11,8 @@ from llmo.errors import InputError, TooLargeError, nearest
 
 MAX_TEXTS = 512
 DEEPEST = 100  # levels of a JSON value
-_KEYS = ("text", "texts", "history", "logits", "deadline_seconds")
+_ASKED = ("text", "texts", "history")
+_KEYS = (*_ASKED, "logits", "deadline_seconds")
 _LONGEST_DEADLINE = 3600.0
 _EXAMPLE = 'send {"text": "..."} or {"texts": ["...", "..."]}'
 
@@ -46,11 +47,12 @@ def parse(data: bytes, max_texts: int = MAX_TEXTS) -> PredictBody:
 
 
 def _texts(body: dict[str, Any]) -> list[str]:
-    if "history" in body and "text" not in body and "texts" not in body:
-        return [_history(body["history"])]
-    if ("text" in body) == ("texts" in body):
-        problem = "both 'text' and 'texts' are there" if "text" in body else "neither 'text' nor 'texts' is there"
+    given = [key for key in _ASKED if key in body]
+    if len(given) != 1:
+        problem = f"both '{given[0]}' and '{given[1]}' are there" if given else "neither 'text' nor 'texts' is there"
         raise InputError(problem, hint=_EXAMPLE)
+    if given == ["history"]:
+        return [_history(body["history"])]
     texts = [body["text"]] if "text" in body else body["texts"]
     if not isinstance(texts, list) or not texts:
         raise InputError("'texts' is a list of at least one text", where="texts", hint=_EXAMPLE)

@@ -16,6 +16,10 @@ def test_reads_one_text_and_many() -> None:
     assert (body.texts, body.logits, body.deadline_seconds) == (["é", "👍"], True, 2.0)
 
 
+def test_a_history_is_the_text_that_means_it() -> None:
+    assert parse(b'{"history": ["50", 172, "toy  story"]}').texts == ["50 172 toy_story"]
+
+
 def test_a_byte_order_mark_is_not_an_error() -> None:
     assert parse(b'\xef\xbb\xbf{"text": "a"}').texts == ["a"]
 
@@ -32,6 +36,12 @@ def test_a_byte_order_mark_is_not_an_error() -> None:
         (b"{}", "neither"),
         (b'{"text": "a", "texts": ["b"]}', "both"),
         (b'{"texts": []}', "at least one"),
+        (b'{"text": "a", "history": ["b"], "texts": ["c"]}', "both"),
+        (b'{"text": "a", "history": ["b"]}', "both 'text' and 'history'"),
+        (b'{"history": []}', "at least one item"),
+        (b'{"history": "50 172"}', "at least one item"),
+        (b'{"history": ["a", null]}', "an item is a string"),
+        (b'{"history": ["a", " "]}', "an item is a string"),
         (b'{"texts": "a"}', "at least one"),
         (b'{"text": 3}', "not a number"),
         (b'{"text": null}', "not null"),

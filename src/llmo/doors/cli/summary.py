@@ -205,7 +205,9 @@ def show_verify(result: Mapping[str, Any]) -> None:
 def _show_endpoint(door: Door, name: str, answers: Sequence[Mapping[str, Any]]) -> None:
     writes = any("text" in found["answer"] for found in answers)
     console.print(f"[bold]endpoint[/] {door.chat if writes else door.endpoint(name)}")
-    console.print(door.curl_chat(name) if writes else door.curl(name), markup=False, soft_wrap=True)
+    histories = [" ".join(found["text"].split()[-5:]) for found in answers if "items" in found["answer"]]
+    curl = door.curl_chat(name) if writes else door.curl(name, *histories[:1])
+    console.print(curl, markup=False, soft_wrap=True)
     console.print()
     for found in answers:
         console.print(f"  {shorten(found['text'], 88)}", markup=False)
