@@ -58,7 +58,7 @@ def plan(project: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -
         spec = {**project["data"], "task": task, **_source(data)}
         steps.append(Step("data", "import", name, spec, {}, f"read and clean {project['data']['source']}"))
     if "scratch" in model:
-        title = f"make a {model['scratch']['architecture']} from scratch"
+        title = f"make a base model from scratch ({model['scratch']['architecture']})"
         needs = {"data": inputs["data"]}
         steps.append(Step("base", "scratch-model", base_name(project["model"]), model["scratch"], needs, title))
     elif "artifact" not in model:

@@ -16,7 +16,7 @@ name: shop
 task: next-item
 data: {source: visits.csv}
 model: scratch:sasrec,width=32,layers=1
-train: {epochs: 40, learning_rate: 5e-3, batch_size: 8}
+train: {epochs: 15, learning_rate: 5e-3, batch_size: 8}
 deploy: {endpoint: shop, cores: 1}
 """
 

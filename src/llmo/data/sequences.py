@@ -93,6 +93,7 @@ def _card(splits: dict[str, list[Row]], users: dict[str, list[Action]], found: F
         "encodings": dict(found.log.encodings),
         "splits": "leave-last-out",
         "multi_label": False,
+        "shape": "histories of items",
         "users": len(splits["train"]),
         "items": len(_items(splits["train"])),
         "interactions": sum(len(actions) for actions in users.values()),

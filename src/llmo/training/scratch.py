@@ -14,7 +14,7 @@ from llmo.files import publish_json, storage_errors
 from llmo.scratch import SCHEME, is_scratch
 from llmo.specfile import validate
 from llmo.specs import ScratchSpec
-from llmo.tasks.card import TOKENIZER
+from llmo.tasks.card import TOKENIZER, load_tokenizer
 from llmo.training import vocabulary, weights
 from llmo.training.base import SOURCE, origin
 from llmo.training.vocabulary import CLS, END, FILL, MASK, PAD, SEP, UNKNOWN
@@ -42,7 +42,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         config = describe(asked, str(data.info.get("task")), rows.column("text"), out)
         ctx.report(1, 2, phase="make the weights")
         parameters = _make(out, asked.seed)
-    entries = int(config["vocab_size"])
+    entries = load_tokenizer(out).get_vocab_size()
     source = f"{SCHEME}:{asked.architecture}"
     publish_json(out / SOURCE, {"source": source, "digest": sources.fingerprint(out / weights.FILE), **asked.plain()})
     ctx.note(f"{asked.architecture}, {parameters / 1e6:.2f}M parameters; tokeniser of {entries} entries")

@@ -104,7 +104,7 @@ def _train(tokenizer: Tokenizer, trainer: trainers.Trainer, texts: Sequence[str]
     if told is not None and found < told:
         raise SpecError(
             f"a vocabulary of {told} was asked for, and the training rows give no more than {found} entries",
-            hint=f"ask for vocabulary={found} at most, or leave it out to have it chosen",
+            hint="leave vocabulary out to have it chosen, ask for no more than that, or give more text",
         )
 
 

@@ -97,12 +97,12 @@ def _show_dataset(artifact: Artifact) -> None:
         ("rows", f"{card['rows']['read']} read, {_rows(artifact)} train/dev/test, {card['rows']['dropped']} dropped")
     ]
     facts += [(f"dropped: {reason.replace('_', ' ')}", str(count)) for reason, count in card["dropped"].items()]
-    if "shape" in card:
-        turns = f", {card['turns']['mean']:.1f} turns on average" if "turns" in card else ""
-        facts += [("shape", f"{card['shape']}, written as {card['layout']}{turns}")]
-    elif "items" in card:
+    if "items" in card:
         facts += [("users", str(card["users"])), ("items", str(card["items"]))]
         facts += [("interactions", f"{card['interactions']}, the last two of a user held out")]
+    elif "shape" in card:
+        turns = f", {card['turns']['mean']:.1f} turns on average" if "turns" in card else ""
+        facts += [("shape", f"{card['shape']}, written as {card['layout']}{turns}")]
     else:
         facts += [("labels", ", ".join(f"{label} {count}" for label, count in card["labels"].items()))]
     table(f"data set {artifact.ref}", ["", ""], facts)
