@@ -119,6 +119,13 @@ class TaskSpec(Spec):
         None, description="next-item: an item of the history may be the answer; default: seen from the data"
     )
 
+    @field_validator("repeats")
+    @classmethod
+    def _repeats(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value is not None and info.data.get("name") != "next-item":
+            raise ValueError("it is of task next-item: leave it out")
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _length(cls, value: Any) -> Any:

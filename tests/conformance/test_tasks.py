@@ -1,6 +1,7 @@
 """What every task must keep to, whatever it is: add a task's rows to CASES and it is held to the same contract.
 
-Tasks that write instead of label stand in WRITING: they share the card, the encoding of rows and the measuring.
+Tasks that write instead of label stand in WRITING: they share the card, the encoding of rows and the measuring. Those
+whose labels are a whole vocabulary stand in VOCABULARY: what is learnt of a row is not what it is measured on.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from llmo import plugins
 from llmo.errors import InputError
 from llmo.tasks.base import Encoding, Task
+from llmo.tasks.card import load_tokenizer
 from llmo.tasks.metrics import Tally
-from support.tiny import chat_rows, span_rows, text_rows, tiny_tokenizer
+from support.tiny import chat_rows, history_rows, span_rows, text_rows, tiny_history_model, tiny_model, tiny_tokenizer
 from support.tiny_chat import tiny_chat_model, tiny_chat_tokenizer
 
 
@@ -43,8 +45,14 @@ WRITING = {
 }
 
 
+VOCABULARY = {
+    "masked-lm": ("masked-lm", text_rows(40, seed=7)),
+    "next-item": ("next-item", history_rows(40, seed=8)),
+}
+
+
 def test_every_registered_task_is_here() -> None:
-    assert set(plugins.names("llmo.tasks")) == {name for name, _ in (CASES | WRITING).values()}
+    assert set(plugins.names("llmo.tasks")) == {name for name, _ in (CASES | WRITING | VOCABULARY).values()}
 
 
 @pytest.fixture(params=sorted(CASES))
@@ -249,3 +257,64 @@ def test_a_writing_task_has_no_labels_to_answer_with(writing: Case) -> None:
     ):
         with pytest.raises(InputError, match="has no labels: it writes its answers"):
             ask()
+
+
+@pytest.fixture(params=sorted(VOCABULARY))
+def placed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    name, rows = VOCABULARY[request.param]
+    cls = plugins.load("llmo.tasks", name)
+    make = tiny_history_model if name == "next-item" else tiny_model
+    base = make(tmp_path_factory.mktemp("base") / "model")
+    task = cls.from_rows(rows, max_length=64, options=cls.of_base(base))
+    tokenizer = load_tokenizer(base)
+    lessons = task.lessons(tokenizer, rows)
+    return Case(task, rows, task.encode_rows(tokenizer, rows), [task.target(row, e) for row, e in lessons])
+
+
+def sure(case: Case, logit: float) -> list[np.ndarray]:
+    """What is kept of a model's logits that gives what is to be found this much more than all else."""
+    found = []
+    for row, encoding in zip(case.rows, case.encodings, strict=True):
+        if case.task.labels:
+            logits = np.arange(len(case.task.labels), dtype=np.float32) * -1e-3
+            logits[case.task.labels.index(row["label"])] += logit
+        else:
+            answers = case.task.target(row, encoding)
+            logits = np.zeros((len(answers), case.task.vocabulary), np.float32)  # type: ignore[attr-defined]
+            logits[np.arange(len(answers)), np.maximum(answers, 0)] += logit
+        found.append(case.task.kept(logits, encoding))
+    return found
+
+
+def test_a_vocabulary_tasks_card_round_trip(placed: Case) -> None:
+    card = json.loads(json.dumps(placed.task.to_card()))
+    again = plugins.load("llmo.tasks", card["task"]).from_card(card)
+    assert again.to_card() == placed.task.to_card()
+    outputs = sure(placed, 3.0)
+    assert again.measure(outputs, placed.rows, placed.encodings) == placed.task.measure(
+        outputs, placed.rows, placed.encodings
+    )
+
+
+def test_something_is_learnt_of_every_row(placed: Case) -> None:
+    assert len(placed.targets) >= len(placed.rows)
+    assert all((target != -100).any() for target in placed.targets)
+
+
+def test_surer_of_the_right_measures_better(placed: Case) -> None:
+    task = placed.task
+    found = [task.measure(sure(placed, x), placed.rows, placed.encodings)[task.metric] for x in (-9.0, 0.0, 9.0)]
+    assert found == sorted(found, reverse=not task.higher_is_better)
+    assert task.drop(found[2], found[0]) > 0
+
+
+def test_a_vocabulary_split_measured_in_parts_is_the_split_measured_whole(placed: Case) -> None:
+    task, outputs = placed.task, sure(placed, 3.0)
+    outputs[::3] = sure(placed, -1.0)[::3]
+    whole = task.tally(outputs, placed.rows, placed.encodings)
+    cuts = [slice(0, 5), slice(5, 30), slice(30, None)]
+    parts = Tally.merged([task.tally(outputs[c], placed.rows[c], placed.encodings[c]) for c in cuts])
+    assert json.loads(json.dumps(task.details(parts), allow_nan=False)) == task.details(whole)
+    assert task.intervals(parts, seed=4) == task.intervals(whole, seed=4)
+    main = task.intervals(whole)[task.metric]
+    assert main["low"] < main["value"] < main["high"]

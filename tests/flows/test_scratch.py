@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import httpx
@@ -10,6 +9,7 @@ import pytest
 
 import llmo as sdk
 from support.project import llmo
+from support.tiny import history_rows
 
 YAML = """\
 name: shop
@@ -23,11 +23,9 @@ deploy: {endpoint: shop, cores: 1}
 
 def visits(folder: Path) -> Path:
     """Users who go round a ring of twenty items, three steps at a time."""
-    rng = random.Random(2)
     lines = ["user,item,time"]
-    for user in range(80):
-        at = rng.randrange(20)
-        lines += [f"u{user},i{(at + 3 * step) % 20},{step}" for step in range(rng.randrange(6, 12))]
+    for row in history_rows(80):
+        lines += [f"{row['id']},{item},{time}" for time, item in enumerate([*row["text"].split(), row["label"]])]
     (folder / "visits.csv").write_text("\n".join(lines), encoding="utf-8")
     (folder / "llmo.yaml").write_text(YAML, encoding="utf-8")
     return folder / "llmo.yaml"

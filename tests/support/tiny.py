@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
+from tokenizers.models import WordLevel, WordPiece
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
 HIDDEN, LAYERS, HEADS, INNER, POSITIONS = 32, 2, 2, 64, 128
@@ -114,6 +114,27 @@ def span_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
             text += word
         rows.append({"id": f"r{i}", "text": text, "spans": spans})
     return rows
+
+
+def history_rows(count: int, seed: int = 0, *, items: int = 20) -> list[dict[str, Any]]:
+    """Users who go round a ring of items, three steps at a time: what comes next can be learnt."""
+    rng = random.Random(seed)
+    rows = []
+    for user in range(count):
+        at, steps = rng.randrange(items), rng.randrange(4, 10)
+        names = [f"i{(at + 3 * step) % items}" for step in range(steps)]
+        rows.append({"id": f"u{user}", "text": " ".join(names[:-1]), "label": names[-1]})
+    return rows
+
+
+def tiny_history_model(folder: Path, *, items: int = 20) -> Path:
+    """The tokeniser of that ring, as a folder: what a task reads off its base."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = ["[PAD]", "[UNK]", *(f"i{n}" for n in range(items))]
+    tokenizer = Tokenizer(WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def tiny_dataset(

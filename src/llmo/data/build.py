@@ -27,6 +27,7 @@ _SAMPLE_CHARACTERS = 300
 
 def build(source: Path, data: DataSpec, task: TaskSpec, ctx: Context) -> Built:
     """Raises DataError, with the place, for what cannot be read, understood or learnt from."""
+    _check_columns(data, task)
     if task.name == SEQUENCES:
         return sequences.build(source, data, task, ctx)
     form = form_of(data, task)
@@ -37,6 +38,18 @@ def build(source: Path, data: DataSpec, task: TaskSpec, ctx: Context) -> Built:
     info = {"task": task.name, **_card(prepared, form, splits, dropped)}
     notes = [*prepared.notes, *_notes(prepared, dropped), *checks.alike(info["labels"])]
     return Built(splits, dropped, info, notes, [_sample(row) for row in _samples(splits["train"])], form.stored())
+
+
+def _check_columns(data: DataSpec, task: TaskSpec) -> None:
+    """Raises SpecError for a column that is told and would not be looked at."""
+    roles = {True: ("user", "item", "time"), False: ("text", "label", "id", "split_column", "label_separator")}
+    acts = task.name == SEQUENCES
+    idle = next((role for role in roles[not acts] if getattr(data, role) is not None), None)
+    if idle is not None:
+        raise SpecError(
+            f"data.{idle} says nothing to {task.name}",
+            hint=f"leave it out; {task.name} knows: {', '.join(f'data.{role}' for role in roles[acts])}",
+        )
 
 
 def _divided(

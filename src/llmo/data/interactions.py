@@ -74,7 +74,7 @@ def _read_part(part: Part, spec: DataSpec, found: Found, ctx: Context) -> None:
         return
     names = list(dict.fromkeys(name for row in head for name in row.values))
     columns = _choose(names, spec, found.log.name(part.path))
-    whole = not columns.user or columns.item in SEQUENCE.split() or _any_list(head, columns.item)
+    whole = not columns.user or _is_sequence(columns.item) or _any_list(head, columns.item)
     found.columns = found.columns or columns.used()
     for row in chain(head, raw):
         found.read += 1
@@ -102,7 +102,7 @@ def _choose(names: Sequence[str], spec: DataSpec, where: str) -> Columns:
             where=where,
             hint=f"the columns are: {listed(names)}; say which: data.item: NAME, and data.user and data.time likewise",
         )
-    if not user and item not in SEQUENCE.split() and spec.item is None:
+    if not user and not _is_sequence(item) and spec.item is None:
         raise DataError(
             "no column is called like a user column",
             where=where,
@@ -110,6 +110,10 @@ def _choose(names: Sequence[str], spec: DataSpec, where: str) -> Columns:
             f"data.item: {item}",
         )
     return Columns(item=item, **unless({"user": user, "time": time}, item))
+
+
+def _is_sequence(column: str) -> bool:
+    return column.strip().casefold() in SEQUENCE.split()
 
 
 def _any_list(head: Sequence[RawRow], column: str) -> bool:
@@ -121,16 +125,11 @@ def _items(value: Any, place: str, log: ReadLog, *, whole: bool) -> list[str]:
     if whole and isinstance(value, str):
         return [part for part in _BETWEEN.split(value) if part]
     items = []
-    for name in class_names(value, None, place) or () if not isinstance(value, list) else _each(value, place):
-        items.append("_".join(name.split()))
-        log.changed["items_with_spaces"] += items[-1] != name
+    for one in value if isinstance(value, list) else [value]:
+        for name in class_names(one, None, place) or ():
+            items.append("_".join(name.split()))
+            log.changed["items_with_spaces"] += items[-1] != name
     return items
-
-
-def _each(values: Sequence[Any], place: str) -> list[str]:
-    """The names of a list, repeats included."""
-    found = [class_names(value, None, place) for value in values]
-    return [names[0] for names in found if names]
 
 
 def _time(row: RawRow, column: str) -> float:

@@ -18,6 +18,7 @@ from llmo.training import gguf_source, weights
 from llmo.training.architecture import check_config
 
 SOURCE = "source.json"
+FEWEST = 0.9  # of a model's entries that its tokeniser has; with fewer it may be another's
 KEPT = (
     "config.json",
     "tokenizer_config.json",
@@ -60,6 +61,9 @@ def _bring(source: str, folder: Path, header: gguf_source.Header | None, out: Pa
     from llmo.training import tokenizer  # brings torch and transformers, which `inspect` does without
 
     made = tokenizer.bring(folder, out, config)
+    entries = config.get("vocab_size")
+    if isinstance(entries, int) and made.vocabulary < FEWEST * entries:
+        ctx.note(f"the tokeniser has {made.vocabulary} entries and the model {entries}: see that it is the model's own")
     result = {
         "source": source,
         "model_type": config["model_type"],

@@ -108,9 +108,9 @@ def _places(
     if not found.apart:
         ctx.note("this architecture's head does not run by itself: all logits are made, which takes longer")
     if isinstance(task, MaskedLm):
-        predictor = functools.partial(places.predictor, built.model, found, task, built.pad_id)
+        predictor = functools.partial(places.hidden_predictor, built.model, found, task, built.pad_id)
         return places.Masked(found, task, encoded, spec, built.pad_id), predictor
-    predictor = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
+    predictor = functools.partial(places.last_predictor, built.model, found, task, built.pad_id)
     return places.AtPlaces(found, task, encoded, spec, built.pad_id), predictor
 
 

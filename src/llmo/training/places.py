@@ -71,6 +71,15 @@ class Places:
             found.append(torch.stack([picked, (logits.argmax(1) == wanted[part]).float()], 1))
         return torch.cat(found)
 
+    def last(self, inputs: Inputs) -> torch.Tensor:
+        """The logits at each text's last token, `[texts, labels]`, of a model that answers there."""
+        if not self.apart:
+            logits: torch.Tensor = self._network(**inputs).logits
+            return logits.float()
+        states = self._network.base_model(**inputs).last_hidden_state
+        ends = inputs["attention_mask"].sum(1) - 1
+        return self._logits(states[torch.arange(len(ends), device=ends.device), ends])
+
     def _states(self, inputs: Inputs, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         there = targets != IGNORED
         said = self._network.base_model(**inputs).last_hidden_state if self.apart else self._network(**inputs).logits
@@ -144,7 +153,7 @@ class Masked(AtPlaces):
         return inputs, targets
 
 
-def predictor(model: nn.Module, places: Places, task: Task, pad_id: int, precision: Precision) -> Predict:
+def hidden_predictor(model: nn.Module, places: Places, task: Task, pad_id: int, precision: Precision) -> Predict:
     """As `scoring.model_predictor`, of hidden tokens only: `[hidden, 2]` a text."""
 
     def predict(encodings: Sequence[Encoding]) -> list[Logits]:
@@ -155,5 +164,18 @@ def predictor(model: nn.Module, places: Places, task: Task, pad_id: int, precisi
             on_device = {k: v.to(precision.device) for k, v in inputs.items()}
             found = places.judge(on_device, targets.to(precision.device)).cpu().numpy()
         return np.split(found, np.cumsum([int((t != IGNORED).sum()) for t in wanted])[:-1])
+
+    return predict
+
+
+def last_predictor(model: nn.Module, places: Places, task: Task, pad_id: int, precision: Precision) -> Predict:
+    """As `scoring.model_predictor`, of a model that answers at the last token: `[labels]` a text, and no logits of the
+    tokens before it."""
+
+    def predict(encodings: Sequence[Encoding]) -> list[Logits]:
+        inputs = batches.padded([e.input_ids for e in encodings], pad_id, task.max_length)
+        on_device = {k: v.to(precision.device) for k, v in inputs.items()}
+        with measuring(model, precision):
+            return list(places.last(on_device).cpu().numpy())
 
     return predict

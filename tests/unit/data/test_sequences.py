@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llmo.errors import DataError
+from llmo.errors import DataError, SpecError
+from llmo.specs import TaskSpec
 from unit.data.conftest import Import
 
 LINES = [
@@ -112,6 +113,18 @@ def test_what_nothing_can_be_learnt_from(tmp_path: Path, import_: Import, text: 
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(DataError, match=says):
         import_(tmp_path / "x.csv", "next-item")
+
+
+@pytest.mark.parametrize(("task", "key"), [("next-item", "label"), ("text-classification", "user")])
+def test_a_column_that_would_not_be_looked_at_is_refused(tmp_path: Path, import_: Import, task: str, key: str) -> None:
+    with pytest.raises(SpecError, match=f"data.{key} says nothing to {task}"):
+        import_(csv(tmp_path / "x.csv", LINES), task, **{key: "item_id"})
+
+
+def test_repeats_are_of_this_task_alone() -> None:
+    assert TaskSpec(name="next-item", repeats=True).repeats
+    with pytest.raises(ValueError, match="it is of task next-item"):
+        TaskSpec(name="generation", repeats=True)
 
 
 def test_a_column_that_is_not_there(tmp_path: Path, import_: Import) -> None:

@@ -97,6 +97,19 @@ def test_a_tokenizer_of_another_model_is_refused(model: Path, out: Path) -> None
         bring(model, out)
 
 
+@pytest.mark.parametrize("entries", [None, 400])
+def test_a_tokenizer_that_may_be_of_another_model_is_told(model: Path, out: Path, entries: int | None) -> None:
+    class Listening(NullContext):
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    notes: list[str] = []
+    if entries is not None:
+        edit(model / "config.json", vocab_size=entries)
+    base.run({"source": str(model)}, {}, out, Listening())
+    assert ("see that it is the model's own" in " ".join(notes)) is (entries is not None)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "last.ckpt"])
 def test_a_pickle_is_refused_by_name(model: Path, out: Path, name: str) -> None:
     (model / "model.safetensors").rename(model / name)

@@ -23,7 +23,7 @@ from llmo.specs import DataSpec, TaskSpec
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden
 from llmo.training import scratch, vocabulary
 from llmo.verify import operation as verify
-from support.tiny import text_rows
+from support.tiny import history_rows, text_rows
 
 Train = Callable[..., dict[str, Any]]
 TEXTS = [row["text"] for row in text_rows(200)]
@@ -59,11 +59,10 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 @pytest.fixture(scope="session")
 def visits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Users who go round in a ring of twenty items, three steps at a time: what comes next can be learnt."""
-    rng, folder = random.Random(2), tmp_path_factory.mktemp("visits")
+    folder = tmp_path_factory.mktemp("visits")
     lines = ["user,item,time"]
-    for user in range(80):
-        at = rng.randrange(20)
-        lines += [f"u{user},i{(at + 3 * step) % 20},{step}" for step in range(rng.randrange(6, 12))]
+    for row in history_rows(80):
+        lines += [f"{row['id']},{item},{time}" for time, item in enumerate([*row["text"].split(), row["label"]])]
     (folder / "visits.csv").write_text("\n".join(lines))
     (folder / "data").mkdir()
     told = {**DataSpec(source=str(folder / "visits.csv")).plain(), "task": TaskSpec(name="next-item").plain()}
