@@ -21,14 +21,14 @@ from llmo.data.split import FEW_DOCUMENTS, divide
 from llmo.errors import DataError, SpecError
 from llmo.specs import DataSpec, TaskSpec
 
-SEQUENCES = "next-item"  # the task that learns of users' histories, and of no text
+NEXT_ITEM = "next-item"  # learns of users' histories, and of no text
 _SAMPLE_CHARACTERS = 300
 
 
 def build(source: Path, data: DataSpec, task: TaskSpec, ctx: Context) -> Built:
     """Raises DataError, with the place, for what cannot be read, understood or learnt from."""
     _check_columns(data, task)
-    if task.name == SEQUENCES:
+    if task.name == NEXT_ITEM:
         return sequences.build(source, data, task, ctx)
     form = form_of(data, task)
     prepared = prepare(source, data, form, ctx)
@@ -43,7 +43,7 @@ def build(source: Path, data: DataSpec, task: TaskSpec, ctx: Context) -> Built:
 def _check_columns(data: DataSpec, task: TaskSpec) -> None:
     """Raises SpecError for a column that is told and would not be looked at."""
     roles = {True: ("user", "item", "time"), False: ("text", "label", "id", "split_column", "label_separator")}
-    acts = task.name == SEQUENCES
+    acts = task.name == NEXT_ITEM
     idle = next((role for role in roles[not acts] if getattr(data, role) is not None), None)
     if idle is not None:
         raise SpecError(

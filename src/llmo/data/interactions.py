@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,15 @@ def _read_part(part: Part, spec: DataSpec, found: Found, ctx: Context) -> None:
         found.read += 1
         if found.read % _TICK == 0:
             tick(ctx, found.read, None, "reading")
-        given = class_names(row.values.get(columns.user), None, row.place) if columns.user else (row.place,)
+        user = class_names(row.values.get(columns.user), None, row.place) if columns.user else (row.place,)
         items = _items(row.values.get(columns.item), row.place, found.log, whole=whole)
-        if not given or not items:
-            lacks = "no user" if not given else "no item"
+        if not user or not items:
+            lacks = "no user" if not user else "no item"
             found.dropped.append(Dropped(Row(" ".join(items), None, row.place), Drop.INCOMPLETE, lacks))
             continue
         time = _time(row, columns.time) if columns.time else 0.0
         begin = len(found.actions)
-        found.actions += [Action(given[0], item, time, begin + i, row.place) for i, item in enumerate(items)]
+        found.actions += [Action(user[0], item, time, begin + i, row.place) for i, item in enumerate(items)]
 
 
 def _choose(names: Sequence[str], spec: DataSpec, where: str) -> Columns:
@@ -136,18 +136,22 @@ def _time(row: RawRow, column: str) -> float:
     """Seconds, or whatever unit the numbers of the source are in. Raises DataError for what is neither number nor
     date."""
     value = row.values.get(column)
-    try:
-        found = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    for read in (float, _seconds):
         try:
-            found = datetime.fromisoformat(str(value)).timestamp()
-        except ValueError:
-            found = math.nan
-    if math.isfinite(found):
-        return found
+            found = read(str(value))
+        except (ValueError, OverflowError):
+            continue
+        if math.isfinite(found):
+            return found
     raise DataError(
         f"'{value}' is no time",
         where=row.place,
         hint=f"'{column}' must hold a number or a date like 2026-01-31 12:00:00 in every row; or name another column: "
         "data.time: NAME",
     )
+
+
+def _seconds(text: str) -> float:
+    """Of a date; one that names no zone is taken to be in UTC, so that the order is the same on every machine."""
+    found = datetime.fromisoformat(text)
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()

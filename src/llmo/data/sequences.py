@@ -57,10 +57,11 @@ def _divided(users: dict[str, list[Action]], found: Found) -> dict[str, list[Row
             detail = f"the user {user} has one interaction, after which nothing comes"
             found.dropped.append(Dropped(Row(items[0], None, place, user), Drop.ALONE, detail))
             continue
-        held = len(items) >= HELD_OUT
-        learnt = items[:-2] if held else items
-        splits["train"].append(Row(" ".join(learnt), None, place, user, "train"))
-        for split, end in (("dev", len(items) - 2), ("test", len(items) - 1)) if held else ():
+        if len(items) < HELD_OUT:
+            splits["train"].append(Row(" ".join(items), None, place, user, "train"))
+            continue
+        splits["train"].append(Row(" ".join(items[:-2]), None, place, user, "train"))
+        for split, end in (("dev", -2), ("test", -1)):
             splits[split].append(Row(" ".join(items[:end]), (items[end],), place, f"{user}:{split}", split))
     return splits
 
