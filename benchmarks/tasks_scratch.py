@@ -155,8 +155,9 @@ def next_item(bench: Bench) -> None:
     at = {item: i for i, item in enumerate(made.labels)}
     histories = [[at[item] for item in row["text"].split() if item in at] for row in rows]
     sides = {
-        "popularity": [popular.astype(np.float32) for _ in rows],
-        "item-kNN (cosine, 50 neighbours)": [nearest[own].sum(0).astype(np.float32) for own in histories],
+        "popularity": [popular for _ in rows],
+        "item-kNN (cosine, 50 neighbours)": [nearest[own].sum(0) for own in histories],
+        "item-kNN of the last 5 items": [nearest[own[-5:]].sum(0) for own in histories],
     }
     for what, scores in sides.items():
         bench.tell("next-item", what, **made.intervals(made.tally(scores, rows, encodings)))

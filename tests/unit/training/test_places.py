@@ -75,7 +75,16 @@ def test_a_head_of_several_parts_has_all_of_its_logits_made() -> None:
 def test_the_head_of_the_last_token_is_that_of_every_token() -> None:
     config = OPTConfig(vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=1)
     config.pad_token_id, config.num_labels = 0, 62
-    assert Places(OPTForSequenceClassification(config)).apart
+    network = OPTForSequenceClassification(config).eval()
+    inputs, _ = some(network)
+    inputs["input_ids"] %= 64
+    inputs["input_ids"][inputs["input_ids"] == 0] = 1
+    inputs["attention_mask"][1, 5:] = 0
+    inputs["input_ids"][1, 5:] = 0
+    made = Places(network)
+    assert made.apart
+    with torch.inference_mode():
+        assert torch.allclose(made.last(inputs), network(**inputs).logits, atol=1e-6)
 
 
 def test_what_is_hidden_follows_seed_epoch_and_row_and_not_the_batch(network: torch.nn.Module, tmp_path: Path) -> None:
