@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from llmo import sources
+from llmo import methods, sources
 from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.data.profile import profile
@@ -36,6 +36,7 @@ Rows = Sequence[Mapping[str, Any]]
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     """The operation `check`. `spec` is `{"project", "sources"}`; raises what the run itself would raise early."""
     project = validate(dict(spec["project"]), ProjectSpec)
+    methods.check(project.train.method, project.task.name, project.task.name == Generation.name)
     data = inputs.get("data")
     found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
     folder = inputs.get("model") or _resolved(spec["sources"]["model"])

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from llmo import plugins
 from llmo.errors import nearest
+from llmo.methods import MethodName, OptimiserName
 from llmo.types import ENCODER_ADAPTER_BYTES, GENERATOR_ADAPTER_BYTES
 
 
@@ -110,29 +111,47 @@ class TaskSpec(Spec):
         return value
 
 
+def _with_a_place(template: str) -> str:
+    if template.count("{}") != 1:
+        raise ValueError("a template has {} once, where the label's name goes")
+    return template
+
+
 class LoraSpec(Spec):
-    rank: Positive = Field(8, description="rank of the update matrices")
-    alpha: Positive = Field(16, description="scale of the update (alpha / rank)")
+    """The low-rank family: lora, rslora, dora, adalora. Method ia3 takes `target_modules` from here too."""
+
+    rank: Positive = Field(8, description="rank of the update matrices; adalora: of the mean module at the end")
+    alpha: Positive = Field(16, description="scale of the update (alpha / rank; rslora: alpha / root of rank)")
     dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
-    target_modules: list[str] | None = Field(None, description="module names; default: every linear layer of the trunk")
+    target_modules: list[str] | None = Field(
+        None,
+        description="module names; default: every linear layer of the trunk, for ia3 keys, values and feed-forward",
+    )
 
 
 class TrainSpec(Spec):
     """How the model is trained."""
 
-    method: Literal["full", "head", "last-n", "lora"] = Field("full", description="which weights are trained")
+    method: MethodName = Field(
+        "full",
+        description="what is trained: full, head, last-n, lora, rslora, dora, adalora, ia3, prefix, prompt, bottleneck, "
+        "few-shot or zero-shot",
+    )
     epochs: Annotated[Number, Field(gt=0)] = Field(
         3.0, description="passes over the training rows; a part of one is allowed"
     )
     batch_size: Positive = Field(16, description="texts per optimiser step")
     gradient_accumulation_steps: Positive = Field(1, description="micro-batches per step")
     learning_rate: Annotated[Number, Field(gt=0)] | None = Field(
-        None, description="peak; default by method: full and last-n 1e-4, lora 5e-4, head 5e-3"
+        None, description="peak; default by method and optimiser, see docs/methods.md"
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the optimiser")
+    optimizer: OptimiserName = Field("adamw", description="adamw, adam, sgd, rmsprop, adafactor or lion")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
     warmup: Annotated[Number, Field(ge=0, lt=1)] = Field(0.1, description="share of steps that warm up")
-    weight_decay: Annotated[Number, Field(ge=0)] = Field(0.01, description="decoupled; not on biases and norms")
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(
+        0.01,
+        description="not on biases and norms; decoupled with adamw, adafactor and lion, L2 with adam, sgd and rmsprop",
+    )
     momentum: Annotated[Number, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
     dropout: Annotated[Number, Field(ge=0, lt=1)] | None = Field(None, description="overrides the model's own")
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="cross-entropy smoothing")
@@ -151,6 +170,20 @@ class TrainSpec(Spec):
     beta: Annotated[Number, Field(gt=0)] = Field(0.1, description="preference: how far from the start (DPO's beta)")
     last_n: Positive = Field(2, description="layers trained by method last-n")
     lora: LoraSpec = Field(default_factory=LoraSpec, description="the adapter's rank, scale and modules")
+    virtual_tokens: Annotated[int, Field(ge=1, le=512)] = Field(
+        20, description="methods prefix and prompt: tokens that are learnt before every text"
+    )
+    bottleneck_width: Positive = Field(48, description="method bottleneck: width between the two halves of an adapter")
+    base_weights: Literal["fp32", "int8", "int4"] = Field(
+        "fp32", description="bits of the frozen linear weights under an adapter; int8 and int4 save memory, not time"
+    )
+    ema: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None, description="evaluate and save an exponential average of the weights, with this decay a step (e.g. 0.999)"
+    )
+    pairs: Positive = Field(5, description="method few-shot: like and unlike texts that each text is compared with")
+    template: Annotated[str, AfterValidator(_with_a_place)] = Field(
+        "This text is about {}.", description="method zero-shot: the sentence that a label's name is put into"
+    )
     checkpoint_seconds: Annotated[Number, Field(gt=0)] = Field(30.0, description="time between checkpoints")
     seed: int = Field(13, description="of initialisation, order and dropout")
 

@@ -43,7 +43,7 @@ class _Outputs(torch.nn.Module):
             logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:
             hook.remove()
-        return logits, hidden[-1]
+        return logits, hidden[-1][:, -input_ids.shape[1] :]  # virtual tokens stand before the text
 
 
 def export(folder: Path, target: Path) -> str:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmo.engines import updates
+from llmo.engines.applied import attached
 from llmo.engines.base import Request
 from llmo.engines.folder import require
 from llmo.engines.heads import Head
@@ -102,7 +103,7 @@ class Trunk(Named[Further]):
             said = self._model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
         finally:
             self._updates.apply([])
-        yield [request for request, _ in rows], said
+        yield [request for request, _ in rows], said[:, -ids.shape[1] :]  # virtual tokens stand before the text
 
     @cached_property
     def _own(self) -> Head:
@@ -117,7 +118,11 @@ class Trunk(Named[Further]):
         adapter changes nothing or does not apply in every module."""
         path = require(folder, "model.safetensors")
         if self._modules is None:
-            raise _unfit("the model that is served does not run without its head: its log says why", path, _ALONE)
+            raise _unfit(
+                "the model that is served does not run without its head, or runs with more than its weights",
+                path,
+                _ALONE,
+            )
         config, make = self._architecture(folder)
         try:
             weights = {name: tensor.to(self._device) for name, tensor in load_file(path).items()}
@@ -159,7 +164,10 @@ class Trunk(Named[Further]):
 
 def _mixable(model: Any, device: torch.device) -> dict[str, nn.Linear] | None:
     """The trunk's linear modules that see each text of a batch apart. (DeBERTa's project distances too, for all texts
-    at once: there no row can have an update of its own.) None for a model whose trunk does not run by itself."""
+    at once: there no row can have an update of its own.) None for a model whose trunk does not run by itself, or that
+    runs with something beside its weights, which would be another model's too."""
+    if attached(model) is not None:
+        return None
     prefix = f"{model.base_model_prefix}."
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(prefix)}
     shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in linear}

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmo.methods import METHODS
 from llmo.specs import TaskSpec, TrainSpec
+from llmo.training import trained
 
 CHUNK_BYTES = 64 << 20  # of logits, as `causal` makes them; it brings torch, which this page does without
 
@@ -41,32 +43,24 @@ def forecast(
     writes = task.name == "generation"
     shape = _Shape.of(model_config, writes)
     total = shape.parameters
-    trained = {
-        "full": total,
-        "last-n": shape.layer * min(train.last_n, shape.layers) + (0 if writes else shape.width**2),
-        "head": shape.width**2,
-        "lora": train.lora.rank * shape.layers * shape.adapted,
-    }[train.method]
+    learning = trained.numbers(train, shape, writes)
     spread = LONG_CHAT if writes else LONG_TEXT
     length = min(task.max_length, max(8, round(mean_length * spread)))
     parts = -(-train.batch_size // train.gradient_accumulation_steps) * (2 if train.objective == "preference" else 1)
-    deep = {"full": shape.layers, "lora": shape.layers, "last-n": min(train.last_n, shape.layers), "head": 0}[
-        train.method
-    ]
+    deep = trained.deep(train, shape.layers)
     wide = WIDE_VALUES * shape.width + (GATED_VALUES * shape.inner if writes else 0)
     per_layer = parts * length * (wide + SQUARE_VALUES * shape.heads * length)
     activations = 2 * per_layer * max(1, deep) + (LOGITS_BYTES if writes else 0)
     evaluation = 4 * EVALUATED_TOKENS * (shape.inner * shape.matrices + 6 * shape.width + shape.heads * length)
-    optimiser = 12 if train.optimizer == "adamw" else 8
-    weights = 4 * total + 2 * total + (optimiser + (4 if train.early_stopping else 0)) * trained
+    state = round(4 * (1 + trained.kept(train)) * learning)  # with the gradients
+    narrower = round((4 - trained.BASE_BYTES[train.base_weights]) * shape.layers * shape.layer)
+    weights = 4 * total + 2 * total - narrower + state
     tokens = rows * (4 * round(min(mean_length, task.max_length)) + BYTES_PER_ROW)
     steps = max(1, round(-(-rows // train.batch_size) * train.epochs))
-    checkpoints = (
-        2 * (optimiser + (4 if train.early_stopping else 0)) * trained
-    )  # the old one goes when the new is whole
+    checkpoints = 2 * state  # the old one goes when the new is whole
     return Forecast(
         memory_bytes=PROCESS + weights + max(activations, evaluation) + tokens,
-        disk_bytes=checkpoints + 4 * total + (4 * trained if train.method == "lora" else 0),
+        disk_bytes=checkpoints + 4 * total + (4 * learning if METHODS[train.method].frozen else 0),
         steps=steps,
     )
 

@@ -134,6 +134,7 @@ def _card(
         "parameters": built.parameters,
         "trained_parameters": built.trained,
         "adapted_modules": list(built.adapted),
+        **({"applied": built.applied.kind} if built.applied is not None else {}),
         "train": lineage.training_of(request.plain()) | {"learning_rate": optimiser.peak(request)},
         "steps": loop.state.step,
         "history": loop.state.history,

@@ -155,18 +155,13 @@ def _saved_checks(saved: Path, subject: Subject, device: Device) -> list[Check]:
     with _loaded("torch", saved, device) as engine:
         reopened = _logits(engine, subject.golden.input_ids)
     found = [checks.same_logits("saved model", "training graph and saved model", reopened, expected, hint=RETRAIN)]
-    modules = read_card(saved).get("adapted_modules")
-    if modules:
-        found += _adapter_checks(saved, modules, subject)
-    return found
+    return found + _adapter_checks(saved, read_card(saved), subject)
 
 
-def _adapter_checks(saved: Path, modules: Sequence[str], subject: Subject) -> list[Check]:
-    model, updates = open_model(saved), adapter.updates(saved)
-    merged = adapter.logits(model, subject.golden.input_ids)
-    with adapter.without(model, updates):
-        bare = adapter.logits(model, subject.golden.input_ids)
-    return [adapter.applied(model, modules, updates), adapter.effect(checks.difference(bare, merged))]
+def _adapter_checks(saved: Path, card: Mapping[str, Any], subject: Subject) -> list[Check]:
+    """That the adapter which the card tells of is there and does something; none for a model without one."""
+    texts = subject.golden.input_ids
+    return adapter.checks_of(saved, card, lambda model: adapter.logits(model, texts))
 
 
 def _engine_checks(subject: Subject, device: Device) -> list[Check]:

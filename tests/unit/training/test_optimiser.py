@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from llmo.methods import METHODS, OPTIMISERS
 from llmo.specs import TrainSpec
 from llmo.training import optimiser
 
 
 def test_the_peak_is_the_methods_own_unless_written() -> None:
-    assert optimiser.peak(TrainSpec(method="lora")) == optimiser.LEARNING_RATES["lora"]
+    assert optimiser.peak(TrainSpec(method="lora")) == METHODS["lora"].learning_rate
     assert optimiser.peak(TrainSpec(method="lora", learning_rate=3e-5)) == 3e-5
 
 
