@@ -134,8 +134,8 @@ class TrainSpec(Spec):
 
     method: MethodName = Field(
         "full",
-        description="what is trained: full, head, last-n, lora, rslora, dora, adalora, ia3, prefix, prompt, bottleneck, "
-        "few-shot or zero-shot",
+        description="what is trained: full, head, last-n, lora, rslora, dora, adalora, ia3, prefix, prompt, "
+        "bottleneck, few-shot or zero-shot",
     )
     epochs: Annotated[Number, Field(gt=0)] = Field(
         3.0, description="passes over the training rows; a part of one is allowed"

@@ -55,7 +55,7 @@ def refuse_applied(folder: Path) -> None:
     if kind is not None:
         raise ModelError(
             f"the model runs with a {kind} beside its weights, and the engines that write run the weights alone",
-            hint="open it in plain peft, or train it with a method that merges into the weights: lora, rslora, dora, adalora or ia3",
+            hint="open it in plain peft, or train with a method that changes the weights, such as lora, dora or ia3",
             where=str(folder),
         )
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from llmo.engines.applied import Applied, Bottleneck, Prefix, Prompt
-from llmo.engines.applied.places import feed_forward_outputs
+from llmo.engines.applied import Applied, Bottleneck, MeanHead, Prefix, Prompt
+from llmo.engines.applied.places import feed_forward_outputs, hidden_width
 from llmo.engines.folder import position_limit
 from llmo.errors import SpecError
+from llmo.methods import LABELS_ONLY
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Task
 
@@ -35,9 +36,22 @@ def wrap(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module]) -> Wrap
 
     Raises SpecError for what the model cannot take.
     """
+    if spec.method in LABELS_ONLY:
+        return _compare(model, spec, task, head)
     if spec.method in ("prefix", "prompt", "bottleneck"):
         return _apply(model, spec, task, head)
     return _adapt(model, spec, task, head)
+
+
+def _compare(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module]) -> Wrapped:
+    """The model's own head stays out of it: it is all zeros, so that nobody takes its answers for the model's."""
+    if spec.method == "zero-shot":
+        model.requires_grad_(False)
+    for parameter in (p for module in head for p in module.parameters()):
+        parameter.requires_grad_(False).zero_()
+    applied = MeanHead(len(task.labels), hidden_width(model))
+    applied.attach(model)
+    return Wrapped(model, applied=applied)
 
 
 def _apply(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module]) -> Wrapped:
@@ -51,8 +65,8 @@ def _apply(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module]) -> Wr
         limit = position_limit(model.config.to_dict())
         if limit is not None and task.max_length + spec.virtual_tokens > limit:
             raise SpecError(
-                f"{spec.virtual_tokens} virtual tokens and max_length {task.max_length} are more than the {limit} tokens "
-                "this model reads",
+                f"{spec.virtual_tokens} virtual tokens and max_length {task.max_length} are more than the {limit} "
+                "tokens this model reads",
                 hint=f"set task.max_length to {limit - spec.virtual_tokens} or less, or train.virtual_tokens lower"
                 if spec.virtual_tokens < limit
                 else "set train.virtual_tokens lower",
@@ -134,3 +148,14 @@ def _check_rank(spec: TrainSpec, wanted: dict[str, nn.Linear]) -> None:
             f"an update of rank {spec.lora.rank} is no smaller than what it updates: {narrowest} is {width} wide",
             hint=f"set train.lora.rank below {width}, or train.method to full",
         )
+
+
+def merge(model: Any) -> Any:
+    """The transformers model with peft's updates within its weights."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, ModulesToSaveWrapper):  # peft's IA3 fails over heads that are no single layer
+                setattr(parent, name, child.modules_to_save[child.active_adapters[0]])
+    return model.merge_and_unload()

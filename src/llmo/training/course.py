@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 from llmo.context import Context
 from llmo.data.dataset import Dataset
+from llmo.engines.applied import MeanHead
 from llmo.errors import SpecError
+from llmo.methods import LABELS_ONLY
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Row, Task
 from llmo.tasks.generation import Generation
-from llmo.training import batches, folder, golden, preference, scoring
+from llmo.training import batches, folder, golden, preference, scoring, shots
 from llmo.training.batches import Encoded
 from llmo.training.causal import Speaker
 from llmo.training.figures import Figures, Splits, TaskFigures
@@ -29,7 +33,8 @@ FITTING = {"messages": ("answers", "text"), "text": ("text",), "preference": ("p
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """`measured` is the precision of the final figures; `evidence` takes the golden answers, in fp32."""
+    """`measured` is the precision of the final figures; `evidence` takes the golden answers, in fp32. `fit`, if any,
+    makes the head that answers of where the trunk puts texts now; before anything is measured it has to be called."""
 
     encoded: Encoded
     objective: Objective
@@ -38,6 +43,7 @@ class Course:
     built: Built
     task: Task
     tokenizer: Tokenizer
+    fit: Callable[[], None] | None = None
 
     def evidence(self, rows: Sequence[Row], exact: Precision) -> list[dict[str, Any]]:
         if isinstance(self.task, Generation):
@@ -83,6 +89,8 @@ def plan(
     speaker = Speaker(built.network) if isinstance(task, Generation) else None
     if isinstance(task, Generation) and speaker is not None and spec.objective == "preference":
         return _preferences(task, tokenizer, data, splits, built, speaker, spec, chosen, ctx)
+    if spec.method in LABELS_ONLY:
+        return _comparison(task, tokenizer, data, splits, built, spec, chosen, exact, ctx)
     rows = data.split("train")
     encoded = batches.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"))
     goal: Objective
@@ -94,6 +102,43 @@ def plan(
         goal = Likelihood(speaker, task, encoded, spec, built.pad_id)
     figures = TaskFigures(task, tokenizer, splits, predictor, ctx)
     return Course(encoded, goal, figures, exact if speaker is None else chosen, built, task, tokenizer)
+
+
+def _comparison(
+    task: Task,
+    tokenizer: Tokenizer,
+    data: Dataset,
+    splits: Splits,
+    built: Built,
+    spec: TrainSpec,
+    chosen: Precision,
+    exact: Precision,
+    ctx: Context,
+) -> Course:
+    """Texts compared with each other, or with a sentence about each label."""
+    head = built.applied
+    assert isinstance(head, MeanHead)  # noqa: S101 (as `adapters` made it)
+    rows = data.split("train")
+    shots.check(task, rows, spec)
+    if spec.method == "zero-shot":
+        texts = shots.sentences(task, tokenizer, spec)
+        labels = np.arange(len(texts))
+        encoded = batches.joined(texts, [np.asarray(i) for i in labels], task.max_length)
+    else:
+        texts = task.encode_rows(tokenizer, list(rows))
+        labels = np.array([int(task.target(row, text)) for row, text in zip(rows, texts, strict=True)], np.int64)
+        encoded = shots.pairs(texts, labels, spec.pairs, spec.seed, task.max_length)
+
+    def fit() -> None:
+        points = shots.points_of(built, texts, exact, task.max_length)
+        if spec.method == "zero-shot":
+            shots.name_labels(head, points)
+        else:
+            shots.fit(head, points, torch.from_numpy(labels), task, spec)
+
+    predictor = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
+    figures = TaskFigures(task, tokenizer, splits, predictor, ctx)
+    return Course(encoded, shots.Contrast(built, task, encoded), figures, exact, built, task, tokenizer, fit)
 
 
 def _preferences(

@@ -28,8 +28,8 @@ GENERATION = "generation_config.json"
 
 
 def write(out: Path, built: Built, base: Path, task: Task) -> None:
-    """Weights, config and tokeniser; what peft adapted is merged, with the adapter beside it, and what is applied beside
-    the weights lies in the same place. `built` is spent afterwards.
+    """Weights, config and tokeniser; what peft adapted is merged, with the adapter beside it, and what is applied
+    beside the weights lies in the same place. `built` is spent afterwards.
 
     A model that writes keeps its chat template, and its generation settings with every token that ends an answer.
     """
@@ -38,7 +38,7 @@ def write(out: Path, built: Built, base: Path, task: Task) -> None:
             built.model.save_pretrained(out / ADAPTER)  # type: ignore[operator]
             (out / ADAPTER / "README.md").unlink(missing_ok=True)
         if built.applied is not None:
-            built.applied.save(out / ADAPTER)
+            built.applied.save(out / ADAPTER, built.network)
         model: Any = merged(built)
         if task.generates:
             # Its own would be checked, and refused for what transformers thinks odd; the base's file is kept as it is.

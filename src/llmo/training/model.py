@@ -73,7 +73,7 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
     wrapped = adapters.Wrapped(model)
     if spec.base_weights != "fp32":
         narrow.narrow(model, spec.base_weights, _head(model))
-    if methods.METHODS[spec.method].trains != "weights":
+    if spec.method not in ("full", "head", "last-n"):
         wrapped = adapters.wrap(model, spec, task, _head(model))
     elif spec.method in ("head", "last-n"):
         top = _final_norms(model) if task.generates else _head(model)
@@ -100,7 +100,7 @@ def merged(built: Built) -> Any:
     narrow.widen(built.model)
     if built.applied is not None:
         built.applied.detach(built.model)
-    return built.model.merge_and_unload() if built.adapted else built.model  # type: ignore[operator]
+    return adapters.merge(built.model) if built.adapted else built.model
 
 
 def _open(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,40 +53,73 @@ def _run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Co
     _say(ctx, built, course, chosen)
 
     has_dev = len(data.split("dev")) > 0
-    on_dev = (lambda: course.figures.plain("dev", "dev", chosen)) if has_dev else None
+    on_dev = (lambda: _on_dev(course, chosen)) if has_dev else None
     if on_dev is None and request.early_stopping is not None:
         raise SpecError("early_stopping needs a dev split, and it is empty", hint="set data.split.dev above 0")
-    loop = Loop(built, task, course.objective, request, course.encoded, on_dev, ctx, chosen)
-    if loop.resume():
-        ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
+    if built.trained:
+        loop = Loop(built, task, course.objective, request, course.encoded, on_dev, ctx, chosen)
+        done = _learn(loop, course, chosen, ctx)
     else:
-        loop.state.extra["before"] = course.figures.full("test", "test before training", chosen)
-    loop.run()
+        _fit(course)
+        done = Done()
 
+    after = course.figures.full("test", "test", course.measured)
     metrics = {
         "dev": course.figures.full("dev", "dev", course.measured),
-        "test": {
-            "before": loop.state.extra["before"],
-            "after": course.figures.full("test", "test", course.measured),
-        },
+        "test": {"before": after if done.before is None else done.before, "after": after},
     }
-    write_golden(out, course.evidence(data.split("dev" if has_dev else "train"), exact))
+    shown = next(rows for rows in (data.split(name) for name in ("dev", "train", "test")) if len(rows))
+    write_golden(out, course.evidence(shown, exact))
     folder.write(out, built, inputs["model"], task)
-    write_card(out, _card(request, course, metrics, data, inputs["model"], loop))
+    write_card(out, _card(request, course, metrics, data, inputs["model"], done))
     checkpoint.clear(ctx.checkpoint())
     return {
         "metric": course.objective.metric,
         **metrics,
-        "steps": loop.state.step,
-        "history": loop.state.history,
+        "steps": done.steps,
+        "history": done.history,
         "seconds": time.monotonic() - started,
-        "samples_per_second": loop.samples_per_second,
-        "tokens_per_second": loop.tokens_per_second,
+        "samples_per_second": done.samples_per_second,
+        "tokens_per_second": done.tokens_per_second,
         "truncated_share": course.encoded.truncated / len(course.encoded.targets),
         "parameters": built.parameters,
         "trained_parameters": built.trained,
         "precision": chosen.name,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What the steps were; without any, nothing was before them. Speeds are of this attempt."""
+
+    steps: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    before: dict[str, Any] | None = None
+    samples_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+def _learn(loop: Loop, course: Course, chosen: precision.Precision, ctx: Context) -> Done:
+    """Run the loop, from its checkpoint if there is one."""
+    if loop.resume():
+        ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
+    else:
+        _fit(course)
+        loop.state.extra["before"] = course.figures.full("test", "test before training", chosen)
+    loop.run()
+    _fit(course)
+    state = loop.state
+    return Done(state.step, state.history, state.extra["before"], loop.samples_per_second, loop.tokens_per_second)
+
+
+def _on_dev(course: Course, chosen: precision.Precision) -> dict[str, float]:
+    _fit(course)
+    return course.figures.plain("dev", "dev", chosen)
+
+
+def _fit(course: Course) -> None:
+    if course.fit is not None:
+        course.fit()
 
 
 def _task(request: TrainJobSpec, data: Dataset, base: Path) -> tuple[Task, TrainJobSpec]:
@@ -101,7 +135,10 @@ def _task(request: TrainJobSpec, data: Dataset, base: Path) -> tuple[Task, Train
     multi_label = request.task.multi_label
     options = {"multi_label": bool(data.info.get("multi_label")) if multi_label is None else multi_label}
     options |= cls.of_base(base) | ({"learns": objective} if objective in ("answers", "text") else {})
-    task = cls.from_rows(data.split("train"), max_length=request.task.max_length, options=options)
+    rows = data.split("train")
+    if request.method == "zero-shot":  # which learns of no row, so that any may name the labels
+        rows = [row for name in ("train", "dev", "test") for row in data.split(name)]
+    task = cls.from_rows(rows, max_length=request.task.max_length, options=options)
     return task, request.model_copy(update={"objective": objective})
 
 
@@ -119,7 +156,7 @@ def _say(ctx: Context, built: Built, course: Course, chosen: precision.Precision
 
 
 def _card(
-    request: TrainJobSpec, course: Course, metrics: dict[str, Any], data: Dataset, base: Path, loop: Loop
+    request: TrainJobSpec, course: Course, metrics: dict[str, Any], data: Dataset, base: Path, done: Done
 ) -> dict[str, Any]:
     task, built = course.task, course.built
     return {
@@ -136,8 +173,8 @@ def _card(
         "adapted_modules": list(built.adapted),
         **({"applied": built.applied.kind} if built.applied is not None else {}),
         "train": lineage.training_of(request.plain()) | {"learning_rate": optimiser.peak(request)},
-        "steps": loop.state.step,
-        "history": loop.state.history,
+        "steps": done.steps,
+        "history": done.history,
         "data": lineage.data_of(data),
         "seed": request.seed,
         "versions": lineage.versions(),

@@ -1,4 +1,4 @@
-"""How many numbers a method trains, keeps for its optimiser and passes gradients through; arithmetic alone, no torch."""
+"""How many numbers a method trains and keeps for its optimiser, and how deep it goes; arithmetic alone, no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ BASE_BYTES = {"fp32": 4.0, "int8": 1.0, "int4": 0.6}  # of a frozen linear weigh
 
 
 class Shape(Protocol):
-    """Widths in numbers. `narrow`: of keys and values; `layer`: numbers of a layer; `adapted`: of an update of rank 1 of
-    all of its matrices."""
+    """Widths in numbers. `narrow`: of keys and values; `layer`: numbers of a layer; `adapted`: of an update of rank 1
+    of all of its matrices."""
 
     @property
     def width(self) -> int: ...

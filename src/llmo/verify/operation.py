@@ -14,7 +14,7 @@ import transformers
 from llmo import plugins
 from llmo.context import Context
 from llmo.engines.base import Engine, Request
-from llmo.engines.torch import open_model, quiet
+from llmo.engines.torch import quiet
 from llmo.errors import GateRefused, InputError, ModelError
 from llmo.files import digest_of, manifest_of, publish_json, sha256_file
 from llmo.tasks.base import Encoding, Logits, Task

@@ -60,8 +60,8 @@ class Applied(nn.Module, ABC):
     def _hook(self, model: Any) -> list[RemovableHandle]: ...
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write settings and tensors into `folder`, which is made."""
+    def save(self, folder: Path, model: Any) -> None:
+        """Write settings and tensors into `folder`, which is made; `model` is what it is attached to."""
 
     @classmethod
     @abstractmethod

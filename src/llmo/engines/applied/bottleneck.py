@@ -50,7 +50,7 @@ class Bottleneck(Applied):
         more: Tensor = self.up[number](nn.functional.gelu(self.down[number](said)))
         return said + more
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model: Any) -> None:
         write(folder, {"kind": self.kind, "width": self.narrow, "activation": "gelu"}, self.state_dict())
 
     @classmethod

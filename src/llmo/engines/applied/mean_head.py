@@ -18,7 +18,7 @@ from llmo.engines.applied.places import hidden_width
 
 
 class MeanHead(Applied):
-    """`weight` `[labels, width]` and `bias` `[labels]`, zero at first. `pooled` is the last batch's, `[rows, width]`."""
+    """`weight` `[labels, width]` and `bias` `[labels]`, zero at first; they are set, not trained step by step."""
 
     kind: ClassVar[str] = "mean-head"
 
@@ -49,7 +49,7 @@ class MeanHead(Applied):
             said.logits = nn.functional.linear(mean(hidden, mask), self.weight, self.bias)
         return said
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model: Any) -> None:
         write(folder, {"kind": self.kind, "pooling": "mean", "normalised": True}, self.state_dict())
 
     @classmethod

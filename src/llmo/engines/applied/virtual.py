@@ -22,6 +22,7 @@ from llmo.engines.applied.places import width_of
 from llmo.errors import SpecError
 
 TENSOR = "prompt_embeddings"
+HEADS = ("classifier", "score")  # as peft finds them
 STD = 0.02
 
 
@@ -53,7 +54,7 @@ class Virtual(Applied):
         past = given.get("past_key_values")
         self._fresh = past is None or past.get_seq_length() == 0
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        rows = len(ids if ids is not None else embeds)
+        rows = (ids if ids is not None else embeds).shape[0]  # `len` would fix it in an exported graph
         if given.get("attention_mask") is not None:
             mask = given["attention_mask"]
             given["attention_mask"] = torch.cat([mask.new_ones(rows, self.tokens), mask], 1)
@@ -73,20 +74,17 @@ class Virtual(Applied):
     def _settings(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, model: Any) -> None:
         from peft import PeftConfig, get_peft_config  # seconds, and only saving needs it
 
-        config: PeftConfig = get_peft_config(
-            {
-                "num_virtual_tokens": self.tokens,
-                "task_type": self._task_type,
-                "inference_mode": True,
-                **self._settings(),
-            }
-        )
+        common = {"num_virtual_tokens": self.tokens, "task_type": self._task_type, "inference_mode": True}
+        config: PeftConfig = get_peft_config({**common, **self._settings()})
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(folder))
-        save_file({TENSOR: self.embeddings.detach().cpu().contiguous()}, folder / peft.TENSORS)
+        # peft looks for the head here too.
+        heads = {n: p for n, p in model.named_parameters() if n.partition(".")[0] in HEADS}
+        tensors = {TENSOR: self.embeddings, **{f"base_model.{name}": p for name, p in heads.items()}}
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / peft.TENSORS)
 
     @classmethod
     def open(cls, folder: Path, model: Any) -> Self:
