@@ -11,8 +11,19 @@ from typing import Literal
 from llmo.errors import SpecError
 
 MethodName = Literal[
-    *("full", "head", "last-n", "lora", "rslora", "dora", "adalora", "ia3", "prefix", "prompt", "bottleneck"),
-    *("few-shot", "zero-shot"),
+    "full",
+    "head",
+    "last-n",
+    "lora",
+    "rslora",
+    "dora",
+    "adalora",
+    "ia3",
+    "prefix",
+    "prompt",
+    "bottleneck",
+    "few-shot",
+    "zero-shot",
 ]
 OptimiserName = Literal["adamw", "adam", "sgd", "rmsprop", "adafactor", "lion"]
 
@@ -29,6 +40,7 @@ class Method:
     learning_rate: float
     writes: bool = True
     source: str = ""
+    measures: bool = False  # needs the frozen weights whole at every step
 
     @property
     def merges(self) -> bool:
@@ -37,8 +49,8 @@ class Method:
 
     @property
     def frozen(self) -> bool:
-        """Whether the trunk's own weights stay as they are, so that they may be held in fewer bits."""
-        return self.trains in ("low-rank", "scales", "beside")
+        """Whether the trunk's own weights are only run through, so that they may be held in fewer bits."""
+        return self.trains in ("low-rank", "scales", "beside") and not self.measures
 
 
 METHODS: dict[str, Method] = {
@@ -47,7 +59,7 @@ METHODS: dict[str, Method] = {
     "last-n": Method("weights", 1e-4),
     "lora": Method("low-rank", 5e-4, source="Hu et al. 2021, arXiv:2106.09685"),
     "rslora": Method("low-rank", 2e-4, source="Kalajdzievski 2023, arXiv:2312.03732"),
-    "dora": Method("low-rank", 5e-4, source="Liu et al. 2024, arXiv:2402.09353"),
+    "dora": Method("low-rank", 5e-4, source="Liu et al. 2024, arXiv:2402.09353", measures=True),
     "adalora": Method("low-rank", 2e-3, source="Zhang et al. 2023, arXiv:2303.10512"),
     "ia3": Method("scales", 5e-3, source="Liu et al. 2022, arXiv:2205.05638"),
     "prefix": Method("beside", 5e-3, source="Li and Liang 2021, arXiv:2101.00190"),
@@ -56,6 +68,7 @@ METHODS: dict[str, Method] = {
     "few-shot": Method("weights", 2e-5, writes=False, source="Tunstall et al. 2022 (SetFit), arXiv:2209.11055"),
     "zero-shot": Method("nothing", 0.0, writes=False, source="Yin et al. 2019, arXiv:1909.00161"),
 }
+VIRTUAL = ("prefix", "prompt")  # they put tokens of their own before a text
 LABELS_ONLY = ("few-shot", "zero-shot")  # they compare whole texts, so they are of task text-classification
 
 
@@ -81,8 +94,15 @@ OPTIMISERS: dict[str, Optimiser] = {
 }
 
 
-def check(method: str, task: str, writes: bool) -> None:
-    """Raises SpecError for a method that cannot train a model for this task."""
+def check(method: str, base_weights: str, task: str, writes: bool) -> None:
+    """Raises SpecError for a method that cannot train a model for this task, or over weights of so few bits."""
+    if base_weights != "fp32" and not METHODS[method].frozen:
+        raise SpecError(
+            f"base_weights {base_weights} are for weights that stay as they are, and method {method} "
+            + ("measures them at every step" if METHODS[method].measures else "does not train so"),
+            hint=f"set train.method to one of {', '.join(name for name, m in METHODS.items() if m.frozen)}, "
+            "or leave train.base_weights out",
+        )
     if method in LABELS_ONLY and task != "text-classification":
         raise SpecError(
             f"method {method} tells whole texts apart, and the task is {task}",
@@ -93,3 +113,21 @@ def check(method: str, task: str, writes: bool) -> None:
             f"method {method} trains a new head on a frozen trunk, and a model that writes has no head of its own",
             hint="set train.method to lora, last-n or full",
         )
+
+
+def check_length(method: str, virtual_tokens: int, max_length: int, limit: int | None) -> None:
+    """Raises SpecError for texts, with the virtual tokens before them, that are longer than the model reads."""
+    virtual = virtual_tokens if method in VIRTUAL else 0
+    if limit is None or max_length + virtual <= limit:
+        return
+    if not virtual:
+        raise SpecError(
+            f"max_length is {max_length}, but this model reads at most {limit} tokens",
+            hint=f"set task.max_length to {limit} or less",
+        )
+    raise SpecError(
+        f"{virtual} virtual tokens and max_length {max_length} are more than the {limit} tokens this model reads",
+        hint=f"set task.max_length to {limit - virtual} or less, or train.virtual_tokens lower"
+        if virtual < limit
+        else "set train.virtual_tokens lower",
+    )

@@ -17,7 +17,6 @@ from llmo import methods, sources
 from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.data.profile import profile
-from llmo.errors import SpecError
 from llmo.files import publish_json
 from llmo.specfile import validate
 from llmo.specs import DataSpec, ProjectSpec, TaskSpec
@@ -36,11 +35,12 @@ Rows = Sequence[Mapping[str, Any]]
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     """The operation `check`. `spec` is `{"project", "sources"}`; raises what the run itself would raise early."""
     project = validate(dict(spec["project"]), ProjectSpec)
-    methods.check(project.train.method, project.task.name, project.task.name == Generation.name)
+    train, task = project.train, project.task.name
+    methods.check(train.method, train.base_weights, task, task == Generation.name)
     data = inputs.get("data")
     found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
     folder = inputs.get("model") or _resolved(spec["sources"]["model"])
-    _check_length(project.task.max_length, inspect(folder)["max_positions"])
+    methods.check_length(train.method, train.virtual_tokens, project.task.max_length, inspect(folder)["max_positions"])
     config = config_of(folder)
     rows = found.pop("records")
     with _described(folder, config) as described:
@@ -66,15 +66,6 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     }
     publish_json(out / "report.json", result)
     return result
-
-
-def _check_length(length: int, limit: int | None) -> None:
-    """What training would refuse after minutes of reading and downloading."""
-    if limit is not None and length > limit:
-        raise SpecError(
-            f"max_length is {length}, but this model reads at most {limit} tokens",
-            hint=f"set task.max_length to {limit} or less",
-        )
 
 
 def _profiled(data: DataSpec, task: TaskSpec, source: Mapping[str, Any], ctx: Context) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from llmo.engines import updates
 from llmo.engines.applied import attached
 from llmo.engines.base import Request
-from llmo.engines.folder import require
+from llmo.engines.folder import card_applied, require
 from llmo.engines.heads import Head
 from llmo.engines.named import Named
 from llmo.engines.updates import Update, Updates
@@ -117,6 +117,11 @@ class Trunk(Named[Further]):
         """Raises ModelError for a model of another trunk or shape, one that says the same of every text, or whose
         adapter changes nothing or does not apply in every module."""
         path = require(folder, "model.safetensors")
+        kind = card_applied(folder)
+        if kind is not None:
+            raise _unfit(
+                f"it runs with a {kind} beside its weights, which the served trunk has no place for", path, _ALONE
+            )
         if self._modules is None:
             raise _unfit(
                 "the model that is served does not run without its head, or runs with more than its weights",

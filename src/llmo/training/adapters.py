@@ -10,7 +10,6 @@ from torch import nn
 
 from llmo.engines.applied import Applied, Bottleneck, MeanHead, Prefix, Prompt
 from llmo.engines.applied.places import feed_forward_outputs, hidden_width
-from llmo.engines.folder import position_limit
 from llmo.errors import SpecError
 from llmo.methods import LABELS_ONLY
 from llmo.specs import TrainSpec
@@ -62,15 +61,6 @@ def _apply(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module]) -> Wr
     if spec.method == "bottleneck":
         applied = Bottleneck.new(model, spec.bottleneck_width)
     else:
-        limit = position_limit(model.config.to_dict())
-        if limit is not None and task.max_length + spec.virtual_tokens > limit:
-            raise SpecError(
-                f"{spec.virtual_tokens} virtual tokens and max_length {task.max_length} are more than the {limit} "
-                "tokens this model reads",
-                hint=f"set task.max_length to {limit - spec.virtual_tokens} or less, or train.virtual_tokens lower"
-                if spec.virtual_tokens < limit
-                else "set train.virtual_tokens lower",
-            )
         kind = Prefix if spec.method == "prefix" else Prompt
         applied = kind.new(model, spec.virtual_tokens, PEFT_TASKS.get(task.auto_class, "CAUSAL_LM"))
     applied.attach(model)

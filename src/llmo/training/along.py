@@ -117,7 +117,7 @@ class Ranks:
         self._allocator = self._tuner.rankallocator
         if total < 3:
             raise SpecError(
-                f"method adalora shares out ranks over a run, and this one has {total} steps",
+                f"method adalora shares out ranks over a run, and this one has {total} step{'s' * (total != 1)}",
                 hint="raise train.epochs, or set train.method to lora",
             )
         self._config.total_step = total

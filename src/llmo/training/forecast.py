@@ -60,7 +60,9 @@ def forecast(
     checkpoints = 2 * state  # the old one goes when the new is whole
     return Forecast(
         memory_bytes=PROCESS + weights + max(activations, evaluation) + tokens,
-        disk_bytes=checkpoints + 4 * total + (4 * learning if METHODS[train.method].frozen else 0),
+        disk_bytes=checkpoints
+        + 4 * total
+        + (4 * learning if METHODS[train.method].trains in ("low-rank", "scales", "beside") else 0),
         steps=steps,
     )
 

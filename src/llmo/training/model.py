@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llmo import methods
-from llmo.engines.applied import Applied
+from llmo.engines.applied import Applied, attached
 from llmo.engines.folder import card_applied, position_limit
 from llmo.engines.torch import quiet
 from llmo.errors import ModelError, SpecError
@@ -63,9 +63,7 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
     the norm before it instead. Uses torch's generator for new weights: seed it before. Raises ModelError for a base
     that cannot be opened and SpecError for a request that does not fit it.
     """
-    methods.check(spec.method, task.name, task.generates)
-    if spec.base_weights != "fp32":
-        narrow.check(spec)
+    methods.check(spec.method, spec.base_weights, task.name, task.generates)
     model = _open(base, task, spec, on_cpu)
     if on_cpu:
         dropout.replace_dropout(model)
@@ -86,8 +84,11 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
 
 
 def set_training(model: nn.Module) -> None:
-    """Training mode, but frozen parts without dropout: they are a fixed function."""
+    """Training mode, but frozen parts without dropout: they are a fixed function, unless what is applied beside them
+    learns through them."""
     model.train()
+    if attached(model) is not None:
+        return
     for module in model.modules():
         own = list(module.parameters())
         if own and not any(p.requires_grad for p in own):
@@ -111,12 +112,7 @@ def _open(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:
             hint="train on the model that it was trained on",
             where=str(base),
         )
-    limit = position_limit(written)
-    if limit is not None and task.max_length > limit:
-        raise SpecError(
-            f"max_length is {task.max_length}, but this model reads at most {limit} tokens",
-            hint=f"set task.max_length to {limit} or less",
-        )
+    methods.check_length(spec.method, spec.virtual_tokens, task.max_length, position_limit(written))
     with quiet():
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     renew = not task.generates and _label(config, written, task)

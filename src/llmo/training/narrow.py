@@ -12,10 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmo.errors import SpecError
-from llmo.methods import METHODS
-from llmo.specs import TrainSpec
-
 BLOCK = 64
 # The quantiles of table 1 in the paper's appendix E.
 NF4 = (
@@ -23,18 +19,6 @@ NF4 = (
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-WIDE_ONLY = ("dora",)  # it measures the length of the wide weights at every step
-
-
-def check(spec: TrainSpec) -> None:
-    """Raises SpecError for a method that changes the weights, or needs them wide."""
-    fitting = [name for name, method in METHODS.items() if method.frozen and name not in WIDE_ONLY]
-    if spec.method not in fitting:
-        raise SpecError(
-            f"base_weights {spec.base_weights} are for weights that stay as they are, and method {spec.method} "
-            + ("needs them whole" if spec.method in WIDE_ONLY else "trains them"),
-            hint=f"set train.method to one of {', '.join(fitting)}, or leave train.base_weights out",
-        )
 
 
 class NarrowLinear(nn.Linear):

@@ -76,7 +76,7 @@ def test_fused_adamw_is_adamw() -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMISERS)
 def test_every_optimiser_learns_and_goes_on(train: Any, texts: Path, tmp_path: Path, optimizer: str) -> None:
-    rate = {"sgd": 0.3, "lion": 1e-3, "adafactor": 0.1}.get(optimizer, 5e-3)
+    rate = {"sgd": 0.03, "lion": 1e-3, "adafactor": 0.1}.get(optimizer, 5e-3)
     keys = {"optimizer": optimizer, "learning_rate": rate, "epochs": 3, "precision": "fp32"}
     run_twice(lambda out, ctx: train(texts, out, ctx=ctx, **keys), tmp_path, 7)
     losses = [entry["loss"] for entry in read_card(tmp_path / "whole")["history"]]

@@ -40,7 +40,7 @@ def train(
     data: Annotated[str, typer.Option(help="A stored data set: NAME or NAME@VERSION.")],
     model: Annotated[str, typer.Option(help="The base: package:NAME, a folder, hf:NAME, or a stored model.")],
     name: Annotated[str, typer.Option(help="What the trained model is called in the store.")],
-    method: Annotated[str, typer.Option(help="full, head, last-n or lora.")] = "full",
+    method: Annotated[str, typer.Option(help="full, head, last-n, lora ... zero-shot: see docs/methods.md.")] = "full",
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a text is cut to.")] = None,
     settings: Set = None,
