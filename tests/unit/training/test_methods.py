@@ -251,3 +251,19 @@ def test_prefix_is_refused_where_no_keys_can_come_before(tmp_path: Path) -> None
         build(tmp_path, LABELS, TrainSpec(method="prefix"))
     for method in ("ia3", "bottleneck", "prompt"):
         assert build(tmp_path, LABELS, TrainSpec(method=method)).trained > 0
+
+
+def test_a_scaled_lora_shares_a_trunk_and_the_others_do_not(train: Any, texts: Path, tmp_path: Path) -> None:
+    train(texts, "head", method="head", **QUICK)
+    engine = TorchEngine()
+    engine.load(tmp_path / "head", NullContext(1).device)
+    train(texts, "rslora", method="rslora", **QUICK)
+    engine.add_adapter("rslora", tmp_path / "rslora")
+    golden = read_golden(tmp_path / "rslora")
+    requests = [Request(i, row["input_ids"], "rslora") for i, row in enumerate(golden)]
+    said = {chunk.id: chunk.data for chunk in engine.run(requests)}
+    assert all(np.abs(said[i] - np.array(row["logits"])).max() < CLOSE for i, row in enumerate(golden))
+    for method, says in (("dora", "use_dora"), ("ia3", "not a LoRA"), ("bottleneck", "runs with a bottleneck")):
+        train(texts, method, method=method, **QUICK)
+        with pytest.raises(ModelError, match=says):
+            engine.add_adapter(method, tmp_path / method)
