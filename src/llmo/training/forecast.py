@@ -56,14 +56,13 @@ def forecast(
     narrower = round((4 - trained.BASE_BYTES[train.base_weights]) * shape.layers * shape.layer)
     weights = 4 * total + 2 * total - narrower + state
     tokens = rows * (4 * round(min(mean_length, task.max_length)) + BYTES_PER_ROW)
-    steps = max(1, round(-(-rows // train.batch_size) * train.epochs))
     checkpoints = 2 * state  # the old one goes when the new is whole
     return Forecast(
         memory_bytes=PROCESS + weights + max(activations, evaluation) + tokens,
         disk_bytes=checkpoints
         + 4 * total
         + (4 * learning if METHODS[train.method].trains in ("low-rank", "scales", "beside") else 0),
-        steps=steps,
+        steps=trained.steps(train, rows),
     )
 
 

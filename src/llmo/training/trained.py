@@ -58,3 +58,11 @@ def kept(train: TrainSpec) -> float:
 def deep(train: TrainSpec, layers: int) -> int:
     """Layers that gradients go through."""
     return {"last-n": min(train.last_n, layers), "head": 0, "zero-shot": 0}.get(train.method, layers)
+
+
+def steps(train: TrainSpec, rows: int) -> int:
+    """Of a run over so many training rows."""
+    if train.method == "zero-shot":
+        return 0
+    seen = rows * 2 * train.pairs if train.method == "few-shot" else rows
+    return max(1, round(-(-seen // train.batch_size) * train.epochs))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llmo.methods import METHODS
 from llmo.specs import TaskSpec, TrainSpec
 from llmo.training.forecast import forecast
 
@@ -58,6 +59,15 @@ def test_less_trained_needs_less() -> None:
     assert memory(method="head") < memory(method="last-n") < memory(method="lora") < memory()
     assert memory(gradient_accumulation_steps=4) < memory() < memory(batch_size=64)
     assert memory(early_stopping=2) > memory()
+
+
+def test_every_method_has_a_forecast() -> None:
+    found = {name: forecast(TrainSpec(method=name), TASK, MINILM, 40, 30.0) for name in METHODS}
+    assert (found["zero-shot"].steps, found["few-shot"].steps, found["lora"].steps) == (0, 75, 9)
+    assert found["zero-shot"].memory_bytes < found["ia3"].memory_bytes < found["lora"].memory_bytes
+    assert found["lora"].memory_bytes < found["adalora"].memory_bytes < found["full"].memory_bytes
+    narrow = forecast(TrainSpec(method="lora", base_weights="int4"), TASK, MINILM, 40, 30.0)
+    assert narrow.memory_bytes < found["lora"].memory_bytes
 
 
 def test_unknown_configs_still_get_a_number() -> None:

@@ -10,7 +10,7 @@ from llmo.errors import ModelError
 
 
 def width_of(model: Any) -> int:
-    """Of the hidden states."""
+    """Of a token's embedding."""
     return int(model.get_input_embeddings().embedding_dim)
 
 

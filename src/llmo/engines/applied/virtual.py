@@ -7,6 +7,7 @@ computes and saves them: in plain peft the saved folder says the same.
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -64,15 +65,16 @@ class Virtual(Applied):
             self._put(trunk, given, rows)
         return (), given
 
+    @abstractmethod
     def _put(self, trunk: Any, given: dict[str, Any], rows: int) -> None:
         """The virtual tokens before those of a text that begins."""
-        raise NotImplementedError
 
     def _after(self, trunk: Any, args: tuple[Any, ...], said: Any) -> Any:
         return said
 
+    @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Those of peft that are the kind's own."""
 
     def save(self, folder: Path, model: Any) -> None:
         from peft import PeftConfig, get_peft_config  # seconds, and only saving needs it
@@ -97,9 +99,9 @@ class Virtual(Applied):
         return cls._made(found.float(), str(settings.get("task_type")), model)
 
     @classmethod
+    @abstractmethod
     def size(cls, model: Any) -> int:
         """Numbers of a virtual token."""
-        raise NotImplementedError
 
     @classmethod
     def _made(cls, embeddings: Tensor, task_type: str, model: Any) -> Self:
@@ -121,11 +123,6 @@ class Prompt(Virtual):
     def size(cls, model: Any) -> int:
         return width_of(model)
 
-    def attach(self, model: Any) -> None:
-        # Where the whole text has one answer, peft lets the head read the first virtual token; else they are cut off.
-        self._cuts = self._task_type != "SEQ_CLS"
-        super().attach(model)
-
     def _put(self, trunk: Any, given: dict[str, Any], rows: int) -> None:
         embeds = given.pop("inputs_embeds", None)
         ids = given.pop("input_ids", None)
@@ -140,7 +137,8 @@ class Prompt(Virtual):
             given["token_type_ids"] = torch.cat([types.new_zeros(rows, self.tokens), types], 1)
 
     def _after(self, trunk: Any, args: tuple[Any, ...], said: Any) -> Any:
-        if self.enabled and self._fresh and self._cuts:
+        # Where the whole text has one answer, peft lets the head read the first virtual token; else they are cut off.
+        if self.enabled and self._fresh and self._task_type != "SEQ_CLS":
             said.last_hidden_state = said.last_hidden_state[:, self.tokens :]
         return said
 
