@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 
 from llmo.context import NullContext, Stopped
 from llmo.files import sha256_file
@@ -48,6 +49,14 @@ def golden_logits(folder: Path, opened: Any) -> float:
 
 def plain(folder: Path) -> Any:
     return transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def over_base(base: Path, folder: Path) -> Any:
+    """The adapter in plain peft, over the base that it was trained on, whose head it brings along."""
+    bare = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=3, problem_type="single_label_classification"
+    )
+    return PeftModel.from_pretrained(bare, folder / "adapter")
 
 
 def verified(folder: Path, out: Path) -> dict[str, Any]:

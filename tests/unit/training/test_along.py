@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from llmo.engines.torch import open_model
 from llmo.errors import SpecError
 from llmo.files import sha256_file
 from llmo.training.along import Average
+from llmo.verify import adapter
 from support.trained import run_twice, verified
 
 QUICK: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-2, "precision": "fp32"}
@@ -43,6 +46,18 @@ def test_an_average_forgets_its_beginning() -> None:
     with average.in_place():
         assert weight[0].item() == pytest.approx(expected, rel=1e-3)
     assert weight[0].item() == 1000.0
+
+
+def test_the_adapter_has_the_ranks_of_the_average(train: Any, texts: Path, base: Path, tmp_path: Path) -> None:
+    """An average keeps a little of the ranks that the last step does not have, and so must the adapter."""
+    train(texts, method="adalora", ema=0.8, **{**QUICK, "learning_rate": 0.1})
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    gains = adapter.merged(tmp_path / "out", open_model(tmp_path / "out")).gains
+    assert len(gains) == 12
+    for name, gain in gains.items():
+        assert torch.allclose(new[name], old[name.removeprefix("bert.")] + gain, atol=1e-6)
+    settings = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert sum(sum(kept) for kept in settings["rank_pattern"].values()) > 12 * 8
 
 
 def test_adalora_ends_at_its_rank(train: Any, texts: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from llmo.training import operation
 from llmo.training.causal import Speaker
 from llmo.training.model import build
 from support.tiny import chat_rows
-from support.trained import golden_logits, plain, replica, run_twice, verified
+from support.trained import golden_logits, over_base, plain, replica, run_twice, verified
 
 # peft asks transformers in a way that is going out of use.
 pytestmark = [
@@ -60,11 +60,7 @@ def test_every_method_trains_goes_on_and_opens_elsewhere(
     assert card["trained_parameters"] > 0
     if method in MERGED:
         assert golden_logits(folder, plain(folder)) < CLOSE
-        torch.manual_seed(0)
-        over_base = transformers.AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=3, problem_type="single_label_classification"
-        )
-        assert golden_logits(folder, PeftModel.from_pretrained(over_base, folder / "adapter")) < CLOSE
+        assert golden_logits(folder, over_base(base, folder)) < CLOSE
     else:
         assert card["applied"] == ("mean-head" if method == "few-shot" else method)
         assert golden_logits(folder, plain(folder)) > CLOSE

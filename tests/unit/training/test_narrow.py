@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from llmo import plugins
+from llmo.specs import TrainSpec
 from llmo.training import narrow
+from llmo.training.model import build
+from support.tiny import chat_rows
 from support.trained import golden_logits, plain, run_twice, verified
 
 QUICK: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-2, "precision": "fp32"}
@@ -38,3 +42,13 @@ def test_a_narrow_layer_computes_with_what_it_says(bits: str, error: float, byte
     with torch.no_grad():
         assert float((again.weight - wide.weight).norm() / wide.weight.norm()) < error
     assert layer.weight.nbytes == bytes_each * wide.weight.numel()
+
+
+def test_a_projection_that_shares_its_weights_stays_wide(talker: Path) -> None:
+    task = plugins.load("llmo.tasks", "generation")
+    made = task.from_rows(chat_rows(4), max_length=64, options=task.of_base(talker))
+    built = build(talker, made, TrainSpec(method="lora", base_weights="int4"))
+    held = [name for name, module in built.network.named_modules() if isinstance(module, narrow.NarrowLinear)]
+    assert len(held) == len(built.adapted) == 14
+    assert type(built.network.get_output_embeddings()) is nn.Linear
+    assert built.network.get_output_embeddings().weight is built.network.get_input_embeddings().weight
