@@ -133,7 +133,7 @@ class Ranks:
                 square = p @ p.T if "lora_A" in name else p.T @ p
                 parts.append(torch.linalg.norm(square - torch.eye(len(square), device=p.device)))
         penalty = self._config.orth_reg_weight * torch.stack(parts).mean()
-        penalty.backward()  # type: ignore[no-untyped-call]
+        penalty.backward()
 
     def allot(self, step: int) -> None:
         self._tuner.update_and_allocate(step)

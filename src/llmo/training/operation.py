@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from llmo.data.dataset import Dataset
 from llmo.errors import DataError, SpecError
 from llmo.specfile import validate
 from llmo.specs import TrainJobSpec
-from llmo.tasks.base import Task
+from llmo.tasks.base import Row, Task
 from llmo.tasks.card import load_tokenizer, write_card, write_golden
 from llmo.tasks.generation import Generation
 from llmo.training import checkpoint, folder, lineage, optimiser, precision
@@ -135,7 +135,7 @@ def _task(request: TrainJobSpec, data: Dataset, base: Path) -> tuple[Task, Train
     multi_label = request.task.multi_label
     options = {"multi_label": bool(data.info.get("multi_label")) if multi_label is None else multi_label}
     options |= cls.of_base(base) | ({"learns": objective} if objective in ("answers", "text") else {})
-    rows = data.split("train")
+    rows: Sequence[Row] = data.split("train")
     if request.method == "zero-shot":  # which learns of no row, so that any may name the labels
         rows = [row for name in ("train", "dev", "test") for row in data.split(name)]
     task = cls.from_rows(rows, max_length=request.task.max_length, options=options)

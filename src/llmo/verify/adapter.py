@@ -61,7 +61,7 @@ def merged(folder: Path, model: Any) -> Merged:
 def checks_of(saved: Path, card: Mapping[str, Any], said: Callable[[Any], Sequence[Logits]]) -> list[Check]:
     """What can be checked of the adapter that the card tells of; nothing where there is none. `said` gives what a model
     says of the golden texts."""
-    modules = card.get("adapted_modules")
+    modules = card.get("adapted_modules") or []
     if not modules and not card.get("applied"):
         return []
     model = open_model(saved)

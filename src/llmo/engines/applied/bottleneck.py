@@ -28,12 +28,12 @@ class Bottleneck(Applied):
     def __init__(self, layers: int, width: int, narrow: int) -> None:
         super().__init__()
         self.narrow = narrow
-        self.down = nn.ModuleList(nn.Linear(width, narrow) for _ in range(layers))
-        self.up = nn.ModuleList(nn.Linear(narrow, width) for _ in range(layers))
-        for down, up in zip(self.down, self.up, strict=True):
+        pairs = [(nn.Linear(width, narrow), nn.Linear(narrow, width)) for _ in range(layers)]
+        for down, up in pairs:
             nn.init.normal_(down.weight, std=STD)
             for zero in (down.bias, up.weight, up.bias):
                 nn.init.zeros_(zero)
+        self.down, self.up = (nn.ModuleList(side) for side in zip(*pairs, strict=True))
 
     @classmethod
     def new(cls, model: Any, narrow: int) -> Self:

@@ -54,8 +54,8 @@ class Virtual(Applied):
         given = {**dict(zip(names, args, strict=False)), **given}
         past = given.get("past_key_values")
         self._fresh = past is None or past.get_seq_length() == 0
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
-        rows = (ids if ids is not None else embeds).shape[0]  # `len` would fix it in an exported graph
+        texts: Tensor = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        rows = texts.shape[0]  # `len` would fix it in an exported graph
         if given.get("attention_mask") is not None:
             mask = given["attention_mask"]
             given["attention_mask"] = torch.cat([mask.new_ones(rows, self.tokens), mask], 1)
@@ -178,7 +178,7 @@ class Prefix(Virtual):
         return super()._hook(model)
 
     def _put(self, trunk: Any, given: dict[str, Any], rows: int) -> None:
-        found = self.embeddings
+        found: Tensor = self.embeddings
         if torch.is_autocast_enabled(found.device.type):
             found = found.to(torch.get_autocast_dtype(found.device.type))
         # As peft lays them out: keys and values of a layer side by side, layer after layer.
