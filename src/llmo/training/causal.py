@@ -56,7 +56,7 @@ class Speaker:
     def hidden(self, inputs: dict[str, torch.Tensor], targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What stands before each learnt token, `[n, width]`, and the tokens, `[n]`, row after row."""
         wanted = targets[:, 1:] != IGNORED
-        begin = self._common(inputs["input_ids"], wanted) if self._shares else 0
+        begin = self._common(inputs["input_ids"], wanted) if self._shares and not self._recomputes else 0
         states = self._after(inputs, begin) if begin else self.trunk(**inputs, use_cache=False).last_hidden_state
         where = wanted[:, begin:]
         return states[:, :-1][where], targets[:, 1 + begin :][where]
@@ -94,6 +94,11 @@ class Speaker:
         )
         states: torch.Tensor = rest.last_hidden_state
         return states
+
+    @property
+    def _recomputes(self) -> bool:
+        """Activation checkpointing, in training: transformers keeps no cache then, and the common tokens need one."""
+        return self.network.training and bool(self.network.is_gradient_checkpointing)
 
     @property
     def _rows(self) -> int:
