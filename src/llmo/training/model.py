@@ -189,7 +189,7 @@ def _checkpoint_activations(model: Any) -> None:
             f"transformers has no activation checkpointing for the architecture '{model.config.model_type}'",
             hint="leave train.activation_checkpointing out; gradient_accumulation_steps saves memory too",
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _names(model: Any, modules: list[nn.Module]) -> set[str]:

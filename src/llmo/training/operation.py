@@ -39,15 +39,15 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     finds no memory is tried once more in smaller parts of its batch.
     """
     request = relief.resume(validate(dict(spec), TrainJobSpec), ctx)
-    with memory_errors():
+    while True:
         try:
-            return _run(request, inputs, out, ctx)
+            with memory_errors():
+                return _run(request, inputs, out, ctx)
         except StepTooLarge:
             request = relief.shrink(request, ctx)
         gc.collect()  # what was built hangs together in circles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return _run(request, inputs, out, ctx)
 
 
 def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
