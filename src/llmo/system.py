@@ -398,8 +398,11 @@ class System:
         return job.evolve(waiting=trouble) if trouble else job
 
     def _report(self, ref: str, name: str) -> Path:
-        """A file of the report beside a model, or of one that `evaluate` made."""
-        artifact = self.artifact(ref)
+        """A file of the report beside a model, or of one that `evaluate` made; a data set may have the same name."""
+        try:
+            artifact = self.artifact(ref, Kind.MODEL)
+        except NotFoundError:
+            artifact = self.artifact(ref, Kind.REPORT)
         folder = self.store.catalog.path(artifact.digest)
         for path in (folder / "report" / name, folder / name):
             if path.is_file():

@@ -31,11 +31,10 @@ def report(
     """
     file = place(html) if html is not None else None
     with closing(flow.connect()) as api:
-        artifact = api.artifact(ref)
-        found = api.report(artifact.digest)
+        found = api.report(ref)
         if file is not None:
-            publish(file, api.report_page(artifact.digest))
-    emit(found, as_json, lambda: show(found, artifact.ref, written=file is not None))
+            publish(file, api.report_page(ref))
+    emit(found, as_json, lambda: show(found, ref, written=file is not None))
 
 
 def show(found: Mapping[str, Any], ref: str, *, written: bool = False) -> None:
