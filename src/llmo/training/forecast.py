@@ -17,12 +17,13 @@ CHUNK_BYTES = 64 << 20  # of fp32 logits at once
 EVALUATED_TOKENS = 4096  # run at once to measure
 EVALUATED_ROWS = 2048  # encoded at once to measure
 
-PROCESS = 680 << 20  # Python with torch, transformers and pyarrow loaded
-LOST = 1.1  # activations come and go in many sizes, and the allocator does not give all of it back
+PROCESS = 460 << 20  # Python with torch, transformers and pyarrow loaded, and what they make at their first use
+LOST = 1.25  # activations come and go in many sizes, and the allocator does not give all of it back
 LOGITS = 4  # of a chunk: the logits, their softmax, its gradient, and the copy in the precision of the product
 ROW_BYTES = 200  # of a tokenised row beyond its ids
 TOKEN_BYTES = 12  # of a token in it: its id, and where every token has a target that too
-ENCODING_BYTES = 200  # of a token while its text is being encoded
+ENCODING_BYTES = 200  # of a token of a text whose answer is to be read off it
+LISTED_BYTES = 40  # of a token until all rows are encoded
 MULTIPLE = 8  # batches are padded to
 
 
@@ -114,10 +115,13 @@ class _Run:
         data = rows.count * (ROW_BYTES + round(TOKEN_BYTES * mean))
         kept = weights + data + self.state_bytes + (4 * self.trained if train.early_stopping else 0)
         encoded = round(min(rows.count, EVALUATED_ROWS) * mean) * ENCODING_BYTES
+        gradients = 4 * self.trained
+        summed = gradients if train.gradient_accumulation_steps > 1 else 0  # those of the parts before
         return {
             "loading": 2 * weights,
-            "forward": kept + self._copies + self._activations + self._logits,
-            "backward": kept + self._copies + 4 * self.trained + self._layer + self._logits,
+            "tokenising": weights + data + round(rows.count * mean) * LISTED_BYTES,
+            "forward": kept + self._copies + summed + self._activations + self._logits,
+            "backward": kept + self._copies + gradients + (2 * self._layer if self.deep else 0) + self._logits,
             "measuring": kept + encoded + self._measuring + self._logits,
         }
 
@@ -142,9 +146,12 @@ class _Run:
 
     @property
     def _activations(self) -> int:
+        """What is kept when the forward pass ends, and as much as one layer for what the backward pass begins with."""
+        if self.deep == 0:
+            return self._layer
         if self.train.activation_checkpointing:  # each layer's input, and all of the one that is computed again
-            return round(LOST * (4 * self._tokens * self.shape.width * self.deep + self._layer))
-        return round(LOST * self._layer * max(1, self.deep))
+            return round(LOST * (4 * self._tokens * self.shape.width * self.deep + self._layer)) + self._layer
+        return round(LOST * self._layer * self.deep) + self._layer
 
     @property
     def _logits(self) -> int:

@@ -67,10 +67,11 @@ def test_what_an_operation_says_of_memory_is_the_hint(kernel: Kernel) -> None:
 
 def test_an_attempt_hears_why_the_one_before_ended(kernel: Kernel, tmp_path: Path) -> None:
     job = kernel.submit("fail", {"how": "die", "log": str(tmp_path / "log"), "times": 1})
-    kernel.until(lambda: (kernel.folder(job) / "spec.json").exists(), "the first attempt")
-    assert json.loads((kernel.folder(job) / "spec.json").read_text())["after"] == ""
+    written = kernel.folder(job) / "spec.json"
+    kernel.until(written.exists, "the first attempt")
+    assert json.loads(written.read_text())["after"] == ""
     kernel.ended(job)
-    again = json.loads((kernel.folder(job) / "spec.json").read_text())
+    again = json.loads(written.read_text())
     assert (again["attempt"], again["after"]) == (2, "lost")
 
 

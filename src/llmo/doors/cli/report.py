@@ -34,11 +34,11 @@ def report(
         found = api.report(ref)
         if file is not None:
             publish(file, api.report_page(ref))
-    emit(found, as_json, lambda: show(found, ref, written=file is not None))
+    emit(found, as_json, lambda: show(found, ref, "" if file is not None else ref))
 
 
-def show(found: Mapping[str, Any], ref: str, *, written: bool = False) -> None:
-    """The report that `api.report` gives."""
+def show(found: Mapping[str, Any], ref: str, kept: str) -> None:
+    """What `api.report` gives of the model `ref`; `kept` is what it can be asked for by, empty where nobody need."""
     before = found.get("before") or {}
     rows = [
         (name.replace("_", " "), *([figure(before[name]) if name in before else "-"] if before else []), figure(value))
@@ -52,8 +52,8 @@ def show(found: Mapping[str, Any], ref: str, *, written: bool = False) -> None:
     for line in (calibrated(found.get("calibration")), run_of(found.get("speed", {}), found.get("memory", {}))):
         if line:
             console.print(line, markup=False, soft_wrap=True)
-    if not written:
-        console.print(f"[dim]all of it: llmo report {ref} --html report.html[/]", soft_wrap=True)
+    if kept:
+        console.print(f"[dim]all of it: llmo report {kept} --html report.html[/]", soft_wrap=True)
 
 
 def calibrated(calibration: Mapping[str, Any] | None) -> str:

@@ -77,7 +77,7 @@ def _show_trained(model: Artifact, told: Mapping[str, Any] | None) -> None:
     if told is None:
         console.print(f"model {model.ref}; no rows are held out, so nothing was measured", soft_wrap=True)
     else:
-        report.show(told, model.ref)
+        report.show(told, model.ref, model.ref)
 
 
 def evaluate(
@@ -104,12 +104,12 @@ def evaluate(
         job = follow(api, job, as_json)
         made = flow.output(api, job)
         found = api.report(made.digest)
-    emit({"ref": made.ref, **found}, as_json, lambda: _show_evaluated(found, artifact.ref, against or ""))
+    emit({"ref": made.ref, **found}, as_json, lambda: _show_evaluated(found, artifact.ref, made.ref, against))
 
 
-def _show_evaluated(found: Mapping[str, Any], ref: str, against: str) -> None:
-    report.show(found, ref)
-    if "against" not in found:
+def _show_evaluated(found: Mapping[str, Any], ref: str, kept: str, against: str | None) -> None:
+    report.show(found, ref, kept)
+    if against is None:
         return
     other = found["against"]
     rows = [
