@@ -100,7 +100,7 @@ def measure(config: Sequence[Any], folder: Path) -> dict[str, Any]:
     spec = {**train_of(config).plain(), "task": task.plain()}
     inputs = {"data": folder / f"{task.name}-{task.max_length}", "model": folder / config[0]}
     with tempfile.TemporaryDirectory() as out:
-        result = run(spec, inputs, Path(out), NullContext(1, on_report=mark))
+        result = run(spec, inputs, Path(out), NullContext(2, on_report=mark))
     assert result["steps"] == STEPS
     shape = json.loads((inputs["model"] / "config.json").read_text())
     return {

@@ -54,11 +54,11 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     limit = project.task.max_length
     cut = np.minimum(lengths, limit)
     to_come = Lengths(train_rows, float(cut.mean()), int(cut.max()))
-    machine = {"bf16": bool(spec.get("bf16", True)), "memory": int(spec.get("memory", 0))}
+    memory, bf16 = int(spec.get("memory", 0)), bool(spec.get("bf16", True))
     parameters = forecast(project.train, project.task, config, to_come).parameters
     correction = correct(spec.get("history", []), project.train.method, parameters)
-    need = fit(project.train, project.task, config, to_come, correction, **machine)
-    refuse(need, machine["memory"])
+    need = fit(project.train, project.task, config, to_come, correction, bf16=bf16, memory=memory)
+    refuse(need, memory)
     result = {
         **found,
         "samples": samples,

@@ -70,7 +70,8 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         **compared,
     )
     report.write(out, f"{subject.task.name}, {asked.split}", full)
-    return {name: value for name, value in full.items() if name not in ("format", "details", "worst")} | full["speed"]
+    shown = {name: value for name, value in full.items() if name not in ("format", "details", "worst")}
+    return {**shown, **full["speed"]}
 
 
 @dataclass(frozen=True, slots=True)

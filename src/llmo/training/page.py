@@ -86,7 +86,7 @@ def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
         for row, said in zip(rows, answered, strict=True)
     ]
     heads = ["row", "loss", "gold", *(["answer", "score"] if answers else []), "text"]
-    return "<h2>Worst errors</h2>" + _table(heads, shown)
+    return "<h2>Worst errors: the rows of the highest loss</h2>" + _table(heads, shown)
 
 
 def _run(report: Mapping[str, Any]) -> str:

@@ -95,7 +95,7 @@ def _worst(found: Mapping[str, Any]) -> None:
         for row in found["worst"][:WORST]
     ]
     if rows:
-        table("\nworst errors", ["row", "loss>", "gold", "answer", "text"], rows)
+        table("\nworst errors: the rows of the highest loss", ["row", "loss>", "gold", "answer", "text"], rows)
         console.print()
 
 

@@ -96,7 +96,8 @@ def _truncated(tokens: Mapping[str, Any]) -> str:
 
 
 def _needed(need: Mapping[str, Any]) -> str:
-    runs = f" (corrected by {need['runs']} finished trainings)" if need["runs"] else ""
+    count = need["runs"]
+    runs = f" (corrected by {count} finished training{'s' if count > 1 else ''})" if count else ""
     return f"{size(need['memory_bytes'])} ± {need['error']:.0%} to train{runs}"
 
 
