@@ -17,8 +17,11 @@ CHUNK_BYTES = 64 << 20  # of fp32 logits at once
 EVALUATED_TOKENS = 4096  # run at once to measure
 EVALUATED_ROWS = 2048  # encoded at once to measure
 
-PROCESS = 460 << 20  # Python with torch, transformers and pyarrow loaded, and what they make at their first use
+PROCESS = 540 << 20  # Python with torch, transformers and pyarrow loaded, and what they make at their first use
 LOST = 1.25  # activations come and go in many sizes, and the allocator does not give all of it back
+ADAPTED = 1.15  # the same of adapters, whose products and sums come and go beside those of the layer
+PASSING = 1.0  # layers' worth of gradients of activations on the way back, while all activations are there
+RECOMPUTED = 1.6  # the same where a layer's activations are made again meanwhile
 LOGITS = 4  # of a chunk: the logits, their softmax, its gradient, and the copy in the precision of the product
 ROW_BYTES = 200  # of a tokenised row beyond its ids
 TOKEN_BYTES = 12  # of a token in it: its id, and where every token has a target that too
@@ -116,7 +119,8 @@ class _Run:
         kept = weights + data + self.state_bytes + (4 * self.trained if train.early_stopping else 0)
         encoded = round(min(rows.count, EVALUATED_ROWS) * mean) * ENCODING_BYTES
         gradients = 4 * self.trained
-        summed = gradients if train.gradient_accumulation_steps > 1 else 0  # those of the parts before
+        # Those of the parts before, and one matrix's that is to be added.
+        summed = gradients + 4 * shape.width * shape.vocabulary if train.gradient_accumulation_steps > 1 else 0
         return {
             "loading": 2 * weights,
             "tokenising": weights + data + round(rows.count * mean) * LISTED_BYTES,
@@ -139,19 +143,21 @@ class _Run:
         """What one layer keeps of all tokens for the backward pass."""
         shape = self.shape
         if self.writes:
-            wide, inner, square = (32, 8, 8) if self.bf16 else (48, 16, 8)
+            wide, inner, square = (32, 8, 8) if self.bf16 else (40, 12, 4)
         else:
             wide, inner, square = (28, 4, 6) if self.bf16 else (40, 8, 12)
         return self._tokens * (wide * shape.width + inner * shape.inner + square * shape.heads * self.length)
 
     @property
     def _activations(self) -> int:
-        """What is kept when the forward pass ends, and as much as one layer for what the backward pass begins with."""
+        """What is kept when the forward pass ends, and what the backward pass begins with."""
         if self.deep == 0:
             return self._layer
+        lost = LOST * (ADAPTED if self.train.method == "lora" else 1.0)
         if self.train.activation_checkpointing:  # each layer's input, and all of the one that is computed again
-            return round(LOST * (4 * self._tokens * self.shape.width * self.deep + self._layer)) + self._layer
-        return round(LOST * self._layer * self.deep) + self._layer
+            kept = 4 * self._tokens * self.shape.width * self.deep + self._layer
+            return round(lost * kept + RECOMPUTED * self._layer)
+        return round(lost * self._layer * self.deep + PASSING * self._layer)
 
     @property
     def _logits(self) -> int:

@@ -15,6 +15,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from llmo.context import NullContext
+from llmo.doors.cli import summary
 from llmo.errors import NeedsError, SpecError
 from llmo.files import sha256_file
 from llmo.specs import TaskSpec, TrainJobSpec, TrainSpec
@@ -31,6 +32,7 @@ LARGE = {
 }  # fmt: skip
 TASK = TaskSpec(name="text-classification", max_length=512)
 ROWS = Rows(1000, 300.0, 512)
+PARTS = {"gradient_accumulation_steps": 4}
 ONE: dict[str, Any] = {"batch_size": 1, "method": "lora"}
 PLAIN = correct([], "full", 0)
 
@@ -55,7 +57,7 @@ def test_a_plan_that_fits_is_left_alone() -> None:
 @pytest.mark.parametrize(
     ("keys", "other", "changes"),
     [
-        ({"batch_size": 64}, {"batch_size": 16}, {"gradient_accumulation_steps": 4}),
+        ({"batch_size": 64}, {"batch_size": 64, **PARTS}, PARTS),
         ({**ONE, "precision": "fp32"}, ONE, {"precision": "bf16"}),
         (ONE, {**ONE, "activation_checkpointing": True}, {"activation_checkpointing": True}),
     ],
@@ -74,6 +76,18 @@ def test_the_nearest_plan_that_fits_is_a_line_to_paste(
 def test_a_full_training_may_have_to_become_an_adapter() -> None:
     memory = round(needs(batch_size=1, method="lora", activation_checkpointing=True) * (1 + PLAIN.error)) + 1
     assert yaml.safe_load(instead(memory, batch_size=4)["instead"])["train"]["method"] == "lora"
+
+
+def test_what_may_not_fit_is_said_and_not_refused() -> None:
+    just = needs(batch_size=32)
+    found = instead(just, batch_size=32)
+    assert found["low_bytes"] < just == found["memory_bytes"] < found["high_bytes"]
+    assert found["fits"] is None
+    assert found["instead"].startswith("train: {gradient_accumulation_steps: ")
+    refuse(found, just)
+    assert summary._may_not_fit(found) == [
+        "the training may not fit into the memory that LLMO may use here; the nearest that does: " + found["instead"]
+    ]
 
 
 def test_what_surely_does_not_fit_is_refused_with_it() -> None:
