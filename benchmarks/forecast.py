@@ -68,6 +68,10 @@ CONFIGS: tuple[Config, ...] = (
     (SMOLLM, "lora", 16, 128, "bf16", 2, False),
     (SMOLLM, "lora", 8, 128, "bf16", 1, True),
     (SMOLLM, "lora", 8, 256, "bf16", 1, False),
+    # Measured when the constants stood already.
+    (MINILM, "lora", 8, 256, "bf16", 1, False),
+    (MIDDLE, "full", 8, 64, "fp32", 1, False),
+    (SMOLLM, "lora", 12, 96, "bf16", 3, False),
 )
 
 
