@@ -18,7 +18,7 @@ EVALUATED_TOKENS = 4096  # run at once to measure
 EVALUATED_ROWS = 2048  # encoded at once to measure
 
 PROCESS = 540 << 20  # Python with torch, transformers and pyarrow loaded, and what they make at their first use
-LOST = 1.25  # activations come and go in many sizes, and the allocator does not give all of it back
+LOST = 1.3  # activations come and go in many sizes, and the allocator does not give all of it back
 ADAPTED = 1.15  # the same of adapters, whose products and sums come and go beside those of the layer
 PASSING = 1.0  # layers' worth of gradients of activations on the way back, while all activations are there
 RECOMPUTED = 1.6  # the same where a layer's activations are made again meanwhile
