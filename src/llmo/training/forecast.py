@@ -57,7 +57,7 @@ def forecast(
     """`model_config` is the base's config.json; `bf16` whether the training computes in it."""
     writes = task.name == "generation"
     shape = _Shape.of(model_config, writes)
-    run = _Run(train, shape, writes, bf16, _padded(rows.longest, task.max_length))
+    run = _Run(train, shape, writes, bf16, _padded(rows.longest, task.max_length), rows.count)
     phases = run.phases(rows, min(rows.mean, task.max_length))
     phase = max(phases, key=lambda name: phases[name])
     kept = run.state_bytes + 4 * run.trained * (2 if train.early_stopping else 1)
@@ -87,6 +87,7 @@ class _Run:
     writes: bool
     bf16: bool
     length: int  # tokens of the widest batch's rows
+    rows: int  # that there are
 
     @property
     def trained(self) -> int:
@@ -136,7 +137,9 @@ class _Run:
 
     @property
     def _tokens(self) -> int:
-        return micro_batch(self.train) * self.length * (2 if self.train.objective == "preference" else 1)
+        parts = self.train.gradient_accumulation_steps
+        rows = min(micro_batch(self.train), -(-self.rows // parts))
+        return rows * self.length * (2 if self.train.objective == "preference" else 1)
 
     @property
     def _layer(self) -> int:

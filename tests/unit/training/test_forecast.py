@@ -82,6 +82,13 @@ def test_the_longest_rows_make_the_peak_and_no_longer_than_is_read() -> None:
     assert short < long == longer
 
 
+def test_a_batch_is_no_larger_than_the_rows() -> None:
+    few, many = (
+        forecast(TrainSpec(batch_size=size), TASK, MINILM, Rows(32, 100.0, 128)).memory_bytes for size in (32, 5000)
+    )
+    assert few == many
+
+
 def test_pairs_need_more_than_answers() -> None:
     task = TaskSpec(name="generation")
     answers, pairs = (
