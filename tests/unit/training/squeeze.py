@@ -1,7 +1,8 @@
-"""A training in a process whose address space is limited to what it has and some MiB more; prints what it was told."""
+"""Trainings in a process whose address space is limited to what it has and some MiB more; prints what it was told."""
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import sys
@@ -23,14 +24,19 @@ def run(asked: dict[str, Any], out: Path, spec: dict[str, Any]) -> dict[str, Any
     return operation.run(spec, inputs, out, Told(1, out.with_name(f"{out.name}-checkpoint")))
 
 
+def limit(more_mib: int) -> None:
+    gc.collect()
+    there = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (there + (more_mib << 20), resource.RLIM_INFINITY))
+
+
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     folder = Path(asked["folder"])
     run(asked, folder / "warm", asked["spec"] | {"epochs": 1.0, "batch_size": 4, "gradient_accumulation_steps": 1})
-    there = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (there + (asked["more_mib"] << 20),) * 2)
-    try:
-        found = run(asked, folder / "squeezed", asked["spec"])
-        print("PARTS", found["gradient_accumulation_steps"])
-    except MemoryError as error:
-        print("NONE", error)
+    for more in asked["more_mib"]:
+        limit(more)
+        try:
+            print("PARTS", run(asked, folder / f"squeezed-{more}", asked["spec"])["gradient_accumulation_steps"])
+        except MemoryError as error:
+            print("NONE", error)
