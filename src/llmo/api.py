@@ -59,6 +59,12 @@ class Api(Protocol):
         """What a model is verified with: each `text` that its training graph was asked before it was saved, and what
         it said."""
 
+    def report(self, ref: str) -> dict[str, Any]:
+        """What was measured of a model when it was trained, or by `evaluate`; it holds rows of the data."""
+
+    def report_page(self, ref: str) -> str:
+        """The same as one page of HTML."""
+
     def devices(self) -> list[Device]: ...
 
     def endpoints(self) -> list[Endpoint]: ...

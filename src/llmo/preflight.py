@@ -24,6 +24,9 @@ from llmo.tasks.card import TOKENIZER, load_tokenizer
 from llmo.tasks.generation import Generation, conversation
 from llmo.training import gguf_source
 from llmo.training.base import config_of, inspect
+from llmo.training.correction import correct
+from llmo.training.fitting import fit, refuse
+from llmo.training.forecast import Rows as Lengths
 from llmo.training.forecast import forecast
 
 SAMPLED = 20_000  # texts tokenised: enough for a share with an error under one percent, in about a second
@@ -33,7 +36,9 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """The operation `check`. `spec` is `{"project", "sources"}`; raises what the run itself would raise early."""
+    """The operation `check`. `spec` is `{"project", "sources"}` and, where they are known, the `memory` that LLMO may
+    use (bytes), whether the machine computes `bf16`, and the `history` of trainings (as `correct` takes it). Raises
+    what the run itself would raise early."""
     project = validate(dict(spec["project"]), ProjectSpec)
     train, task = project.train, project.task.name
     methods.check(train.method, train.base_weights, task, task == Generation.name)
@@ -47,8 +52,14 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         seen = _conversations if project.task.name == Generation.name else _texts
         lengths, samples = seen(described, project.task, rows, found["samples"])
     train_rows = int(found["rows"]["train"])
-    need = forecast(project.train, project.task, config, train_rows, float(lengths.mean()))
     limit = project.task.max_length
+    cut = np.minimum(lengths, limit)
+    to_come = Lengths(train_rows, float(cut.mean()), int(cut.max()))
+    memory, bf16 = int(spec.get("memory", 0)), bool(spec.get("bf16", True))
+    parameters = forecast(project.train, project.task, config, to_come).parameters
+    correction = correct(spec.get("history", []), project.train.method, parameters)
+    need = fit(project.train, project.task, config, to_come, correction, bf16=bf16, memory=memory)
+    refuse(need, memory)
     result = {
         **found,
         "samples": samples,
@@ -62,7 +73,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             "sampled": len(lengths),
             "texts": len(rows),
         },
-        "forecast": {"memory_bytes": need.memory_bytes, "disk_bytes": need.disk_bytes, "steps": need.steps},
+        "forecast": need,
     }
     publish_json(out / "report.json", result)
     return result

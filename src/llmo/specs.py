@@ -142,6 +142,10 @@ class TrainSpec(Spec):
     )
     batch_size: Positive = Field(16, description="texts per optimiser step")
     gradient_accumulation_steps: Positive = Field(1, description="micro-batches per step")
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep a layer's input only and compute the rest again on the way back: less memory, more time",
+    )
     learning_rate: Annotated[Number, Field(gt=0)] | None = Field(
         None, description="peak; default by method and optimiser, see docs/methods.md"
     )
@@ -319,7 +323,7 @@ INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plain": (("model",), ()),
     "adapter": (("model",), ()),
     "train": (("data", "model"), ()),
-    "evaluate": (("data", "model"), ()),
+    "evaluate": (("data", "model"), ("against",)),
     "compress": (("data", "model"), ()),
     "verify": (("model",), ("reference",)),
     "serve": (("model",), ()),

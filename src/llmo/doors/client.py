@@ -104,6 +104,12 @@ class Client:
     def golden(self, ref: str) -> list[dict[str, Any]]:
         return [dict(item) for item in self._get(f"/v1/artifacts/{_part(ref)}/golden")]
 
+    def report(self, ref: str) -> dict[str, Any]:
+        return dict(self._get(f"/v1/artifacts/{_part(ref)}/report"))
+
+    def report_page(self, ref: str) -> str:
+        return str(self._get(f"/v1/artifacts/{_part(ref)}/report/page")["html"])
+
     def devices(self) -> list[Device]:
         return [record(Device, device) for device in self._get("/v1/devices")]
 

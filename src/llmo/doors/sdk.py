@@ -111,6 +111,11 @@ class Model(Stored):
         after: Mapping[str, Any] = self.card.get("metrics", {}).get("test", {}).get("after", {})
         return after
 
+    def report(self) -> Mapping[str, Any]:
+        """What was measured when it was trained: metrics, classes, calibration, the worst errors. Raises NotFoundError
+        where no rows were held out, and for a model that was not trained."""
+        return self.api.report(self.artifact.digest)
+
     def evaluate(self, data: Dataset | None = None, *, split: str = "test") -> Mapping[str, Any]:
         """Metrics on a split of `data` (default: the data it was trained on)."""
         digest = data.artifact.digest if data else flow.data_of(self.api, self.artifact)

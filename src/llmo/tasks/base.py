@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from llmo.errors import InputError
 from llmo.tasks.metrics import Floats, Tally, Totals, with_intervals
+from llmo.tasks.verdict import Verdict
 
 if TYPE_CHECKING:
     import torch
@@ -166,6 +167,12 @@ class Task(ABC):
     def details(self, tally: Tally) -> dict[str, Any]:
         """What a report shows beyond the metrics, such as a confusion matrix; JSON values."""
         return {}
+
+    def verdicts(
+        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]
+    ) -> list[Verdict | None]:
+        """What was said of each row, for worst errors and calibration; None where nothing was asked."""
+        return [None] * len(rows)
 
     def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
         """The JSON answer for one text; carries `truncated: true` when the model did not see all of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,7 @@ def encode(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], progress: Call
             if task.generates and not (target != IGNORED).any():
                 empty += 1
                 continue
-            parts.append(encoding)
+            parts.append(replace(encoding, offsets=[], word_ids=[]))  # several times as large as the ids
             targets.append(target)
         progress(first + len(chunk))
     return joined(parts, targets, task.max_length, empty)

@@ -40,6 +40,7 @@ class Speaker:
         self._factor = float(getattr(config, "logit_scale", None) or 1.0) / float(
             getattr(config, "logits_scaling", None) or 1.0
         )
+        self._recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.trunk.modules())
         self._shares = False
         self._prove()
 
@@ -56,7 +57,9 @@ class Speaker:
     def hidden(self, inputs: dict[str, torch.Tensor], targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What stands before each learnt token, `[n, width]`, and the tokens, `[n]`, row after row."""
         wanted = targets[:, 1:] != IGNORED
-        begin = self._common(inputs["input_ids"], wanted) if self._shares else 0
+        # With activation checkpointing transformers keeps no cache, and what all rows begin with would need one.
+        shares = self._shares and not (self._recomputes and self.network.training)
+        begin = self._common(inputs["input_ids"], wanted) if shares else 0
         states = self._after(inputs, begin) if begin else self.trunk(**inputs, use_cache=False).last_hidden_state
         where = wanted[:, begin:]
         return states[:, :-1][where], targets[:, 1 + begin :][where]

@@ -226,12 +226,14 @@ class Loop:
         self._saved_at = time.monotonic()
 
     def _fingerprint(self) -> str:
-        """Names the run by everything its result depends on, so that a checkpoint of another is never taken."""
+        """Names the run by everything its result depends on, so that a checkpoint of another is never taken. In how
+        many parts a step is computed changes rounding only, and a run that found no memory goes on in smaller ones."""
         rows = hashlib.sha256(self.data.ids.tobytes() + self.data.starts.tobytes())
         for target in self.data.targets:
             rows.update(target.tobytes())
         spec = self.spec.plain()
-        spec.pop("checkpoint_seconds")
+        for name in ("checkpoint_seconds", "gradient_accumulation_steps"):
+            spec.pop(name)
         weights = {name: list(p.shape) for name, p in self._named.items()}
         return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self._precision.name])
 

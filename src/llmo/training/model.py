@@ -67,6 +67,8 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
     model = _open(base, task, spec, on_cpu)
     if on_cpu:
         dropout.replace_dropout(model)
+    if spec.activation_checkpointing:
+        _checkpoint_activations(model)
     total = sum(p.numel() for p in model.parameters())
     wrapped = adapters.Wrapped(model)
     if spec.base_weights != "fp32":
@@ -184,6 +186,16 @@ def _load(base: Path, task: Task, config: Any, attention: str) -> tuple[Any, dic
             where=str(base),
         ) from error
     return model, dict(info)
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Chen et al. 2016. The second pass has the first one's random numbers and precision: the gradients are equal."""
+    if not model.supports_gradient_checkpointing:
+        raise SpecError(
+            f"transformers has no activation checkpointing for the architecture '{model.config.model_type}'",
+            hint="leave train.activation_checkpointing out; gradient_accumulation_steps saves memory too",
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def _names(model: Any, modules: list[nn.Module]) -> set[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,13 @@ from llmo.specs import TrainJobSpec
 from llmo.tasks.base import Row, Task
 from llmo.tasks.card import load_tokenizer, write_card, write_golden
 from llmo.tasks.generation import Generation
-from llmo.training import checkpoint, folder, lineage, optimiser, precision
+from llmo.training import checkpoint, folder, lineage, optimiser, peak, pictures, precision, relief, report
+from llmo.training.architecture import check_config
 from llmo.training.course import Course, plan, resolve
-from llmo.training.failures import memory_errors
+from llmo.training.failures import StepTooLarge, memory_errors
+from llmo.training.figures import Measured
+from llmo.training.fitting import require
+from llmo.training.forecast import Rows
 from llmo.training.loop import Loop
 from llmo.training.model import Built, build
 
@@ -29,17 +34,25 @@ from llmo.training.model import Built, build
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     """`spec` is `TrainSpec.plain()` with `task`; `inputs` are the folders `data` and `model`.
 
-    Returns the main figures: test before and after, dev, speed. Raises DataError, ModelError and SpecError for what
-    cannot be trained, JobFailed when the loss is lost, Stopped (after a checkpoint) when asked to stop, StorageError
-    and MemoryError when there is no room.
+    Writes the model folder and `report/`. Returns the main figures: test before and after, dev, speed, memory. Raises
+    DataError, ModelError, SpecError and NeedsError for what cannot be trained here, JobFailed when the loss is lost,
+    Stopped (after a checkpoint) when asked to stop, StorageError and MemoryError when there is no room; a step that
+    finds no memory is tried once more in smaller parts of its batch.
     """
-    with memory_errors():
-        return _run(spec, inputs, out, ctx)
+    request = relief.resume(validate(dict(spec), TrainJobSpec), ctx)
+    while True:
+        try:
+            with memory_errors():
+                return _run(request, inputs, out, ctx)
+        except StepTooLarge:
+            request = relief.shrink(request, ctx)
+        gc.collect()  # what was built hangs together in circles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def _run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
+def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     started = time.monotonic()
-    request = validate(dict(spec), TrainJobSpec)
     torch.set_num_threads(max(1, ctx.device.cores))
     chosen = precision.choose(request.precision, ctx.device)
     data = Dataset.open(inputs["data"])
@@ -51,40 +64,44 @@ def _run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Co
     exact = precision.exact(chosen)
     course = plan(task, tokenizer, data, built, request, chosen, exact, ctx)
     _say(ctx, built, course, chosen)
+    need = _room(request, course, inputs["model"], chosen, ctx)
 
     has_dev = len(data.split("dev")) > 0
     on_dev = (lambda: _on_dev(course, chosen)) if has_dev else None
     if on_dev is None and request.early_stopping is not None:
         raise SpecError("early_stopping needs a dev split, and it is empty", hint="set data.split.dev above 0")
-    if built.trained:
-        loop = Loop(built, task, course.objective, request, course.encoded, on_dev, ctx, chosen)
-        done = _learn(loop, course, chosen, ctx)
-    else:
-        _fit(course)
-        done = Done()
+    with memory_errors(StepTooLarge):
+        done = _learn(course, request, on_dev, chosen, ctx) if built.trained else _untrained(course)
 
-    after = course.figures.full("test", "test", course.measured)
+    held = {split: course.figures.measured(split, split, course.measured) for split in ("dev", "test")}
+    after = held["test"].metrics
     metrics = {
-        "dev": course.figures.full("dev", "dev", course.measured),
+        "dev": held["dev"].metrics,
         "test": {"before": after if done.before is None else done.before, "after": after},
     }
     shown = next(rows for rows in (data.split(name) for name in ("dev", "train", "test")) if len(rows))
     write_golden(out, course.evidence(shown, exact))
     folder.write(out, built, inputs["model"], task)
     write_card(out, _card(request, course, metrics, data, inputs["model"], done))
+    speed = {"samples_per_second": done.samples_per_second, "tokens_per_second": done.tokens_per_second}
+    memory = {"peak_bytes": peak.peak(chosen.device), **({"forecast_bytes": need} if need else {})}
+    _report(out, course, held, metrics, speed, memory, inputs["model"])
     checkpoint.clear(ctx.checkpoint())
+    relief.forget(ctx)
     return {
         "metric": course.objective.metric,
         **metrics,
+        "calibration": held["test"].findings.get("calibration"),
         "steps": done.steps,
         "history": done.history,
         "seconds": time.monotonic() - started,
-        "samples_per_second": done.samples_per_second,
-        "tokens_per_second": done.tokens_per_second,
+        **speed,
         "truncated_share": course.encoded.truncated / len(course.encoded.targets),
         "parameters": built.parameters,
         "trained_parameters": built.trained,
+        "gradient_accumulation_steps": request.gradient_accumulation_steps,
         "precision": chosen.name,
+        "memory": memory,
     }
 
 
@@ -99,8 +116,15 @@ class Done:
     tokens_per_second: float = 0.0
 
 
-def _learn(loop: Loop, course: Course, chosen: precision.Precision, ctx: Context) -> Done:
+def _learn(
+    course: Course,
+    request: TrainJobSpec,
+    on_dev: Callable[[], dict[str, float]] | None,
+    chosen: precision.Precision,
+    ctx: Context,
+) -> Done:
     """Run the loop, from its checkpoint if there is one."""
+    loop = Loop(course.built, course.task, course.objective, request, course.encoded, on_dev, ctx, chosen)
     if loop.resume():
         ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
     else:
@@ -110,6 +134,11 @@ def _learn(loop: Loop, course: Course, chosen: precision.Precision, ctx: Context
     _fit(course)
     state = loop.state
     return Done(state.step, state.history, state.extra["before"], loop.samples_per_second, loop.tokens_per_second)
+
+
+def _untrained(course: Course) -> Done:
+    _fit(course)
+    return Done()
 
 
 def _on_dev(course: Course, chosen: precision.Precision) -> dict[str, float]:
@@ -151,8 +180,40 @@ def _say(ctx: Context, built: Built, course: Course, chosen: precision.Precision
         ctx.note(f"{share:.1%} of the training texts are longer than {data.max_length} tokens and are cut")
     if data.empty:
         ctx.note(f"{data.empty} training rows hold nothing to learn, and are left out")
+    if not pictures.possible():
+        ctx.note(pictures.MISSING)
     if isinstance(course.task, Generation) and course.task.template.is_default:
         ctx.note("the base model has no chat template: turns are written as `User:` and `Assistant:`")
+
+
+def _room(request: TrainJobSpec, course: Course, base: Path, chosen: precision.Precision, ctx: Context) -> int | None:
+    """The forecast of the peak in bytes; None on a GPU. Raises NeedsError when the machine surely has not so much."""
+    if chosen.device.type != "cpu":
+        return None
+    lengths = course.encoded.lengths
+    rows = Rows(len(lengths), float(lengths.mean()), int(lengths.max()))
+    able = precision.choose("auto", ctx.device).name == "bf16"
+    return require(request, check_config(base), rows, bf16=able, memory=ctx.device.free)
+
+
+def _report(
+    out: Path,
+    course: Course,
+    held: Mapping[str, Measured],
+    metrics: Mapping[str, Any],
+    speed: Mapping[str, float],
+    memory: Mapping[str, int],
+    base: Path,
+) -> None:
+    """Beside the model, of the test rows, or of dev where there are none; nothing where nothing is held out."""
+    split = next((name for name in ("test", "dev") if held[name].rows), None)
+    if split is None:
+        return
+    before = metrics["test"]["before"] if split == "test" else {}
+    found = report.made(
+        course.task, course.objective.metric, split, held[split], before=before, speed=speed, memory=memory
+    )
+    report.write(out / report.FOLDER, f"{lineage.base_of(base)['source']}, trained", found)
 
 
 def _card(

@@ -17,6 +17,7 @@ from llmo.tasks.base import Encoding, Logits, Row, Task
 from llmo.tasks.metrics import Tally
 from llmo.training.batches import IGNORED, padded, stacked
 from llmo.training.causal import Speaker
+from llmo.training.findings import Findings
 from llmo.training.precision import Precision
 
 CHUNK = 2048  # rows encoded, sorted by length and measured at once
@@ -34,8 +35,17 @@ class Scored:
     truncated: int
 
 
-def score(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], predict: Predict, ctx: Context, phase: str) -> Scored:
-    """`predict` is given batches of texts of like length. Raises Stopped when the job is asked to stop."""
+def score(
+    task: Task,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    predict: Predict,
+    ctx: Context,
+    phase: str,
+    findings: Findings | None = None,
+) -> Scored:
+    """`predict` is given batches of texts of like length; `findings` hears of every row. Raises Stopped when the job is
+    asked to stop."""
     tallies: list[Tally] = []
     truncated = done = 0
     for first in range(0, len(rows), CHUNK):
@@ -47,7 +57,10 @@ def score(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], predict: Predic
                 raise Stopped
             logits.update(zip(batch, predict([encodings[i] for i in batch]), strict=True))
             ctx.report(done + len(logits), len(rows), phase=phase)
-        tallies.append(task.tally([logits[i] for i in range(len(chunk))], chunk, encodings))
+        said = [logits[i] for i in range(len(chunk))]
+        tallies.append(task.tally(said, chunk, encodings))
+        if findings is not None:
+            findings.add(task, said, chunk, encodings)
         truncated += sum(e.truncated for e in encodings)
         done += len(chunk)
     return Scored(Tally.merged(tallies), len(rows), truncated)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,12 @@ import typer
 
 from llmo.api import Api
 from llmo.doors import flow
-from llmo.doors.cli import summary
+from llmo.doors.cli import report, summary
 from llmo.doors.cli.given import Cores, Data, Fresh, Gpus, Memory, Set, assignments, needs_of
 from llmo.doors.cli.live import Live, follow
 from llmo.doors.cli.show import Json, console, emit, figure, shorten, table
 from llmo.errors import InputError
-from llmo.types import Artifact, Job, Kind
+from llmo.types import Artifact, Kind
 
 Model = Annotated[str, typer.Argument(help="A stored model: NAME, NAME@VERSION or its digest.")]
 Served = Annotated[
@@ -68,17 +68,16 @@ def train(
         job = api.submit("train", spec, inputs, name=name, needs=needs_of("train", cores, memory, gpus), fresh=fresh)
         job = flow.wait(api, job, live.hear)
         found = flow.output(api, job)
-    emit({"ref": found.ref, "digest": found.digest, **flow.result(job)}, as_json, lambda: _show_trained(found, job))
+        told = flow.report(api, found)
+    everything = {"ref": found.ref, "digest": found.digest, **flow.result(job), "report": told}
+    emit(everything, as_json, lambda: _show_trained(found, told))
 
 
-def _show_trained(model: Artifact, job: Job) -> None:
-    test = flow.result(job)["test"]
-    rows = [
-        (name.replace("_", " "), figure(test["before"][name]), figure(value))
-        for name, value in test["after"].items()
-        if name in test["before"]
-    ]
-    table(f"model {model.ref}", ["on held-out documents", "before>", "after>"], rows)
+def _show_trained(model: Artifact, told: Mapping[str, Any] | None) -> None:
+    if told is None:
+        console.print(f"model {model.ref}; no rows are held out, so nothing was measured", soft_wrap=True)
+    else:
+        report.show(told, model.ref, model.ref)
 
 
 def evaluate(
@@ -86,22 +85,49 @@ def evaluate(
     data: Data = None,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
     answers: Annotated[int, typer.Option(help="Generation: rows to answer and compare with references.", min=0)] = 0,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this model, row by row.")] = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a stored model on a split of a data set.
+    """Measure a stored model on a split of a data set: by class, how sure it is, its worst errors.
 
     Example: llmo evaluate newsdesk-compressed --split test
     """
     with closing(flow.connect()) as api:
         artifact = api.artifact(model, Kind.MODEL)
         inputs = {"model": artifact.digest, "data": data or flow.data_of(api, artifact)}
+        if against is not None:
+            inputs["against"] = against
         job = api.submit(
             "evaluate", {"split": split, "answers": answers}, inputs, name=f"{artifact.name}-report", fresh=fresh
         )
-        found = flow.result(follow(api, job, as_json))
-    rows = [(name.replace("_", " "), figure(value)) for name, value in found["metrics"].items()]
-    emit(found, as_json, lambda: table(f"{artifact.ref} on {split}", ["", "value (95% interval)>"], rows))
+        job = follow(api, job, as_json)
+        made = flow.output(api, job)
+        found = api.report(made.digest)
+    emit({"ref": made.ref, **found}, as_json, lambda: _show_evaluated(found, artifact.ref, made.ref, against))
+
+
+def _show_evaluated(found: Mapping[str, Any], ref: str, kept: str, against: str | None) -> None:
+    report.show(found, ref, kept)
+    if against is None:
+        return
+    other = found["against"]
+    rows = [
+        (
+            name.replace("_", " "),
+            figure(found["metrics"][name]),
+            figure(other["metrics"][name]),
+            figure(value),
+            _verdict(value),
+        )
+        for name, value in other["difference"].items()
+        if "/" not in name
+    ]
+    table(f"\n{ref} against {against}", ["", f"{ref}>", f"{against}>", "difference (95% interval)>", ""], rows)
+
+
+def _verdict(difference: Mapping[str, float]) -> str:
+    return "can be chance" if difference["low"] <= 0.0 <= difference["high"] else "is no chance"
 
 
 def compress(

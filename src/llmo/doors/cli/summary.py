@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from rich.markup import escape
 
+from llmo.doors.cli.report import calibrated, run_of
 from llmo.doors.cli.show import console, figure, shorten, size, table
 from llmo.doors.gateway import Door
 from llmo.specfile import Resolved
@@ -75,12 +76,12 @@ def show_check(spec: ProjectSpec, report: Mapping[str, Any]) -> None:
         ("characters", f"median {report['median_characters']}, longest {report['longest_characters']}"),
         ("tokens", f"mean {tokens['mean']:.0f}, 95% under {tokens['p95']}, longest {tokens['longest']}"),
         ("truncated", _truncated(tokens)),
-        ("memory", f"about {size(need['memory_bytes'])} to train; {_free(report['devices'])}"),
+        ("memory", f"{_needed(need)}; {_free(report['devices'])}"),
         ("disk", f"about {size(need['disk_bytes'])}"),
         ("steps", f"{need['steps']} optimiser steps"),
     ]
     table(f"{spec.name}: {spec.task.name}", ["", ""], facts)
-    for note in report["notes"]:
+    for note in [*report["notes"], *_may_not_fit(need)]:
         console.print(f"  note: {note}", markup=False, soft_wrap=True)
     console.print("\n[bold]three samples as the model will see them[/]")
     for sample in report["samples"]:
@@ -92,6 +93,19 @@ def show_check(spec: ProjectSpec, report: Mapping[str, Any]) -> None:
 def _truncated(tokens: Mapping[str, Any]) -> str:
     of = f" (of {tokens['sampled']} sampled)" if tokens["sampled"] < tokens["texts"] else ""
     return f"{tokens['truncated_count']} texts, {tokens['truncated']:.1%}, at max_length {tokens['max_length']}{of}"
+
+
+def _needed(need: Mapping[str, Any]) -> str:
+    count = need["runs"]
+    runs = f" (corrected by {count} finished training{'s' if count > 1 else ''})" if count else ""
+    return f"{size(need['memory_bytes'])} ± {need['error']:.0%} to train{runs}"
+
+
+def _may_not_fit(need: Mapping[str, Any]) -> list[str]:
+    if need.get("fits", True):
+        return []
+    what = "the training may not fit into the memory that LLMO may use here"
+    return [f"{what}; the nearest that does: {need['instead']}" if need["instead"] else what]
 
 
 def _free(devices: Sequence[Device]) -> str:
@@ -142,7 +156,11 @@ def _show_quality(steps: Steps) -> None:
         for name in shown
     ]
     table(f"model {steps['train']['ref']}", columns, rows)
-    console.print()
+    trained = steps["train"]["result"]
+    for line in (calibrated(trained.get("calibration")), run_of(trained, trained.get("memory", {}))):
+        if line:
+            console.print(line, markup=False, soft_wrap=True)
+    console.print(f"[dim]by class, worst errors: llmo report {steps['train']['ref']}[/]\n", soft_wrap=True)
 
 
 def show_variants(result: Mapping[str, Any]) -> None:
