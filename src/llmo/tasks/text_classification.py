@@ -22,6 +22,7 @@ from llmo.tasks.metrics import (
     softmax,
     weighted_f1,
 )
+from llmo.types import Asked
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +126,7 @@ class TextClassification(Task):
         confusion = np.bincount(gold * size + predicted, tally.times, size * size).astype(np.int64)
         return {"labels": list(self.labels), "confusion": confusion.reshape(size, size).tolist()}
 
-    def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
+    def answer(self, logits: Logits, encoding: Encoding, asked: Asked) -> dict[str, Any]:
         each = sigmoid(logits) if self.multi_label else softmax(logits)
         scores = {label: float(p) for label, p in zip(self.labels, each, strict=True)}
         if self.multi_label:

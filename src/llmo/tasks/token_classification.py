@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from llmo.errors import DataError, nearest
 from llmo.tasks.base import Encoding, Logits, Row, Task, seen
 from llmo.tasks.metrics import Floats, Tally, Totals, macro_f1, micro_f1, per_class, ratio, softmax
+from llmo.types import Asked
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +71,10 @@ class TokenClassification(Task):
             raise DataError("no training row carries a labelled span", hint="check `data.label` and the tags' scheme")
         return cls([OUTSIDE, *(f"{tag}-{name}" for name in types for tag in "BI")], max_length)
 
-    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    def encode(self, tokenizer: Tokenizer, asked: Sequence[Asked]) -> list[Encoding]:
         """As the base, with `word_ids` cut to this task's words and white space trimmed off the offsets."""
-        return [_words_of(e, text) for e, text in zip(super().encode(tokenizer, texts), texts, strict=True)]
+        texts = [self.given(one)[0] for one in asked]
+        return [_words_of(e, text) for e, text in zip(self.tokens(tokenizer, texts), texts, strict=True)]
 
     def target(self, row: Row, encoding: Encoding) -> NDArray[Any]:
         """One class per token `[tokens]`; of overlapping spans the first, then the longest, is learnt."""
@@ -144,7 +146,8 @@ class TokenClassification(Task):
         columns = {"right": totals.hits, "answered": totals.predicted, "gold": totals.gold}
         return {"per_type": {name: {k: int(v[i]) for k, v in columns.items()} for i, name in enumerate(self.types)}}
 
-    def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
+    def answer(self, logits: Logits, encoding: Encoding, asked: Asked) -> dict[str, Any]:
+        (text,) = self.given(asked)
         entities = [
             {"start": e.start, "end": e.end, "label": e.label, "text": text[e.start : e.end], "score": e.score}
             for e in self.decode(logits, encoding, text)

@@ -55,15 +55,20 @@ def encode(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], progress: Call
     empty = 0
     for first in range(0, len(rows), CHUNK):
         chunk = list(rows[first : first + CHUNK])
-        for row, encoding in task.lessons(tokenizer, chunk):
+        lessons = task.lessons(tokenizer, chunk)
+        empty += len(chunk) - len({id(row) for row, _ in lessons})
+        for row, encoding in lessons:
             target = task.target(row, encoding)
             if task.generates and not (target != IGNORED).any():
                 empty += 1
                 continue
-            parts.append(encoding)
-            targets.append(target)
+            own = encoding.apart()
+            parts += own
+            targets += [target] * len(own)
         progress(first + len(chunk))
-    return joined(parts, targets, task.max_length, empty)
+    if empty and not parts and not task.generates:
+        raise DataError(f"no training row can be learnt: all {empty} {task.unlearnt}", hint="set a larger max_length")
+    return joined(parts, targets, task.max_length, empty, task.group)
 
 
 def joined(

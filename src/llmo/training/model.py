@@ -60,14 +60,18 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
     the norm before it instead. Uses torch's generator for new weights: seed it before. Raises ModelError for a base
     that cannot be opened and SpecError for a request that does not fit it.
     """
-    if task.generates and spec.method == "head":
+    if not task.labels and spec.method == "head":
+        what = "a model that writes" if task.generates else f"a model for {task.name}"
         raise SpecError(
-            "method head trains a new head on a frozen trunk, and a model that writes has no head of its own",
+            f"method head trains a new head on a frozen trunk, and {what} has no head of its own",
             hint="set train.method to lora, last-n or full",
         )
     model = _open(base, task, spec, on_cpu)
     if on_cpu:
         dropout.replace_dropout(model)
+    if not task.labels and not task.generates:
+        for module in _pooler(model):
+            module.requires_grad_(False)  # vectors are made before it
     adapted: tuple[str, ...] = ()
     trained: nn.Module = model
     if spec.method == "lora":
@@ -109,13 +113,15 @@ def _open(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:
         )
     with quiet():
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    renew = not task.generates and _label(config, written, task)
+    renew = bool(task.labels) and _label(config, written, task) and task.has_classes
     if spec.dropout is not None:
         for name in DROPOUTS:
             if isinstance(getattr(config, name, None), float):
                 setattr(config, name, spec.dropout)
     model, info = _load(base, task, config, _attention(written, task, on_cpu))
-    _check_loaded(model, info, base, set() if task.generates else _names(model, _head(model)))
+    _check_loaded(
+        model, info, base, set() if task.generates else _names(model, [*_outside_trunk(model), *_pooler(model)])
+    )
     model.name_or_path = config._name_or_path = ""  # a path of this machine, which would be saved with the model
     if renew:
         _renew_answers(model, len(task.labels))
@@ -199,6 +205,9 @@ def _check_loaded(model: Any, info: dict[str, Any], base: Path, new: set[str]) -
 
 
 def _outside_trunk(model: Any) -> list[nn.Module]:
+    """Nothing, where the model is a bare trunk."""
+    if model.base_model is model:
+        return []
     prefix = model.base_model_prefix
     return [
         module for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
@@ -207,8 +216,13 @@ def _outside_trunk(model: Any) -> list[nn.Module]:
 
 def _head(model: Any) -> list[nn.Module]:
     """What stands on the trunk, and the trunk's pooler that feeds it."""
+    outside = _outside_trunk(model)
+    return [*outside, *_pooler(model)] if outside else []
+
+
+def _pooler(model: Any) -> list[nn.Module]:
     pooler = getattr(model.base_model, "pooler", None)
-    return [*_outside_trunk(model), *([pooler] if isinstance(pooler, nn.Module) else [])]
+    return [pooler] if isinstance(pooler, nn.Module) else []
 
 
 def _final_norms(model: Any) -> list[nn.Module]:
@@ -252,7 +266,7 @@ def _with_lora(model: Any, spec: LoraSpec, task: Task) -> tuple[nn.Module, tuple
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=wanted,
-        modules_to_save=None if task.generates else [names[id(m)].split(".")[-1] for m in _head(model)],
+        modules_to_save=None if task.generates else [names[id(m)].split(".")[-1] for m in _head(model)] or None,
         task_type="CAUSAL_LM" if task.generates else None,
     )
     with warnings.catch_warnings():
