@@ -199,9 +199,9 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                 for call, _ in wanted:
                     self._end(call, error)
                 continue
-            encode = embedding.encode if embed else Task.encode
+            encode = partial(embedding.encode, task) if embed else task.encode
             texts = [call.texts[i] for call, i in wanted]
-            for (call, i), found in zip(wanted, self._encodings(partial(encode, task), texts), strict=True):
+            for (call, i), found in zip(wanted, self._encodings(encode, texts), strict=True):
                 encoding = embedding.whole(found, task.max_length) if embed else found
                 if isinstance(encoding, LLMOError):
                     encoding.where = call.where(i)

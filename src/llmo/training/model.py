@@ -248,7 +248,7 @@ def _last_layers(model: Any, count: int) -> list[nn.Module]:
 def _with_lora(model: Any, spec: LoraSpec, task: Task) -> tuple[nn.Module, tuple[str, ...]]:
     from peft import LoraConfig, get_peft_model  # seconds, and only this method needs it
 
-    head = {id(m) for top in _head(model) for m in top.modules()}
+    head = {id(m) for top in [*_head(model), *_pooler(model)] for m in top.modules()}
     linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in head]
     wanted = linear
     if spec.target_modules is not None:

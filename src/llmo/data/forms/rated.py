@@ -34,8 +34,9 @@ class Rated:
 
     def choose(self, names: Sequence[str], head: Sequence[RawRow], where: str) -> Columns:
         spec, rest = self._spec, row_columns(names, self._spec, where)
-        label = told(names, spec.label, "label", where) or needed(names, "label", _VALUE, where, spec.text or "")
+        label = told(names, spec.label, "label", where)
         text = told(names, spec.text, "text", where) or needed(names, "text", TEXT, where, label)
+        label = label or needed(names, "label", _VALUE, where, text)
         return Columns(text=text, label=label, **unless(rest, text, label))
 
     def read(self, item: RawRow, columns: Columns, log: ReadLog) -> Row:
