@@ -35,7 +35,7 @@ class Paired:
 
     def __init__(self, spec: DataSpec, task: TaskSpec) -> None:
         self._spec = spec
-        self._scored = False
+        self._scored = spec.label is not None
         self.multi_label = False
 
     def choose(self, names: Sequence[str], head: Sequence[RawRow], where: str) -> Columns:
@@ -56,12 +56,13 @@ class Paired:
         if columns.negative:
             row.negative = text_of(item, columns.negative, "negative")
         if columns.label:
-            self._scored = True
             row.value = number(item.values.get(columns.label), columns.label, item.place)
         return row
 
     def settle(self, rows: Sequence[Row]) -> None:
-        """Raises DataError for a row without a negative among others that have one."""
+        """Raises DataError for a row without a negative among others that have one. A column that is empty in every
+        row is none, unless it was told."""
+        self._scored = self._scored or any(row.value is not None for row in rows)
         without = next((row for row in rows if not (row.negative or "").strip()), None)
         if without is not None and any((row.negative or "").strip() for row in rows):
             raise DataError(
