@@ -22,6 +22,8 @@ from llmo.data.operation import run as import_data
 from llmo.doors.client import Client
 from llmo.doors.gateway import Door
 from llmo.doors.server import serve_in_thread
+from llmo.engines.base import Request
+from llmo.engines.onnx import OnnxEngine
 from llmo.engines.torch import TorchEngine
 from llmo.errors import GateRefused, InputError, ModelError
 from llmo.settings import Settings
@@ -232,7 +234,12 @@ def test_graphs_of_vectors_serve_too(trained: Trained, tmp_path: Path) -> None:
     write_card(tmp_path, {**read_card(trained.model), "engine": "onnx"})
     write_golden(tmp_path, read_golden(trained.model))
     with ThreadReplica(tmp_path):
-        pass
+        engine = OnnxEngine()
+        engine.load(tmp_path, CPU)
+        requests = [Request(i, item["input_ids"]) for i, item in enumerate(read_golden(tmp_path))]
+        vectors, said = ([chunk.data for chunk in run(requests)] for run in (engine.embed, engine.run))
+        assert np.abs(np.stack(vectors) - np.stack(said)).max() < 1e-6
+        engine.close()
 
 
 @pytest.mark.parametrize("name", ["regression", "sentence-embedding", "extractive-qa"])

@@ -72,4 +72,4 @@ def _needed(names: Sequence[str], key: str, words: str, where: str, taken: str =
             where=where,
             hint=f"say task: generation; or say which column holds it: data.{key}: NAME (there are: {listed(names)})",
         )
-    return needed(free, key, words, where)
+    return needed(names, key, words, where, taken)
