@@ -266,6 +266,19 @@ def test_what_the_task_cannot_be_trained_with_is_refused(name: str, tmp_path: Pa
             train(length=16)
 
 
+def test_an_adapter_of_a_bare_trunk_is_in_every_layer_that_vectors_come_through(tmp_path: Path) -> None:
+    data = tiny_dataset(tmp_path / "data", "sentence-embedding", sizes={"train": 32, "dev": 4, "test": 4})
+    spec = {**TrainSpec(method="lora", epochs=1).plain(), "task": {"name": "sentence-embedding", "max_length": 64}}
+    for name in ("model", "report"):
+        (tmp_path / name).mkdir()
+    inputs = {"data": data, "model": tiny_model(tmp_path / "base")}
+    result = operation.run(spec, inputs, tmp_path / "model", NullContext(1, tmp_path / "c"))
+    report = verify.run({}, {"model": tmp_path / "model"}, tmp_path / "report", NullContext(1))
+    assert result["trained_parameters"] < result["parameters"] / 2
+    (modules,) = [check for check in report["checks"] if check["name"] == "adapter modules"]
+    assert modules["value"] == modules["limit"] == 12  # six a layer: the pooler, which nothing comes through, has none
+
+
 def test_answers_that_no_window_holds_are_left_out_and_said(tmp_path: Path) -> None:
     data = tiny_dataset(tmp_path / "data", "extractive-qa", sizes={"train": 8, "dev": 4, "test": 4})
     base = tiny_model(tmp_path / "base")

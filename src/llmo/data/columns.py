@@ -62,14 +62,11 @@ def for_tags(names: Sequence[str], spec: DataSpec, where: str) -> Columns:
 
 
 def _needed(names: Sequence[str], key: str, words: str, where: str, taken: str = "") -> str:
-    free = [name for name in names if name != taken]
-    found = named(free, words)
-    if found:
-        return found
-    if named(names, _CONVERSATIONS):
+    found = named(names, words, taken)
+    if not found and named(names, _CONVERSATIONS):
         raise DataError(
             f"these are conversations, and no column is called like a {key} column",
             where=where,
             hint=f"say task: generation; or say which column holds it: data.{key}: NAME (there are: {listed(names)})",
         )
-    return needed(names, key, words, where, taken)
+    return found or needed(names, key, words, where, taken)

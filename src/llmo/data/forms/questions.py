@@ -100,7 +100,7 @@ class Questions:
         return groups.apart(rows, [row.group or "" for row in rows], "the same context as")
 
     def card(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return {"unanswerable": sum(not row.answers for row in rows)}
+        return {"shape": "questions", "unanswerable": sum(not row.answers for row in rows)}
 
     def stored(self) -> Sequence[Column]:
         return stored.QUESTION

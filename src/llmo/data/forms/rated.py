@@ -72,7 +72,8 @@ class Rated:
 
     def card(self, rows: Sequence[Row]) -> dict[str, Any]:
         values = [row.value for row in rows if row.value is not None]
-        return {"values": {"lowest": min(values), "mean": sum(values) / len(values), "highest": max(values)}}
+        spread = {"lowest": min(values), "mean": sum(values) / len(values), "highest": max(values)}
+        return {"shape": "values", "values": spread}
 
     def stored(self) -> Sequence[Column]:
         return stored.VALUE
