@@ -53,7 +53,17 @@ def test_squad_is_read_and_answers_stay_where_they_are_when_the_context_is_clean
             assert row["pair"][row["answer_start"] :].startswith(answer)
 
 
-def test_questions_on_one_context_are_no_copies_and_stay_on_one_side(tmp_path, import_):
+def test_questions_on_one_long_context_are_no_copies(tmp_path, import_):
+    contexts = [" ".join(f"{side}{i}" for i in range(400)) for side in "abcdef"]
+    rows = [
+        {"question": f"Which is number {i}?", "context": context, "answer": f"{context[0]}{i}"}
+        for context in contexts
+        for i in (3, 7)
+    ]
+    assert import_(lines(tmp_path, [*rows, rows[0]]), task="extractive-qa").dropped() == {"duplicate": ["a.jsonl:13"]}
+
+
+def test_questions_on_one_context_stay_on_one_side(tmp_path, import_):
     found = import_(squad(tmp_path), task="extractive-qa")
     assert found.info["rows"]["dropped"] == 0
     sides: dict[str, set[str]] = {}

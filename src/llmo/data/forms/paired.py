@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from llmo.data import checks, stored
 from llmo.data.clean import clean
-from llmo.data.deduplicate import digest, text_key
 from llmo.data.forms.base import text_of
 from llmo.data.named import Columns, named, needed, row_columns, told, unless
 from llmo.data.numbers import number
@@ -28,10 +27,10 @@ _SCORE = "score similarity similarity_score label 分数 相似度"
 
 
 class Paired:
-    """Rows of one text stay on one side. All rows have a score, or none has; so it is with negatives."""
+    """Rows of one text stay on one side, as texts do. All rows have a score, or none has; so it is with negatives."""
 
     documents: ClassVar[bool] = False
-    whole_groups: ClassVar[bool] = True
+    whole_groups: ClassVar[bool] = False
 
     def __init__(self, spec: DataSpec, task: TaskSpec) -> None:
         self._spec = spec
@@ -86,8 +85,6 @@ class Paired:
         return (Drop.NO_LABEL, "no score") if self._scored and row.value is None else None
 
     def gather(self, rows: Sequence[Row]) -> list[str]:
-        for row in rows:
-            row.group = digest(text_key(row.text))
         return []
 
     def check(self, prepared: Prepared, where: str) -> None:
