@@ -69,6 +69,7 @@ METHODS: dict[str, Method] = {
     "zero-shot": Method("nothing", 0.0, writes=False, source="Yin et al. 2019, arXiv:1909.00161"),
 }
 VIRTUAL = ("prefix", "prompt")  # they put tokens of their own before a text
+VIRTUAL_TASKS = ("text-classification", "token-classification", "generation")
 LABELS_ONLY = ("few-shot", "zero-shot")  # they compare whole texts, so they are of task text-classification
 
 
@@ -94,7 +95,7 @@ OPTIMISERS: dict[str, Optimiser] = {
 }
 
 
-def check(method: str, base_weights: str, task: str, writes: bool) -> None:
+def check(method: str, base_weights: str, task: str, *, has_head: bool) -> None:
     """Raises SpecError for a method that cannot train a model for this task, or over weights of so few bits."""
     if base_weights != "fp32" and not METHODS[method].frozen:
         raise SpecError(
@@ -108,9 +109,14 @@ def check(method: str, base_weights: str, task: str, writes: bool) -> None:
             f"method {method} tells whole texts apart, and the task is {task}",
             hint="it is of task text-classification: set train.method to lora or full",
         )
-    if writes and not METHODS[method].writes:
+    if method in VIRTUAL and task not in VIRTUAL_TASKS:
         raise SpecError(
-            f"method {method} trains a new head on a frozen trunk, and a model that writes has no head of its own",
+            f"method {method} puts tokens of its own before a text, which a model for {task} does not expect",
+            hint=f"it is of {', '.join(VIRTUAL_TASKS)}: set train.method to lora or full",
+        )
+    if not has_head and not METHODS[method].writes:
+        raise SpecError(
+            f"method {method} trains a new head on a frozen trunk, and a model for {task} has no head of its own",
             hint="set train.method to lora, last-n or full",
         )
 

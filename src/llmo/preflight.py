@@ -13,15 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from llmo import methods, sources
+from llmo import methods, plugins, sources
 from llmo.context import Context
+from llmo.data import gold
 from llmo.data.dataset import Dataset
 from llmo.data.profile import profile
 from llmo.files import publish_json
 from llmo.specfile import validate
 from llmo.specs import DataSpec, ProjectSpec, TaskSpec
+from llmo.tasks.base import Task
 from llmo.tasks.card import TOKENIZER, load_tokenizer
+from llmo.tasks.extractive_qa import ExtractiveQA
 from llmo.tasks.generation import Generation, conversation
+from llmo.tasks.sentence_embedding import SentenceEmbedding
 from llmo.training import gguf_source
 from llmo.training.base import config_of, inspect
 from llmo.training.correction import correct
@@ -41,7 +45,8 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     what the run itself would raise early."""
     project = validate(dict(spec["project"]), ProjectSpec)
     train, task = project.train, project.task.name
-    methods.check(train.method, train.base_weights, task, task == Generation.name)
+    kind: type[Task] = plugins.load("llmo.tasks", task)
+    methods.check(train.method, train.base_weights, task, has_head=kind.has_head)
     data = inputs.get("data")
     found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
     folder = inputs.get("model") or _resolved(spec["sources"]["model"])
@@ -49,7 +54,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     config = config_of(folder)
     rows = found.pop("records")
     with _described(folder, config) as described:
-        seen = _conversations if project.task.name == Generation.name else _texts
+        seen = _SEEN.get(project.task.name, _texts)
         lengths, samples = seen(described, project.task, rows, found["samples"])
     train_rows = int(found["rows"]["train"])
     limit = project.task.max_length
@@ -159,7 +164,7 @@ def _texts(folder: Path, task: TaskSpec, rows: Rows, samples: Rows) -> tuple[NDA
     found = tokenizer.encode_batch_fast([row["text"] for row in rows[::step]])
     tokenizer.enable_truncation(task.max_length)
     shown = [
-        {"text": s["text"], "tokens": _shown(tokenizer.encode(s["text"]).tokens), "answer": _answer(s)}
+        {"text": s["text"], "tokens": _shown(tokenizer.encode(s["text"]).tokens), "answer": gold.told(s)}
         for s in samples[:3]
     ]
     return np.array([len(one.ids) for one in found]), shown
@@ -181,15 +186,29 @@ def _conversations(
     return lengths, shown
 
 
+def _paired(folder: Path, task: TaskSpec, rows: Rows, samples: Rows) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
+    """As `_texts`, of each sequence that rows of two texts are read as."""
+    tokenizer = load_tokenizer(folder)
+    made: Task = plugins.load("llmo.tasks", task.name).from_rows(rows, max_length=task.max_length, options={})
+    encodings = made.encode_rows(tokenizer, list(rows[:: max(1, len(rows) // SAMPLED)]))
+    lengths = np.array([part.length for encoding in encodings for part in encoding.apart()])
+    shown = []
+    for row, encoding in zip(rows[:3], made.encode_rows(tokenizer, list(rows[:3])), strict=True):
+        tokens = [str(tokenizer.id_to_token(i)) for i in encoding.input_ids]
+        shown.append({"text": row["text"], "tokens": _shown(tokens), "answer": gold.told(row)})
+    return lengths, shown
+
+
+_SEEN = {
+    Generation.name: _conversations,
+    ExtractiveQA.name: _paired,
+    SentenceEmbedding.name: _paired,
+}
+
+
 def _written(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return json.dumps(tokenizer.decode(list(ids), skip_special_tokens=False), ensure_ascii=False)
 
 
 def _shown(tokens: Sequence[str]) -> str:
     return " ".join(tokens[:TOKENS_SHOWN]) + (" …" if len(tokens) > TOKENS_SHOWN else "")
-
-
-def _answer(sample: Mapping[str, Any]) -> str:
-    if "spans" in sample:
-        return ", ".join(f"{s['label']}: {sample['text'][s['start'] : s['end']]}" for s in sample["spans"]) or "(none)"
-    return ", ".join(sample["labels"]) if "labels" in sample else str(sample["label"])

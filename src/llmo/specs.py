@@ -80,7 +80,12 @@ class DataSpec(Spec):
     )
     encoding: str = Field("auto", description="character encoding of text files; auto: detected per file")
     text: str | None = Field(None, description="the column that holds the text; default: found by name")
-    label: str | None = Field(None, description="the column that holds the label(s); default: found by name")
+    pair: str | None = Field(
+        None, description="the column of the second text: a question's context, the other of a pair; default: by name"
+    )
+    label: str | None = Field(
+        None, description="the column that holds the label(s), value, score or answer; default: found by name"
+    )
     id: str | None = Field(None, description="the column that identifies a row; default: found by name, else numbered")
     split_column: str | None = Field(None, description="a column that says train, dev or test; default: found by name")
     label_separator: str | None = Field(None, description="splits a label cell into several labels (multi-label)")
@@ -88,7 +93,7 @@ class DataSpec(Spec):
     split: SplitSpec = Field(default_factory=SplitSpec, description="the shares of dev and test rows, and their seed")
 
 
-LONG_TASKS = ("generation",)
+LENGTHS = {"generation": 1024, "extractive-qa": 384}
 
 
 class TaskSpec(Spec):
@@ -99,15 +104,17 @@ class TaskSpec(Spec):
     )
     multi_label: bool | None = Field(None, description="several labels for one text; default: seen from the data")
     max_length: Annotated[int, Field(ge=8, le=8192)] = Field(
-        128, description="tokens a text is cut to; default for generation: 1024"
+        128,
+        description="tokens a text is cut to; default for generation: 1024; for extractive-qa: 384, the size of the "
+        "windows that a long context is read in",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _length(cls, value: Any) -> Any:
         """A conversation is longer than a text that is only told apart from others."""
-        if isinstance(value, dict) and value.get("name") in LONG_TASKS:
-            return {"max_length": 1024, **value}
+        if isinstance(value, dict) and value.get("name") in LENGTHS:
+            return {"max_length": LENGTHS[value["name"]], **value}
         return value
 
 

@@ -32,6 +32,7 @@ from llmo.store.feedback import parse as parse_feedback
 from llmo.types import (
     Adapter,
     Artifact,
+    Asked,
     Device,
     Endpoint,
     Event,
@@ -234,7 +235,7 @@ class System:
         self.store.endpoints.get(endpoint)
         self.store.adapters.remove(endpoint, name)
 
-    def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
+    def predict(self, endpoint: str, texts: Sequence[Asked], *, logits: bool = False) -> list[dict[str, Any]]:
         if not texts:
             raise InputError("there is no text to answer", hint="give one text at least")
         name, ready = self._named(endpoint)

@@ -54,6 +54,18 @@ def checked_raw(folder: Path) -> dict:
     return checked(folder)
 
 
+@pytest.mark.parametrize("task", ["extractive-qa", "sentence-embedding", "regression"])
+def test_rows_of_every_task_are_told_of_as_the_model_reads_them(tmp_path: Path, task: str) -> None:
+    project(tmp_path)
+    spec = tmp_path / "llmo.yaml"
+    spec.write_text(spec.read_text().replace("text-classification", task))
+    found = checked(tmp_path, data=tiny_dataset(tmp_path / "stored", task))
+    assert found["tokens"]["truncated_count"] == 0
+    assert len(found["samples"]) == (0 if task == "regression" else 3)  # the stored card of these tests has none
+    assert all(sample["tokens"].startswith("[CLS]") for sample in found["samples"])
+    assert all(sample["answer"] for sample in found["samples"])
+
+
 def test_a_model_with_only_a_slow_tokeniser_is_converted(tmp_path: Path) -> None:
     project(tmp_path, rows=120)
     base = tmp_path / "base"

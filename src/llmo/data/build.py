@@ -141,11 +141,16 @@ def _samples(rows: list[Row]) -> list[Row]:
 
 
 def _sample(row: Row) -> dict[str, Any]:
-    text = row.text if len(row.text) <= _SAMPLE_CHARACTERS else row.text[:_SAMPLE_CHARACTERS] + "…"
-    entities = [{"text": row.text[s.start : s.end], "label": s.label} for s in row.spans]
+    entities = [{"text": row.text[s.start : s.end], "label": s.label} for s in row.spans if row.pair is None]
+    shown = {"pair": None if row.pair is None else _short(row.pair), "answers": row.answers, "value": row.value}
     return {
         "id": row.id,
-        "text": text,
+        "text": _short(row.text),
         "labels": list(row.labels or ()),
         **({"entities": entities} if entities else {}),
+        **{name: value for name, value in shown.items() if value is not None},
     }
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SAMPLE_CHARACTERS else text[:_SAMPLE_CHARACTERS] + "…"

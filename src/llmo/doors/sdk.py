@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.errors import SpecError
-from llmo.types import Adapter, Artifact, Kind
+from llmo.types import Adapter, Artifact, Asked, Kind
 
 if TYPE_CHECKING:
     from llmo.doors.gateway import Door
@@ -131,9 +131,9 @@ class Deployed:
     name: str
     api: Api = field(repr=False, compare=False)
 
-    def predict(self, texts: str | Sequence[str]) -> Any:
-        """One answer for one text, a list for many."""
-        if isinstance(texts, str):
+    def predict(self, texts: Asked | Sequence[Asked]) -> Any:
+        """One answer for one text (or an object of texts, as the task asks them), a list for many."""
+        if isinstance(texts, str | Mapping):
             return self.api.predict(self.name, [texts])[0]
         return self.api.predict(self.name, texts)
 

@@ -23,7 +23,7 @@ from llmo.engines import updates
 from llmo.engines.applied import attached
 from llmo.engines.base import Request
 from llmo.engines.folder import card_applied, require
-from llmo.engines.heads import Head
+from llmo.engines.heads import Head, logits_of
 from llmo.engines.named import Named
 from llmo.engines.updates import Update, Updates
 from llmo.errors import ModelError
@@ -85,7 +85,8 @@ class Trunk(Named[Further]):
     def logits(self, rows: Sequence[Row], ids: Tensor, mask: Tensor) -> Said:
         """The logits of the rows of each model; `ids` and `mask` are `[rows, longest]`."""
         if all(further is None for _, further in rows):
-            yield [request for request, _ in rows], self._model(input_ids=ids, attention_mask=mask).logits
+            said = self._model(input_ids=ids, attention_mask=mask)
+            yield [request for request, _ in rows], logits_of(said, mask)
             return
         ((_, hidden),) = self.hidden(rows, ids, mask)
         start = 0

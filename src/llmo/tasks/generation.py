@@ -49,6 +49,7 @@ class Generation(Task):
     name: ClassVar[str] = "generation"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     generates: ClassVar[bool] = True
+    has_head: ClassVar[bool] = False
     higher_is_better: ClassVar[bool] = False
 
     def __init__(

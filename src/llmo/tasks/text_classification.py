@@ -23,6 +23,7 @@ from llmo.tasks.metrics import (
     weighted_f1,
 )
 from llmo.tasks.verdict import Decisions, Verdict, surprise
+from llmo.types import Asked
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +151,7 @@ class TextClassification(Task):
         loss = surprise(np.where(gold, each, 1 - each))
         return Verdict(loss, named[0], named[1], float(decided.confidence.min()), decided)
 
-    def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
+    def answer(self, logits: Logits, encoding: Encoding, asked: Asked) -> dict[str, Any]:
         each = sigmoid(logits) if self.multi_label else softmax(logits)
         scores = {label: float(p) for label, p in zip(self.labels, each, strict=True)}
         if self.multi_label:

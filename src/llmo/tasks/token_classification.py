@@ -20,6 +20,7 @@ from llmo.errors import DataError, nearest
 from llmo.tasks.base import Encoding, Logits, Row, Task, seen
 from llmo.tasks.metrics import Floats, Tally, Totals, macro_f1, micro_f1, per_class, ratio, softmax
 from llmo.tasks.verdict import Decisions, Verdict, surprise
+from llmo.types import Asked
 
 if TYPE_CHECKING:
     import torch
@@ -71,9 +72,10 @@ class TokenClassification(Task):
             raise DataError("no training row carries a labelled span", hint="check `data.label` and the tags' scheme")
         return cls([OUTSIDE, *(f"{tag}-{name}" for name in types for tag in "BI")], max_length)
 
-    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    def encode(self, tokenizer: Tokenizer, asked: Sequence[Asked]) -> list[Encoding]:
         """As the base, with `word_ids` cut to this task's words and white space trimmed off the offsets."""
-        return [_words_of(e, text) for e, text in zip(super().encode(tokenizer, texts), texts, strict=True)]
+        texts = [self.given(one)[0] for one in asked]
+        return [_words_of(e, text) for e, text in zip(self.tokens(tokenizer, texts), texts, strict=True)]
 
     def target(self, row: Row, encoding: Encoding) -> NDArray[Any]:
         """One class per token `[tokens]`; of overlapping spans the first, then the longest, is learnt."""
@@ -165,7 +167,8 @@ class TokenClassification(Task):
         loss = surprise(each[np.arange(len(gold)), gold])
         return Verdict(loss, _named(wanted, row["text"]), _named(answer, row["text"]), score, decided)
 
-    def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
+    def answer(self, logits: Logits, encoding: Encoding, asked: Asked) -> dict[str, Any]:
+        (text,) = self.given(asked)
         entities = [
             {"start": e.start, "end": e.end, "label": e.label, "text": text[e.start : e.end], "score": e.score}
             for e in self.decode(logits, encoding, text)

@@ -30,8 +30,9 @@ class Wrapped:
     applied: Applied | None = None
 
 
-def wrap(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module]) -> Wrapped:
-    """Only what the method adds, and the `head`, learn afterwards. New weights are drawn from torch's generator.
+def wrap(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module], aside: list[nn.Module]) -> Wrapped:
+    """Only what the method adds, and the `head`, learn afterwards; what stands `aside` is not adapted. New weights are
+    drawn from torch's generator.
 
     Raises SpecError for what the model cannot take.
     """
@@ -39,7 +40,7 @@ def wrap(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module]) -> Wrap
         return _compare(model, spec, task, head)
     if spec.method in ("prefix", "prompt", "bottleneck"):
         return _apply(model, spec, task, head)
-    return _adapt(model, spec, task, head)
+    return _adapt(model, spec, head, aside, writes=task.generates)
 
 
 def _compare(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module]) -> Wrapped:
@@ -67,15 +68,13 @@ def _apply(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module]) -> Wr
     return Wrapped(model, applied=applied)
 
 
-def _adapt(model: Any, spec: TrainSpec, task: Task, head: list[nn.Module]) -> Wrapped:
+def _adapt(model: Any, spec: TrainSpec, head: list[nn.Module], aside: list[nn.Module], *, writes: bool) -> Wrapped:
     from peft import get_peft_model  # seconds, and only these methods need it
 
-    wanted = _targets(model, spec, head)
+    wanted = _targets(model, spec, [*head, *aside])
     names = {id(m): name for name, m in model.named_modules()}
-    kept = None if task.generates else [names[id(m)].split(".")[-1] for m in head]
-    config = _config(
-        model, spec, wanted, {"modules_to_save": kept, "task_type": "CAUSAL_LM" if task.generates else None}
-    )
+    kept = None if writes else [names[id(m)].split(".")[-1] for m in head] or None
+    config = _config(model, spec, wanted, {"modules_to_save": kept, "task_type": "CAUSAL_LM" if writes else None})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that is going out of use
         wrapped = get_peft_model(model, config)
@@ -99,12 +98,12 @@ def _config(model: Any, spec: TrainSpec, wanted: list[str], common: dict[str, An
     return LoraConfig(r=spec.lora.rank, use_rslora=spec.method == "rslora", use_dora=spec.method == "dora", **low_rank)
 
 
-def _targets(model: Any, spec: TrainSpec, head: list[nn.Module]) -> list[str]:
+def _targets(model: Any, spec: TrainSpec, aside: list[nn.Module]) -> list[str]:
     """The full names of the modules that change: those that `lora.target_modules` names, or else the method's own.
 
     Raises SpecError when there is none, and for a rank that is no less than a module is wide.
     """
-    inside = {id(m) for top in head for m in top.modules()}
+    inside = {id(m) for top in aside for m in top.modules()}
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in inside}
     known = sorted({name.split(".")[-1] for name in linear})
     asked = spec.lora.target_modules

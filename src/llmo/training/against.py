@@ -28,10 +28,10 @@ def differences(first: Side, second: Side, seed: int = 0) -> dict[str, dict[str,
     width = len(first[1][0])
     pairs = Tally.of_sums(np.concatenate([np.stack(first[1]), np.stack(second[1])], axis=1))
     values = _difference(pairs.totals(), first[0], second[0], width)
-    resampled = _difference(pairs.resampled(seed), first[0], second[0], width)
+    resampled = [_difference(pairs.summed(times), first[0], second[0], width) for times in pairs.draws(seed)]
     found = {}
     for name, value in values.items():
-        low, high = np.percentile(resampled[name], [2.5, 97.5])
+        low, high = np.percentile(np.concatenate([part[name] for part in resampled]), [2.5, 97.5])
         found[name] = {"value": float(value), "low": float(low), "high": float(high)}
     return found
 

@@ -55,15 +55,21 @@ def encode(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], progress: Call
     empty = 0
     for first in range(0, len(rows), CHUNK):
         chunk = list(rows[first : first + CHUNK])
-        for row, encoding in task.lessons(tokenizer, chunk):
+        lessons = task.lessons(tokenizer, chunk)
+        empty += len(chunk) - len({id(row) for row, _ in lessons})
+        for row, encoding in lessons:
             target = task.target(row, encoding)
             if task.generates and not (target != IGNORED).any():
                 empty += 1
                 continue
-            parts.append(replace(encoding, offsets=[], word_ids=[]))  # several times as large as the ids
-            targets.append(target)
+            # Offsets and words are several times as large as the ids.
+            own = [replace(part, offsets=[], word_ids=[]) for part in encoding.apart()]
+            parts += own
+            targets += [target] * len(own)
         progress(first + len(chunk))
-    return joined(parts, targets, task.max_length, empty)
+    if empty and not parts and not task.generates:
+        raise DataError(f"no training row can be learnt: all {empty} {task.unlearnt}", hint="set a larger max_length")
+    return joined(parts, targets, task.max_length, empty, task.group)
 
 
 def joined(

@@ -60,6 +60,11 @@ def resolve(spec: TrainSpec, task: type[Task], shape: str | None) -> str:
                 f"the objective '{spec.objective}' is of task generation, not of {task.name}",
                 hint="leave train.objective out",
             )
+        if not task.has_classes and (spec.class_weights != "none" or spec.label_smoothing > 0):
+            raise SpecError(
+                f"class_weights and label_smoothing are of tasks with classes, and {task.name} has none",
+                hint="leave train.class_weights and train.label_smoothing out",
+            )
         return "auto"
     if spec.class_weights != "none":
         raise SpecError("class_weights are of tasks with labels", hint="leave train.class_weights out")

@@ -104,13 +104,12 @@ def _labeller(card: Mapping[str, Any], folder: Path, ctx: Context) -> Iterator[s
     engine: Engine = plugins.load("llmo.engines", card["engine"])()
     engine.load(folder, ctx.device)
 
-    def predict(encodings: Sequence[Encoding]) -> list[Logits]:
-        requests = [Request(i, encoding.input_ids) for i, encoding in enumerate(encodings)]
-        found = {chunk.id: chunk.data for chunk in engine.run(requests)}
-        return [found[i] for i in range(len(encodings))]
+    def run(texts: Sequence[Sequence[int]]) -> list[Logits]:
+        found = {chunk.id: chunk.data for chunk in engine.run([Request(i, ids) for i, ids in enumerate(texts)])}
+        return [found[i] for i in range(len(texts))]
 
     with closing(engine):
-        yield predict
+        yield scoring.by_sequence(run)
 
 
 @contextmanager

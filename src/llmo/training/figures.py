@@ -95,8 +95,7 @@ class TaskFigures:
         return measure(self._task, self._tokenizer, rows, self._predictor(how), self._ctx, phase)
 
     def plain(self, split: str, phase: str, how: Precision) -> dict[str, float]:
-        totals = self._tally(self._splits[split], phase, how).totals()
-        return {name: float(value) for name, value in self._task.scores(totals).items()}
+        return self._task.figures(self._tally(self._splits[split], phase, how))
 
     def _tally(self, rows: Sequence[Row], phase: str, how: Precision) -> Tally:
         return scoring.score(self._task, self._tokenizer, rows, self._predictor(how), self._ctx, phase).tally

@@ -61,8 +61,9 @@ def _write_settings(out: Path, base: Path, task: Generation) -> None:
 
 
 def evidence(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], predict: Predict) -> list[dict[str, Any]]:
-    """What the training graph says of up to 16 texts, one at a time: `[{"text", "input_ids", "logits"}]`."""
-    picked = [rows[int(i)]["text"] for i in np.linspace(0, len(rows) - 1, min(GOLDEN_TEXTS, len(rows)))]
+    """What the training graph says of up to 16 inputs, one at a time: `[{"text", "input_ids", "logits"}]`, where `text`
+    is all that was asked."""
+    picked = [task.asked(rows[int(i)]) for i in np.linspace(0, len(rows) - 1, min(GOLDEN_TEXTS, len(rows)))]
     found = []
     for text, encoding in zip(picked, task.encode(tokenizer, picked), strict=True):
         (logits,) = predict([encoding])

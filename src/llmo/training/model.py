@@ -63,10 +63,13 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
     the norm before it instead. Uses torch's generator for new weights: seed it before. Raises ModelError for a base
     that cannot be opened and SpecError for a request that does not fit it.
     """
-    methods.check(spec.method, spec.base_weights, task.name, task.generates)
+    methods.check(spec.method, spec.base_weights, task.name, has_head=task.has_head)
     model = _open(base, task, spec, on_cpu)
     if on_cpu:
         dropout.replace_dropout(model)
+    if not task.labels and not task.generates:
+        for module in _pooler(model):
+            module.requires_grad_(False)  # vectors are made before it
     if spec.activation_checkpointing:
         _checkpoint_activations(model)
     total = sum(p.numel() for p in model.parameters())
@@ -74,7 +77,7 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
     if spec.base_weights != "fp32":
         narrow.narrow(model, spec.base_weights, _head(model))
     if spec.method not in ("full", "head", "last-n"):
-        wrapped = adapters.wrap(model, spec, task, _head(model))
+        wrapped = adapters.wrap(model, spec, task, _head(model), _pooler(model))
     elif spec.method in ("head", "last-n"):
         top = _final_norms(model) if task.generates else _head(model)
         free = [top] if spec.method == "head" else [top, _last_layers(model, spec.last_n)]
@@ -117,13 +120,15 @@ def _open(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:
     methods.check_length(spec.method, spec.virtual_tokens, task.max_length, position_limit(written))
     with quiet():
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    renew = not task.generates and _label(config, written, task)
+    renew = bool(task.labels) and _label(config, written, task) and task.has_classes
     if spec.dropout is not None:
         for name in DROPOUTS:
             if isinstance(getattr(config, name, None), float):
                 setattr(config, name, spec.dropout)
     model, info = _load(base, task, config, _attention(written, task, on_cpu))
-    _check_loaded(model, info, base, set() if task.generates else _names(model, _head(model)))
+    _check_loaded(
+        model, info, base, set() if task.generates else _names(model, [*_outside_trunk(model), *_pooler(model)])
+    )
     model.name_or_path = config._name_or_path = ""  # a path of this machine, which would be saved with the model
     if renew:
         _renew_answers(model, len(task.labels))
@@ -217,6 +222,9 @@ def _check_loaded(model: Any, info: dict[str, Any], base: Path, new: set[str]) -
 
 
 def _outside_trunk(model: Any) -> list[nn.Module]:
+    """Nothing, where the model is a bare trunk."""
+    if model.base_model is model:
+        return []
     prefix = model.base_model_prefix
     return [
         module for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
@@ -225,8 +233,13 @@ def _outside_trunk(model: Any) -> list[nn.Module]:
 
 def _head(model: Any) -> list[nn.Module]:
     """What stands on the trunk, and the trunk's pooler that feeds it."""
+    outside = _outside_trunk(model)
+    return [*outside, *_pooler(model)] if outside else []
+
+
+def _pooler(model: Any) -> list[nn.Module]:
     pooler = getattr(model.base_model, "pooler", None)
-    return [*_outside_trunk(model), *([pooler] if isinstance(pooler, nn.Module) else [])]
+    return [pooler] if isinstance(pooler, nn.Module) else []
 
 
 def _final_norms(model: Any) -> list[nn.Module]:

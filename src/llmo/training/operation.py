@@ -179,7 +179,7 @@ def _say(ctx: Context, built: Built, course: Course, chosen: precision.Precision
         share = data.truncated / len(data.targets)
         ctx.note(f"{share:.1%} of the training texts are longer than {data.max_length} tokens and are cut")
     if data.empty:
-        ctx.note(f"{data.empty} training rows hold nothing to learn, and are left out")
+        ctx.note(f"{data.empty} training rows {course.task.unlearnt}, and are left out")
     if not pictures.possible():
         ctx.note(pictures.MISSING)
     if isinstance(course.task, Generation) and course.task.template.is_default:

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from llmo.context import Context, Stopped
-from llmo.tasks.base import Encoding, Logits, Row, Task
+from llmo.engines.heads import logits_of
+from llmo.tasks.base import Encoding, Logits, Row, Task, gathered, sequences
 from llmo.tasks.metrics import Tally
 from llmo.training.batches import IGNORED, padded, stacked
 from llmo.training.causal import Speaker
@@ -48,8 +49,9 @@ def score(
     asked to stop."""
     tallies: list[Tally] = []
     truncated = done = 0
-    for first in range(0, len(rows), CHUNK):
-        chunk = list(rows[first : first + CHUNK])
+    size = len(rows) if task.whole else CHUNK
+    for first in range(0, len(rows), size):
+        chunk = list(rows[first : first + size])
         encodings = task.encode_rows(tokenizer, chunk)
         logits: dict[int, Logits] = {}
         for batch in by_length(encodings):
@@ -86,12 +88,28 @@ def of_like_length(lengths: Sequence[int] | NDArray[np.int64], tokens: int = BAT
 def model_predictor(model: nn.Module, task: Task, pad_id: int, precision: Precision) -> Predict:
     """The model that is being trained, in eval mode and the given precision; its mode is put back after each batch."""
 
-    def predict(encodings: Sequence[Encoding]) -> list[Logits]:
-        inputs = padded([e.input_ids for e in encodings], pad_id, task.max_length)
+    def run(texts: Sequence[Sequence[int]]) -> list[Logits]:
+        inputs = padded(texts, pad_id, task.max_length)
         with measuring(model, precision):
-            logits = model(**{k: v.to(precision.device) for k, v in inputs.items()}).logits
+            there = {k: v.to(precision.device) for k, v in inputs.items()}
+            logits = logits_of(model(**there), there["attention_mask"])
         found = logits.float().cpu().numpy()
-        return [found[i] if found.ndim == 2 else found[i, : len(e.input_ids)] for i, e in enumerate(encodings)]
+        return [found[i] if found.ndim == 2 else found[i, : len(ids)] for i, ids in enumerate(texts)]
+
+    return by_sequence(run)
+
+
+def by_sequence(run: Callable[[Sequence[Sequence[int]]], list[Logits]]) -> Predict:
+    """What predicts encodings, from what runs a batch of sequences; those of several become batches of their own."""
+
+    def predict(encodings: Sequence[Encoding]) -> list[Logits]:
+        texts = sequences(encodings)
+        if len(texts) == len(encodings):
+            return run(texts)
+        found: dict[int, Logits] = {}
+        for batch in of_like_length([len(ids) for ids in texts]):
+            found.update(zip(batch, run([texts[i] for i in batch]), strict=True))
+        return gathered([found[i] for i in range(len(texts))], encodings)
 
     return predict
 

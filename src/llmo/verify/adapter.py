@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llmo.engines.applied import attached
+from llmo.engines.heads import logits_of
 from llmo.engines.torch import open_model
 from llmo.errors import ModelError
 from llmo.tasks.base import Logits
@@ -129,7 +130,8 @@ def effect(value: float) -> Check:
 def logits(model: Any, texts: Sequence[Sequence[int]]) -> list[Logits]:
     """What the model says of each text, alone."""
     with torch.inference_mode():
-        return [model(input_ids=torch.tensor([list(ids)])).logits[0].numpy() for ids in texts]
+        given = [torch.tensor([list(ids)]) for ids in texts]
+        return [logits_of(model(input_ids=ids), torch.ones_like(ids))[0].numpy() for ids in given]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from llmo.engines.base import Engine, Request
 from llmo.engines.torch import quiet
 from llmo.errors import GateRefused, InputError, ModelError
 from llmo.files import digest_of, manifest_of, publish_json, sha256_file
-from llmo.tasks.base import Encoding, Logits, Task
+from llmo.tasks.base import Encoding, Logits, Task, gathered, sequences
 from llmo.tasks.card import TOKENIZER, load_task, load_tokenizer, read_card
 from llmo.tasks.generation import Generation
 from llmo.types import Device
@@ -134,7 +134,7 @@ def _token_checks(subject: Subject) -> list[Check]:
             raise ModelError(
                 f"plain transformers cannot open the tokeniser: {error}", where=str(subject.folder), hint=RETRAIN
             ) from error
-        theirs = plain(subject.golden.texts, truncation=True, max_length=subject.task.max_length)["input_ids"]
+        theirs = subject.task.plain_ids(plain, subject.golden.texts)
     return [
         checks.same_tokens("token ids", "of the saved tokeniser", ours, subject.golden.input_ids),
         checks.same_tokens("token ids, transformers", "in plain transformers", theirs, subject.golden.input_ids),
@@ -153,14 +153,14 @@ def _saved_checks(saved: Path, subject: Subject, device: Device) -> list[Check]:
     """The saved model re-opened by plain transformers, and its adapter where it was trained with one."""
     expected = subject.golden.logits
     with _loaded("torch", saved, device) as engine:
-        reopened = _logits(engine, subject.golden.input_ids)
+        reopened = _logits(engine, subject.encodings)
     found = [checks.same_logits("saved model", "training graph and saved model", reopened, expected, hint=RETRAIN)]
     return found + _adapter_checks(saved, read_card(saved), subject)
 
 
 def _adapter_checks(saved: Path, card: Mapping[str, Any], subject: Subject) -> list[Check]:
     """That the adapter which the card tells of is there and does something; none for a model without one."""
-    texts = subject.golden.input_ids
+    texts = sequences(subject.encodings)
     return adapter.checks_of(saved, card, lambda model: adapter.logits(model, texts))
 
 
@@ -168,10 +168,9 @@ def _engine_checks(subject: Subject, device: Device) -> list[Check]:
     """The model through the engine that will serve it, in one padded batch and each text alone."""
     name, precision = subject.card["engine"], subject.card["precision"]
     hint = RETRAIN if name == "torch" else RECOMPRESS
-    ids = subject.golden.input_ids
     with _loaded(name, subject.folder, device) as engine:
-        together = _logits(engine, ids)
-        alone = [_logits(engine, [one])[0] for one in ids]
+        together = _logits(engine, subject.encodings)
+        alone = [_logits(engine, [one])[0] for one in subject.encodings]
     expected, limit = subject.golden.logits, subject.limit(checks.LOSSY_SPREAD)
     served = f"training graph and {name} {precision}"
     batches = checks.same_logits(
@@ -219,7 +218,8 @@ def _loaded(name: str, folder: Path, device: Device) -> Iterator[Engine]:
         engine.close()
 
 
-def _logits(engine: Engine, texts: Sequence[Sequence[int]]) -> list[Logits]:
+def _logits(engine: Engine, encodings: Sequence[Encoding]) -> list[Logits]:
     """Logits of the texts as one batch."""
-    found = {chunk.id: chunk.data for chunk in engine.run([Request(i, ids) for i, ids in enumerate(texts)])}
-    return [found[i] for i in range(len(texts))]
+    requests = [Request(i, ids) for i, ids in enumerate(sequences(encodings))]
+    found = {chunk.id: chunk.data for chunk in engine.run(requests)}
+    return gathered([found[request.id] for request in requests], encodings)

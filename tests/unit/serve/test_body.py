@@ -16,6 +16,13 @@ def test_reads_one_text_and_many() -> None:
     assert (body.texts, body.logits, body.deadline_seconds) == (["é", "👍"], True, 2.0)
 
 
+def test_reads_texts_by_name_alone_and_among_others() -> None:
+    asked = {"question": "Who?", "context": "Bob."}
+    assert parse(json.dumps(asked).encode()).texts == [asked]
+    assert parse(b'{"text": "a", "pair": "b"}').texts == [{"text": "a", "pair": "b"}]
+    assert parse(json.dumps({"texts": ["a", asked, {"text": "b"}]}).encode()).texts == ["a", asked, {"text": "b"}]
+
+
 def test_a_byte_order_mark_is_not_an_error() -> None:
     assert parse(b'\xef\xbb\xbf{"text": "a"}').texts == ["a"]
 
@@ -36,6 +43,10 @@ def test_a_byte_order_mark_is_not_an_error() -> None:
         (b'{"text": 3}', "not a number"),
         (b'{"text": null}', "not null"),
         (b'{"texts": ["a", {}]}', "not an object"),
+        (b'{"texts": ["a", {"txt": "b"}]}', "did you mean 'text'"),
+        (b'{"texts": ["a", {"question": 3, "context": "b"}]}', "not a number"),
+        (b'{"question": "a", "context": ["b"]}', "not a list"),
+        (b'{"question": "a", "texts": ["b"]}', "both 'question' and 'texts'"),
         (b'{"text": "a", "text": "b"}', "written twice"),
         (b'{"text": "a", "deadline_seconds": NaN}', "NaN"),
         (b'{"text": "a", "deadline_seconds": Infinity}', "Infinity"),

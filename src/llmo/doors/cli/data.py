@@ -97,7 +97,11 @@ def _show_dataset(artifact: Artifact) -> None:
         ("rows", f"{card['rows']['read']} read, {_rows(artifact)} train/dev/test, {card['rows']['dropped']} dropped")
     ]
     facts += [(f"dropped: {reason.replace('_', ' ')}", str(count)) for reason, count in card["dropped"].items()]
-    if "shape" in card:
+    if "values" in card:
+        facts += [("values", ", ".join(f"{name} {value:g}" for name, value in card["values"].items()))]
+    elif "unanswerable" in card:
+        facts += [("without an answer", str(card["unanswerable"]))]
+    elif "shape" in card:
         turns = f", {card['turns']['mean']:.1f} turns on average" if "turns" in card else ""
         facts += [("shape", f"{card['shape']}, written as {card['layout']}{turns}")]
     else:

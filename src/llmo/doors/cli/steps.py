@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from llmo.doors.cli.given import Cores, Data, Fresh, Gpus, Memory, Set, assignme
 from llmo.doors.cli.live import Live, follow
 from llmo.doors.cli.show import Json, console, emit, figure, shorten, table
 from llmo.errors import InputError
-from llmo.types import Artifact, Kind
+from llmo.types import Artifact, Asked, Kind
 
 Model = Annotated[str, typer.Argument(help="A stored model: NAME, NAME@VERSION or its digest.")]
 Served = Annotated[
@@ -219,7 +220,11 @@ def _served_name(model: Artifact) -> str:
 def predict(
     endpoint: Annotated[str, typer.Argument(help="The endpoint's name.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; '-' reads them from standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with one text per line.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file with one text per line; of .jsonl, one object of texts by name.")
+    ] = None,
+    context: Annotated[str | None, typer.Option(help="The text that answers the questions, for extractive-qa.")] = None,
+    pair: Annotated[str | None, typer.Option(help="A text to compare with, for sentence-embedding.")] = None,
     batch: Annotated[int, typer.Option(help="Texts per request.", min=1, max=512)] = 64,
     as_json: Json = False,
 ) -> None:
@@ -228,6 +233,8 @@ def predict(
     Example: llmo predict newsdesk "Shares rose after the bank's profits beat forecasts."
     """
     given = list(texts or [])
+    if context is not None and pair is not None:
+        raise InputError("a text has a context or a pair, not both", hint="leave out --context or --pair")
     if file is not None and given:
         raise InputError("texts were given twice", hint="give texts, or --file FILE, not both")
     lines: Iterator[str]
@@ -237,31 +244,58 @@ def predict(
         lines = _texts(sys.stdin.buffer, "standard input")
     else:
         lines = iter(given)
+    as_objects = file is not None and file.suffix == ".jsonl"
+    if as_objects and (context is not None or pair is not None):
+        raise InputError("the texts of a .jsonl file are all in its lines", hint="leave out --context and --pair")
+    asked = map(_object, lines) if as_objects else (_with(text, context, pair) for text in lines)
     count = 0
     with closing(flow.connect()) as api:
-        for chunk in _chunks(lines, batch):
+        for chunk in _chunks(asked, batch):
             answers = _asked(api, endpoint, chunk, count)
             count += len(chunk)
-            for text, answer in zip(chunk, answers, strict=True):
-                found = {"prompt" if "text" in answer else "text": text, **answer}
+            for one, answer in zip(chunk, answers, strict=True):
+                named = {"prompt" if "text" in answer else "text": one} if isinstance(one, str) else one
+                found = {**named, **answer}
                 emit(found, as_json or not console.is_terminal, partial(_show_answer, found))
     if count == 0:
         raise InputError("no text to predict", hint=f"llmo predict {endpoint} 'a text', or --file FILE, or a pipe")
 
 
 def _show_answer(found: dict[str, Any]) -> None:
-    console.print(shorten(found.get("prompt", found["text"]), 100), markup=False)
+    asked = next(found[name] for name in ("prompt", "question", "text") if name in found)
+    console.print(shorten(asked, 100), markup=False)
     console.print(f"  -> {summary.brief(found)}", markup=False)
 
 
-def _asked(api: Api, endpoint: str, texts: Sequence[str], before: int) -> list[dict[str, Any]]:
+def _with(text: str, context: str | None, pair: str | None) -> Asked:
+    if context is not None:
+        return {"question": text, "context": context}
+    return text if pair is None else {"text": text, "pair": pair}
+
+
+def _object(line: str) -> Asked:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, str):
+        return found
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise InputError(
+            f"not an object of texts: {shorten(line, 60)}",
+            hint='write one a line: {"question": "...", "context": "..."}',
+        )
+    return found
+
+
+def _asked(api: Api, endpoint: str, texts: Sequence[Asked], before: int) -> list[dict[str, Any]]:
     """The answers; what is wrong with one text is said of its number among all, not in its batch."""
     try:
         return api.predict(endpoint, texts)
     except InputError as error:
-        at = re.fullmatch(r"texts\[(\d+)\]", error.where)
+        at = re.fullmatch(r"texts\[(\d+)\](\.\w+)?", error.where)
         if at is not None:
-            error.where = f"text {before + int(at[1]) + 1}"
+            error.where = f"text {before + int(at[1]) + 1}{at[2] or ''}"
         raise
 
 
@@ -288,8 +322,8 @@ def _texts(lines: Iterable[bytes], source: str) -> Iterator[str]:
             yield text
 
 
-def _chunks(texts: Iterator[str], size: int) -> Iterator[Sequence[str]]:
-    chunk: list[str] = []
+def _chunks(texts: Iterator[Asked], size: int) -> Iterator[Sequence[Asked]]:
+    chunk: list[Asked] = []
     for text in texts:
         chunk.append(text)
         if len(chunk) == size:

@@ -18,7 +18,8 @@ from llmo.types import Device
 Steps = Mapping[str, Mapping[str, Any]]
 # The metrics a summary shows, of those the task has.
 SHOWN = (
-    *("accuracy", "micro_f1", "f1", "precision", "recall", "macro_f1"),
+    *("accuracy", "micro_f1", "f1", "precision", "recall", "macro_f1", "exact_match", "no_answer_accuracy"),
+    *("r2", "rmse", "mae", "spearman", "mrr", "recall_at_1", "recall_at_10"),
     *("perplexity", "loss", "token_accuracy", "preference_accuracy", "margin"),
 )
 
@@ -221,8 +222,9 @@ def show_verify(result: Mapping[str, Any]) -> None:
 
 def _show_endpoint(door: Door, name: str, answers: Sequence[Mapping[str, Any]]) -> None:
     writes = any("text" in found["answer"] for found in answers)
+    sample = () if not answers or isinstance(answers[0]["asked"], str) else (answers[0]["asked"],)
     console.print(f"[bold]endpoint[/] {door.chat if writes else door.endpoint(name)}")
-    console.print(door.curl_chat(name) if writes else door.curl(name), markup=False, soft_wrap=True)
+    console.print(door.curl_chat(name) if writes else door.curl(name, *sample), markup=False, soft_wrap=True)
     console.print()
     for found in answers:
         console.print(f"  {shorten(found['text'], 88)}", markup=False)
@@ -238,4 +240,11 @@ def brief(answer: Mapping[str, Any]) -> str:
         return ", ".join(answer["labels"]) or "no label"
     if "text" in answer:
         return shorten(answer["text"], 200)
+    if "answer" in answer:
+        return f"{answer['answer'] or 'no answer'} ({answer['score']:.3f})"
+    for name in ("value", "similarity"):
+        if name in answer:
+            return f"{answer[name]:.4g}"
+    if "embedding" in answer:
+        return f"{len(answer['embedding'])} numbers: {', '.join(f'{x:.3f}' for x in answer['embedding'][:4])}, ..."
     return f"{answer['label']} ({answer['score']:.3f})"
