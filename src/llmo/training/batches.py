@@ -98,12 +98,16 @@ def order(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) ->
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def width(longest: int, limit: int) -> int:
+    """The columns of a batch whose longest sequence has `longest` tokens."""
+    return max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, limit))
+
+
 def padded(sequences: Sequence[Sequence[int] | NDArray[np.int32]], pad_id: int, limit: int) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` `[rows, longest]`, the longest rounded up to a multiple of 8 within `limit`."""
-    longest = max(len(s) for s in sequences)
-    width = max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, limit))
-    ids = np.full((len(sequences), width), pad_id, np.int64)
-    mask = np.zeros((len(sequences), width), np.int64)
+    columns = width(max(len(s) for s in sequences), limit)
+    ids = np.full((len(sequences), columns), pad_id, np.int64)
+    mask = np.zeros((len(sequences), columns), np.int64)
     for i, sequence in enumerate(sequences):
         ids[i, : len(sequence)] = sequence
         mask[i, : len(sequence)] = 1

@@ -105,6 +105,7 @@ def plan(
     else:
         predictor = functools.partial(scoring.speaker_predictor, built.model, speaker, task, built.pad_id)
         goal = Likelihood(speaker, task, encoded, spec, built.pad_id)
+        ctx.note(_rows(speaker, encoded, spec))
     figures = TaskFigures(task, tokenizer, splits, predictor, ctx)
     return Course(encoded, goal, figures, exact if speaker is None else chosen, built, task, tokenizer)
 
@@ -161,6 +162,20 @@ def _preferences(
     encoded = preference.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"))
     held = {name: preference.encode(task, tokenizer, split) for name, split in splits.items() if len(split)}
     start = preference.references(built, speaker, {"train": encoded, **held}, chosen, ctx)
+    ctx.note(_rows(speaker, encoded, spec))
     goal = Preference(speaker, encoded, start["train"], spec, built.pad_id)
     figures = preference.PairFigures(built, speaker, held, start, spec.beta, ctx)
     return Course(encoded, goal, figures, chosen, built, task, tokenizer)
+
+
+def _rows(speaker: Speaker, data: Encoded, spec: TrainSpec) -> str:
+    """How rows lie in a batch, and what the other way would pad."""
+    sizes = np.diff(data.starts)
+    batch_sizes = [sizes[data.sequences(rows)] for rows in batches.order(data.lengths, spec.batch_size, spec.seed, 0)]
+    padded = sum(len(one) * batches.width(int(one.max()), data.max_length) for one in batch_sizes)
+    share = 1.0 - int(sizes.sum()) / padded
+    if speaker.packs:
+        return (
+            f"rows go end to end, each attending to itself: padding them by length would add {share / (1 - share):.0%}"
+        )
+    return f"rows are padded in batches of like length, which is {share:.0%} of the tokens: {speaker.why}"

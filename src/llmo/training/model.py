@@ -19,7 +19,7 @@ from llmo.engines.torch import quiet
 from llmo.errors import ModelError, SpecError
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Task
-from llmo.training import adapters, dropout, narrow
+from llmo.training import adapters, dropout, narrow, norms
 from llmo.training.architecture import check_config
 
 PLAIN_ATTENTION_UP_TO = 512  # tokens; past it the fused attention's smaller memory is worth more than speed
@@ -67,6 +67,7 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
     model = _open(base, task, spec, on_cpu)
     if on_cpu:
         dropout.replace_dropout(model)
+        norms.replace_norms(model)
     if not task.labels and not task.generates:
         for module in _pooler(model):
             module.requires_grad_(False)  # vectors are made before it

@@ -20,7 +20,7 @@ from llmo.specs import TrainJobSpec
 from llmo.tasks.base import Row, Task
 from llmo.tasks.card import load_tokenizer, write_card, write_golden
 from llmo.tasks.generation import Generation
-from llmo.training import checkpoint, folder, lineage, optimiser, peak, pictures, precision, relief, report
+from llmo.training import checkpoint, folder, lineage, lowrank, optimiser, peak, pictures, precision, relief, report
 from llmo.training.architecture import check_config
 from llmo.training.course import Course, plan, resolve
 from llmo.training.failures import StepTooLarge, memory_errors
@@ -65,6 +65,7 @@ def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Cont
     course = plan(task, tokenizer, data, built, request, chosen, exact, ctx)
     _say(ctx, built, course, chosen)
     need = _room(request, course, inputs["model"], chosen, ctx)
+    joined = lowrank.join(built, chosen)
 
     has_dev = len(data.split("dev")) > 0
     on_dev = (lambda: _on_dev(course, chosen)) if has_dev else None
@@ -73,12 +74,15 @@ def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Cont
     with memory_errors(StepTooLarge):
         done = _learn(course, request, on_dev, chosen, ctx) if built.trained else _untrained(course)
 
+    if course.measured.name != chosen.name:
+        joined.undo()
     held = {split: course.figures.measured(split, split, course.measured) for split in ("dev", "test")}
     after = held["test"].metrics
     metrics = {
         "dev": held["dev"].metrics,
         "test": {"before": after if done.before is None else done.before, "after": after},
     }
+    joined.undo()
     shown = next(rows for rows in (data.split(name) for name in ("dev", "train", "test")) if len(rows))
     write_golden(out, course.evidence(shown, exact))
     folder.write(out, built, inputs["model"], task)
