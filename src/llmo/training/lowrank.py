@@ -68,13 +68,14 @@ def _members(built: Built) -> Iterator[Member]:
     from peft.tuners.lora.layer import Linear  # seconds, and only this method needs it
 
     for name in built.adapted:
-        layer = built.network.get_submodule(name)
+        layer: Any = built.network.get_submodule(name)
         if type(layer) is not Linear or type(layer.base_layer) is not nn.Linear or layer.merged:
             continue
         active = layer.active_adapters
         if len(active) != 1 or layer.lora_variant or layer.fan_in_fan_out or not layer.lora_A:
             continue
-        down, up = layer.lora_A[active[0]], layer.lora_B[active[0]]
+        down: Any = layer.lora_A[active[0]]
+        up: Any = layer.lora_B[active[0]]
         if type(layer.lora_dropout[active[0]]) is not nn.Identity or getattr(up, "bias", None) is not None:
             continue
         yield Member(name, layer, layer.base_layer, down.weight, up.weight, layer.scaling[active[0]])
@@ -140,7 +141,7 @@ class _Group:
 
     def parameters(self) -> list[torch.Tensor]:
         """All A's, then all B's."""
-        return [m.down for m in self._members] + [m.up for m in self._members]
+        return [*(m.down for m in self._members), *(m.up for m in self._members)]
 
     def take(self, member: int, x: torch.Tensor) -> torch.Tensor:
         """What a member says of `[..., in]`."""
