@@ -68,7 +68,7 @@ def _members(built: Built) -> Iterator[Member]:
     from peft.tuners.lora.layer import Linear  # seconds, and only this method needs it
 
     for name in built.adapted:
-        layer = built.network.get_submodule(name)
+        layer: Any = built.network.get_submodule(name)
         if type(layer) is not Linear or type(layer.base_layer) is not nn.Linear or layer.merged:
             continue
         active = layer.active_adapters
@@ -138,7 +138,7 @@ class _Group:
         ):
             yield slice(out - size, out), slice(end - rank, end)
 
-    def parameters(self) -> list[torch.Tensor]:
+    def parameters(self) -> list[nn.Parameter]:
         """All A's, then all B's."""
         return [m.down for m in self._members] + [m.up for m in self._members]
 
