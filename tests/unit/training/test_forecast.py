@@ -105,11 +105,11 @@ def test_a_micro_batch_is_the_largest_part(batch: int, parts: int, rows: int) ->
 
 
 def test_every_method_has_a_forecast() -> None:
-    found = {name: forecast(TrainSpec(method=name), TASK, MINILM, 40, 30.0) for name in METHODS}
+    found = {name: forecast(TrainSpec(method=name), TASK, MINILM, Rows(40, 30.0, 60)) for name in METHODS}
     assert (found["zero-shot"].steps, found["few-shot"].steps, found["lora"].steps) == (0, 75, 9)
     assert found["zero-shot"].memory_bytes < found["ia3"].memory_bytes < found["lora"].memory_bytes
     assert found["lora"].memory_bytes < found["adalora"].memory_bytes < found["full"].memory_bytes
-    narrow = forecast(TrainSpec(method="lora", base_weights="int4"), TASK, MINILM, 40, 30.0)
+    narrow = forecast(TrainSpec(method="lora", base_weights="int4"), TASK, MINILM, Rows(40, 30.0, 60))
     assert narrow.memory_bytes < found["lora"].memory_bytes
 
 
