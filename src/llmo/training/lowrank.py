@@ -139,7 +139,7 @@ class _Group:
         ):
             yield slice(out - size, out), slice(end - rank, end)
 
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[torch.Tensor]:
         """All A's, then all B's."""
         return [*(m.down for m in self._members), *(m.up for m in self._members)]
 
