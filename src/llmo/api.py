@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from llmo.types import Adapter, Artifact, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs
+from llmo.types import Adapter, Artifact, Asked, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs
 
 
 class Api(Protocol):
@@ -59,6 +59,12 @@ class Api(Protocol):
         """What a model is verified with: each `text` that its training graph was asked before it was saved, and what
         it said."""
 
+    def report(self, ref: str) -> dict[str, Any]:
+        """What was measured of a model when it was trained, or by `evaluate`; it holds rows of the data."""
+
+    def report_page(self, ref: str) -> str:
+        """The same as one page of HTML."""
+
     def devices(self) -> list[Device]: ...
 
     def endpoints(self) -> list[Endpoint]: ...
@@ -76,8 +82,9 @@ class Api(Protocol):
     def remove_adapter(self, endpoint: str, name: str) -> None:
         """Answers that have begun end as they would have."""
 
-    def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
-        """Answers in the order of the texts, of an endpoint, of ENDPOINT:ADAPTER, or of the version of either."""
+    def predict(self, endpoint: str, texts: Sequence[Asked], *, logits: bool = False) -> list[dict[str, Any]]:
+        """Answers in the order of the texts, of an endpoint, of ENDPOINT:ADAPTER, or of the version of either. A task
+        of two texts is asked with objects of texts by name."""
 
     def give_feedback(self, feedback: Mapping[str, Any]) -> Feedback:
         """Keep what somebody says of an answer; `llmo.store.feedback.parse` says what the mapping holds."""

@@ -15,11 +15,13 @@ from llmo.types import Device, Result
 class Context(Protocol):
     """The only door between an operation and the system.
 
-    `device` is what was granted: its `cores` is the number of threads to use, and no more.
+    `device` is what was granted: its `cores` is the number of threads to use, and no more. `after` is why the attempt
+    before this one ended (a `Reason`), empty for the first.
     """
 
     device: Device
     attempt: int
+    after: str
 
     def report(self, step: int, total: int | None = None, **metrics: float | str) -> None:
         """Progress: `step` of `total`, with metrics. Cheap; the newest line is what a progress bar shows."""
@@ -61,6 +63,7 @@ class NullContext:
     ) -> None:
         self.device = Device(name="cpu", kind="cpu", memory=0, free=0, cores=cores)
         self.attempt = 1
+        self.after = ""
         self._folder = folder
         self._on_report = on_report
 

@@ -16,9 +16,9 @@ SCRATCH_MODEL = Operation(
 )
 PLAIN = Operation("plain", "llmo.training.plain:run", produces=Kind.MODEL, needs=Needs(memory=2 * _GIB))
 ADAPTER = Operation("adapter", "llmo.training.adapter:run", produces=Kind.MODEL, needs=Needs(memory=_GIB))
-TRAIN = Operation("train", "llmo.training.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB), revision=3)
+TRAIN = Operation("train", "llmo.training.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB), revision=4)
 EVALUATE = Operation(
-    "evaluate", "llmo.training.evaluate:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB), revision=2
+    "evaluate", "llmo.training.evaluate:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB), revision=3
 )
 COMPRESS = Operation(
     "compress", "llmo.compression.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB), revision=4

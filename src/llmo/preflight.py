@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,18 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from llmo import plugins, sources
+from llmo import methods, plugins, sources
 from llmo.context import Context
+from llmo.data import gold
 from llmo.data.dataset import Dataset
 from llmo.data.profile import profile
-from llmo.errors import SpecError
 from llmo.files import publish_json
 from llmo.specfile import validate
-from llmo.specs import DataSpec, ProjectSpec, ScratchSpec, TaskSpec
+from llmo.specs import DataSpec, ProjectSpec, ScratchSpec, TaskSpec, TrainSpec
+from llmo.tasks.base import Task
 from llmo.tasks.card import TOKENIZER, load_tokenizer
+from llmo.tasks.extractive_qa import ExtractiveQA
 from llmo.tasks.generation import Generation, conversation
+from llmo.tasks.sentence_embedding import SentenceEmbedding
 from llmo.training import gguf_source, scratch
 from llmo.training.base import config_of, inspect
+from llmo.training.correction import correct
+from llmo.training.fitting import fit, refuse
+from llmo.training.forecast import Rows as Lengths
 from llmo.training.forecast import forecast
 
 SAMPLED = 20_000  # texts tokenised: enough for a share with an error under one percent, in about a second
@@ -34,19 +41,30 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """The operation `check`. `spec` is `{"project", "sources"}`; raises what the run itself would raise early."""
+    """The operation `check`. `spec` is `{"project", "sources"}` and, where they are known, the `memory` that LLMO may
+    use (bytes), whether the machine computes `bf16`, and the `history` of trainings (as `correct` takes it). Raises
+    what the run itself would raise early."""
     project = validate(dict(spec["project"]), ProjectSpec)
+    train, task = project.train, project.task.name
+    kind: type[Task] = plugins.load("llmo.tasks", task)
+    methods.check(train.method, train.base_weights, task, has_head=kind.has_head)
     data = inputs.get("data")
     found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
     rows = found.pop("records")
-    base = _base(spec["sources"]["model"], inputs.get("model"), project.task, rows[: found["rows"]["train"]])
+    base = _base(spec["sources"]["model"], inputs.get("model"), project.task, train, rows[: found["rows"]["train"]])
     with base as (described, config):
-        plugins.load("llmo.tasks", project.task.name).of_base(described)
-        seen = _conversations if project.task.name == Generation.name else _texts
+        kind.of_base(described)
+        seen = _SEEN.get(project.task.name, _texts)
         lengths, samples = seen(described, project.task, rows, found["samples"])
     train_rows = int(found["rows"]["train"])
-    need = forecast(project.train, project.task, config, train_rows, float(lengths.mean()))
     limit = project.task.max_length
+    cut = np.minimum(lengths, limit)
+    to_come = Lengths(train_rows, float(cut.mean()), int(cut.max()))
+    memory, bf16 = int(spec.get("memory", 0)), bool(spec.get("bf16", True))
+    parameters = forecast(project.train, project.task, config, to_come).parameters
+    correction = correct(spec.get("history", []), project.train.method, parameters)
+    need = fit(project.train, project.task, config, to_come, correction, bf16=bf16, memory=memory)
+    refuse(need, memory)
     result = {
         **found,
         "samples": samples,
@@ -60,7 +78,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             "sampled": len(lengths),
             "texts": len(rows),
         },
-        "forecast": {"memory_bytes": need.memory_bytes, "disk_bytes": need.disk_bytes, "steps": need.steps},
+        "forecast": need,
     }
     publish_json(out / "report.json", result)
     return result
@@ -68,31 +86,22 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
 
 @contextmanager
 def _base(
-    source: Mapping[str, Any], stored: Path | None, task: TaskSpec, train: Rows
+    source: Mapping[str, Any], stored: Path | None, task: TaskSpec, train: TrainSpec, rows: Rows
 ) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """The base model's folder as the run will see it, weights aside, and its config; one from scratch is made here but
-    for its weights."""
+    """The base model's folder as the run will see it, weights aside, and its config; one from scratch is made here, of
+    the training rows, but for its weights."""
+    check = partial(methods.check_length, train.method, train.virtual_tokens, task.max_length)
     if "scratch" in source:
         with TemporaryDirectory() as name:
             made = validate(dict(source["scratch"]), ScratchSpec)
-            config = scratch.describe(made, task.name, [row["text"] for row in train], Path(name))
-            _check_length(task.max_length, scratch.POSITIONS[made.architecture])
-            yield Path(name), config
+            check(scratch.POSITIONS[made.architecture])
+            yield Path(name), scratch.describe(made, task.name, scratch.texts_of(rows), Path(name))
         return
     folder = stored or _resolved(source)
-    _check_length(task.max_length, inspect(folder)["max_positions"])
+    check(inspect(folder)["max_positions"])
     config = config_of(folder)
     with _described(folder, config) as described:
         yield described, config
-
-
-def _check_length(length: int, limit: int | None) -> None:
-    """What training would refuse after minutes of reading and downloading."""
-    if limit is not None and length > limit:
-        raise SpecError(
-            f"max_length is {length}, but this model reads at most {limit} tokens",
-            hint=f"set task.max_length to {limit} or less",
-        )
 
 
 def _profiled(data: DataSpec, task: TaskSpec, source: Mapping[str, Any], ctx: Context) -> dict[str, Any]:
@@ -175,7 +184,7 @@ def _texts(folder: Path, task: TaskSpec, rows: Rows, samples: Rows) -> tuple[NDA
     found = tokenizer.encode_batch_fast([row["text"] for row in rows[::step]])
     tokenizer.enable_truncation(task.max_length)
     shown = [
-        {"text": s["text"], "tokens": _shown(tokenizer.encode(s["text"]).tokens), "answer": _answer(s)}
+        {"text": s["text"], "tokens": _shown(tokenizer.encode(s["text"]).tokens), "answer": gold.told(s)}
         for s in samples[:3]
     ]
     return np.array([len(one.ids) for one in found]), shown
@@ -197,15 +206,29 @@ def _conversations(
     return lengths, shown
 
 
+def _paired(folder: Path, task: TaskSpec, rows: Rows, samples: Rows) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
+    """As `_texts`, of each sequence that rows of two texts are read as."""
+    tokenizer = load_tokenizer(folder)
+    made: Task = plugins.load("llmo.tasks", task.name).from_rows(rows, max_length=task.max_length, options={})
+    encodings = made.encode_rows(tokenizer, list(rows[:: max(1, len(rows) // SAMPLED)]))
+    lengths = np.array([part.length for encoding in encodings for part in encoding.apart()])
+    shown = []
+    for row, encoding in zip(rows[:3], made.encode_rows(tokenizer, list(rows[:3])), strict=True):
+        tokens = [str(tokenizer.id_to_token(i)) for i in encoding.input_ids]
+        shown.append({"text": row["text"], "tokens": _shown(tokens), "answer": gold.told(row)})
+    return lengths, shown
+
+
+_SEEN = {
+    Generation.name: _conversations,
+    ExtractiveQA.name: _paired,
+    SentenceEmbedding.name: _paired,
+}
+
+
 def _written(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return json.dumps(tokenizer.decode(list(ids), skip_special_tokens=False), ensure_ascii=False)
 
 
 def _shown(tokens: Sequence[str]) -> str:
     return " ".join(tokens[:TOKENS_SHOWN]) + (" …" if len(tokens) > TOKENS_SHOWN else "")
-
-
-def _answer(sample: Mapping[str, Any]) -> str:
-    if "spans" in sample:
-        return ", ".join(f"{s['label']}: {sample['text'][s['start'] : s['end']]}" for s in sample["spans"]) or "(none)"
-    return ", ".join(sample["labels"]) if "labels" in sample else str(sample["label"])

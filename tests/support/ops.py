@@ -109,7 +109,7 @@ def fail(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Co
         case "crash":
             raise RuntimeError("a bolt is loose\nand more")
         case "memory":
-            raise MemoryError
+            raise MemoryError(*spec.get("why", []))
         case "exit":
             sys.exit(9)
         case "die":

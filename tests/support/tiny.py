@@ -137,6 +137,66 @@ def tiny_history_model(folder: Path, *, items: int = 20) -> Path:
     return folder
 
 
+def question_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Questions after a topic's word in a text, in words of its own; every fourth has no answer there."""
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        topic, other = rng.sample(sorted(TOPICS), 2)
+        words = rng.choices(FILLER.split(), k=rng.randint(4, 12))
+        answer = rng.choice(TOPICS[topic].split())
+        at = rng.randrange(len(words))
+        text = "café " + " ".join([*words[:at], answer, *words[at:]])
+        answered = i % 4 != 3
+        start = len("café " + "".join(f"{word} " for word in words[:at]))
+        found = {"answers": [answer], "answer_start": start} if answered else {"answers": [], "answer_start": None}
+        rows.append({"id": f"r{i}", "text": " ".join(TOPICS[topic if answered else other].split()[:3]), "pair": text})
+        rows[-1] |= found
+    return rows
+
+
+def rated_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Texts whose value is 20 and 5 more for each word of sport among ten."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        sport = rng.randint(0, 6)
+        words = rng.choices(TOPICS["sport"].split(), k=sport) + rng.choices(FILLER.split(), k=10 - sport)
+        rng.shuffle(words)
+        rows.append({"id": f"r{i}", "text": " ".join(words), "value": 20.0 + 5.0 * sport})
+    return rows
+
+
+def pair_rows(count: int, seed: int = 0, kind: str = "pairs") -> list[dict[str, Any]]:
+    """Texts of one topic and one number; `kind` is "pairs", "triples" or "scored" (1 of the same topic, else 0)."""
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for i in range(count):
+        topic, other = rng.sample(sorted(TOPICS), 2)
+        same = kind != "scored" or rng.random() < 0.5
+        texts = [
+            f"{i} " + " ".join(rng.choices(TOPICS[t].split(), k=4)) for t in (topic, topic if same else other, other)
+        ]
+        more = {"negative": texts[2] if kind == "triples" else None, "score": float(same) if kind == "scored" else None}
+        rows.append({"id": f"r{i}", "text": texts[0], "pair": texts[1], **more})
+    return rows
+
+
+MADE = {
+    "token-classification": span_rows,
+    "extractive-qa": question_rows,
+    "regression": rated_rows,
+    "sentence-embedding": pair_rows,
+}
+_SPAN = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("label", pa.string())])
+COLUMNS = {
+    "token-classification": [("spans", pa.list_(_SPAN))],
+    "extractive-qa": [("pair", pa.string()), ("answers", pa.list_(pa.string())), ("answer_start", pa.int64())],
+    "regression": [("value", pa.float64())],
+    "sentence-embedding": [("pair", pa.string()), ("negative", pa.string()), ("score", pa.float64())],
+}
+
+
 def tiny_dataset(
     folder: Path,
     task: str = "text-classification",
@@ -149,7 +209,7 @@ def tiny_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     for number, (split, size) in enumerate(sizes.items()):
         one = seed * 100 + number
-        rows = span_rows(size, one) if task == "token-classification" else text_rows(size, one, multi_label=multi_label)
+        rows = MADE[task](size, one) if task in MADE else text_rows(size, one, multi_label=multi_label)
         write_split(folder / f"{split}.arrow", rows, task, multi_label=multi_label)
     dropped = pa.schema([(name, pa.string()) for name in ("id", "text", "reason", "detail", "source")])
     _write(folder / "dropped.arrow", pa.Table.from_pylist([], dropped))
@@ -174,9 +234,8 @@ def tiny_dataset(
 def write_split(path: Path, rows: Sequence[Mapping[str, Any]], task: str, *, multi_label: bool = False) -> None:
     """One split as an Arrow IPC file with the columns of the task."""
     columns: list[tuple[str, pa.DataType]] = [("id", pa.string()), ("text", pa.string())]
-    if task == "token-classification":
-        span = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("label", pa.string())])
-        columns.append(("spans", pa.list_(span)))
+    if task in COLUMNS:
+        columns += COLUMNS[task]
     else:
         columns.append(("labels", pa.list_(pa.string())) if multi_label else ("label", pa.string()))
     _write(path, pa.Table.from_pylist([dict(row) for row in rows], pa.schema(columns)))

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmo.compression.probe import Candidate, Probe
 from llmo.context import Context
-from llmo.tasks.base import Encoding, Logits
+from llmo.tasks.base import Logits
 
 BATCH = 16
 TIMED_TEXTS = 96
@@ -44,17 +44,15 @@ class Measured:
         return 1e3 * float(np.percentile(self.latencies, 95))
 
 
-def contest(
-    candidates: Sequence[Candidate], encodings: Sequence[Encoding], folder: Path, ctx: Context
-) -> list[Measured]:
-    """Measure every candidate on the same texts; the first is the reference that speedups are relative to.
+def contest(candidates: Sequence[Candidate], texts: Sequence[list[int]], folder: Path, ctx: Context) -> list[Measured]:
+    """Measure every candidate on the same texts (token ids); the first is the reference that speedups are relative to.
 
     Each runs in a fresh process with the device's cores. Logits are taken of all texts; speed in `ROUNDS`
     rounds in which the candidates take turns, forwards and backwards. `folder` is for scratch files.
     Raises the candidate's own error, JobFailed when its process dies, and Stopped.
     """
     work = folder / "work.json"
-    schedule = plan([encoding.input_ids for encoding in encodings])
+    schedule = plan(texts)
     work.write_text(json.dumps(schedule), encoding="utf-8")
     timed = sum(len(batch) for batch in schedule["timed"])
     with ExitStack() as stack:
@@ -62,7 +60,7 @@ def contest(
         for candidate in candidates:
             probe = stack.enter_context(Probe(MEASURE, candidate, work, folder, ctx))
             measured = Measured(load_seconds=probe.read()["load_seconds"])
-            measured.logits = _answers(probe, folder / f"{candidate.name}.npz", len(encodings))
+            measured.logits = _answers(probe, folder / f"{candidate.name}.npz", len(texts))
             probes.append(probe)
             results.append(measured)
             ctx.report(len(results), len(candidates) + ROUNDS, stage=f"answers of {candidate.name}")

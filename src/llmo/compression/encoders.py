@@ -16,7 +16,7 @@ from llmo.compression.probe import Candidate
 from llmo.compression.quantise import measured_bits, parameter_count, quantise, safe_bits
 from llmo.context import Context, Stopped
 from llmo.engines.onnx import GRAPH
-from llmo.tasks.base import Encoding, Row, Task
+from llmo.tasks.base import Encoding, Row, Task, gathered, sequences
 from llmo.tasks.card import load_tokenizer
 
 REFERENCE = "torch-fp32"
@@ -32,11 +32,13 @@ def compete(
 
     Returns one row a candidate, the reference first, with empty verdicts; and by name its metrics with intervals.
     """
-    encodings = task.encode(load_tokenizer(model), [str(row["text"]) for row in rows])
+    encodings = task.encode_rows(load_tokenizer(model), rows)
     bits = _build(model, work, variants, ctx)
     candidates = [Candidate(REFERENCE, "torch", model)]
     candidates += [Candidate(name, "onnx", work / name) for name in variants]
-    measured = contest(candidates, encodings, work, ctx)
+    measured = contest(candidates, sequences(encodings), work, ctx)
+    for found in measured:
+        found.logits = gathered(found.logits, encodings)
     metrics = {
         candidate.name: task.intervals(task.tally(found.logits, rows, encodings))
         for candidate, found in zip(candidates, measured, strict=True)

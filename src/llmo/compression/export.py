@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function
 
 from llmo.compression import graph
+from llmo.engines.heads import logits_of
 from llmo.engines.onnx import HIDDEN, LOGITS, ORT_ERRORS, session_options
 from llmo.engines.torch import open_model, quiet
 from llmo.errors import ModelError
@@ -40,10 +41,10 @@ class _Outputs(torch.nn.Module):
         hidden: list[torch.Tensor] = []
         hook = self.model.base_model.register_forward_hook(lambda _, __, said: hidden.append(said[0]))
         try:
-            logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+            logits = logits_of(self.model(input_ids=input_ids, attention_mask=attention_mask), attention_mask)
         finally:
             hook.remove()
-        return logits, hidden[-1]
+        return logits, hidden[-1][:, -input_ids.shape[1] :]  # virtual tokens stand before the text
 
 
 def export(folder: Path, target: Path) -> str:
@@ -123,7 +124,7 @@ def _example(length: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _torch_logits(model: Any, length: int) -> NDArray[np.float32]:
     ids, mask = _example(length)
     with torch.inference_mode():
-        logits: NDArray[np.float32] = model(input_ids=ids, attention_mask=mask).logits.numpy()
+        logits: NDArray[np.float32] = logits_of(model(input_ids=ids, attention_mask=mask), mask).numpy()
     return logits
 
 

@@ -15,6 +15,7 @@ from llmo.compression import encoders, generators
 from llmo.compression.choice import choose, refusal, why
 from llmo.context import Context
 from llmo.data.dataset import Dataset
+from llmo.engines.folder import refuse_applied
 from llmo.errors import DataError, ModelError, SpecError
 from llmo.files import digest_of, manifest_of, storage_errors
 from llmo.specs import BASE_TASKS
@@ -44,6 +45,8 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             hint="train one on it, and compress that",
             where=str(model),
         )
+    if task.generates:
+        refuse_applied(model)
     kind = generators if task.generates else encoders
     rows = _sample(Dataset.open(inputs["data"]).split("dev"), kind.MOST_ROWS)
     variants = _variants(spec["variants"], kind, task.name)

@@ -42,7 +42,7 @@ def build(source: Path, data: DataSpec, task: TaskSpec, ctx: Context) -> Built:
 
 def _check_columns(data: DataSpec, task: TaskSpec) -> None:
     """Raises SpecError for a column that is told and would not be looked at."""
-    roles = {True: ("user", "item", "time"), False: ("text", "label", "id", "split_column", "label_separator")}
+    roles = {True: ("user", "item", "time"), False: ("text", "pair", "label", "id", "split_column", "label_separator")}
     acts = task.name == NEXT_ITEM
     idle = next((role for role in roles[not acts] if getattr(data, role) is not None), None)
     if idle is not None:
@@ -144,11 +144,16 @@ def _samples(rows: list[Row]) -> list[Row]:
 
 
 def _sample(row: Row) -> dict[str, Any]:
-    text = row.text if len(row.text) <= _SAMPLE_CHARACTERS else row.text[:_SAMPLE_CHARACTERS] + "…"
-    entities = [{"text": row.text[s.start : s.end], "label": s.label} for s in row.spans]
+    entities = [{"text": row.text[s.start : s.end], "label": s.label} for s in row.spans if row.pair is None]
+    shown = {"pair": None if row.pair is None else _short(row.pair), "answers": row.answers, "value": row.value}
     return {
         "id": row.id,
-        "text": text,
+        "text": _short(row.text),
         "labels": list(row.labels or ()),
         **({"entities": entities} if entities else {}),
+        **{name: value for name, value in shown.items() if value is not None},
     }
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SAMPLE_CHARACTERS else text[:_SAMPLE_CHARACTERS] + "…"

@@ -65,6 +65,22 @@ def answerable(prepared: Prepared, where: str) -> None:
         raise _nothing_left(reasons, where, "give conversations with answers, or texts")
 
 
+def mostly_there(prepared: Prepared, where: str) -> None:
+    """Raises DataError when nothing is left, or most rows lack a text or a number."""
+    reasons = Counter(d.reason for d in prepared.dropped)
+    if 2 * len(prepared.dropped) > prepared.read:
+        first = prepared.dropped[0]
+        columns = ", ".join(f"{role}: '{name}'" for role, name in prepared.columns.items())
+        raise DataError(
+            f"{len(prepared.dropped)} of {prepared.read} rows lack something; the first is {first.row.place}: "
+            f"{first.detail}",
+            where=where,
+            hint=f"fill the columns ({columns}), or name others: data.text, data.pair, data.label",
+        )
+    if not prepared.rows:
+        raise _nothing_left(reasons, where, "give rows with all that the task needs")
+
+
 def splits_agree(splits: Mapping[str, Sequence[Row]], where: str) -> None:
     """Raises DataError when train is empty, or dev or test has a label that train lacks."""
     if not splits["train"]:

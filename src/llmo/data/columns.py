@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmo.data.named import Columns, listed, named, row_columns, told, unless
-from llmo.errors import DataError, nearest
+from llmo.data.named import Columns, listed, named, needed, row_columns, told, unless
+from llmo.errors import DataError
 from llmo.specs import DataSpec
 
 # In order of preference, compared without case.
@@ -62,21 +62,11 @@ def for_tags(names: Sequence[str], spec: DataSpec, where: str) -> Columns:
 
 
 def _needed(names: Sequence[str], key: str, words: str, where: str, taken: str = "") -> str:
-    free = [name for name in names if name != taken]
-    found = named(free, words)
-    if found:
-        return found
-    if named(names, _CONVERSATIONS):
+    found = named(names, words, taken)
+    if not found and named(names, _CONVERSATIONS):
         raise DataError(
             f"these are conversations, and no column is called like a {key} column",
             where=where,
             hint=f"say task: generation; or say which column holds it: data.{key}: NAME (there are: {listed(names)})",
         )
-    close = [name for name in free if nearest(name.casefold(), words.split())]
-    meant = f"; did you mean '{close[0]}'?" if close else ""
-    raise DataError(
-        f"no column is called like a {key} column{meant}",
-        where=where,
-        hint=f"the columns are: {listed(names)} (a CSV or TSV file names them in its first row); "
-        f"say which: data.{key}: NAME",
-    )
+    return found or needed(names, key, words, where, taken)

@@ -39,12 +39,13 @@ def deduplicate(
     """
     if how == "none":
         return list(rows), []
-    keys = [text_key(row.text) for row in rows]
+    keys = [text_key(row.text if row.pair is None else f"{row.text}\n{row.pair}") for row in rows]
     names = [digest(key) for key in keys]
     order = sorted(range(len(rows)), key=lambda i: (_PRIORITY[rows[i].split], names[i], rows[i].text, rows[i].place))
     dropped: dict[int, Dropped] = {}
     kept = _without_exact(rows, order, names, dropped)
     if how == "near":
+        kept = [i for i in kept if rows[i].answers is None]  # two questions on one long context are no copies
         copies = near_copies([keys[i] for i in kept], threshold, tick)
         for at, (original, similarity) in copies.items():
             row, other = rows[kept[at]], rows[kept[original]]
@@ -78,7 +79,7 @@ def _without_exact(rows: Sequence[Row], order: list[int], names: list[str], drop
 def _target(row: Row) -> Target:
     if row.spans:
         return tuple((span.start, span.end, span.label) for span in row.spans)
-    return tuple(sorted(row.labels or ()))
+    return (*sorted(row.labels or ()), row.value)
 
 
 def _majority(targets: list[Target]) -> Target | None:

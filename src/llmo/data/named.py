@@ -17,6 +17,8 @@ class Columns:
     """Names of columns by their role, empty where there is none; `layout` says how conversations are written."""
 
     text: str = ""
+    pair: str = ""
+    negative: str = ""
     label: str = ""
     tokens: str = ""
     tags: str = ""
@@ -26,6 +28,7 @@ class Columns:
     input: str = ""
     history: str = ""
     answer: str = ""
+    start: str = ""
     chosen: str = ""
     rejected: str = ""
     system: str = ""
@@ -59,6 +62,22 @@ def named(names: Sequence[str], words: str, *taken: str) -> str:
     """The column whose name is one of `words`, in their order and compared without case; "" when there is none."""
     folded = {name.strip().casefold(): name for name in reversed(names) if name not in taken}
     return next((folded[word] for word in words.split() if word in folded), "")
+
+
+def needed(names: Sequence[str], key: str, words: str, where: str, *taken: str) -> str:
+    """As `named`. Raises DataError naming the columns there are, and the nearest, when there is none; `key` is what a
+    user may name it with."""
+    found = named(names, words, *taken)
+    if found:
+        return found
+    close = [name for name in names if name not in taken and nearest(name.casefold(), words.split())]
+    meant = f"; did you mean '{close[0]}'?" if close else ""
+    raise DataError(
+        f"no column is called like a {key} column{meant}",
+        where=where,
+        hint=f"the columns are: {listed(names)} (a CSV or TSV file names them in its first row); "
+        f"say which: data.{key}: NAME",
+    )
 
 
 def row_columns(names: Sequence[str], spec: DataSpec, where: str) -> dict[str, str]:

@@ -42,7 +42,8 @@ class Flawed(Exception):
 
 @dataclass(slots=True)
 class Span:
-    """An entity: characters `start` to `end` (code points, end excluded) of its row's text."""
+    """An entity: characters `start` to `end` (code points, end excluded) of its row's text, or of its `pair` where the
+    row is a question and that its context."""
 
     start: int
     end: int
@@ -55,7 +56,10 @@ class Row:
 
     `labels` are the classes of the text, or the entity types of its spans; None when the source gives none.
     `place` is where the row came from (`file:line`); `group` names the document, or the question, that must not be
-    divided. The text of a `conversation` is its transcript. `flaw` is the reason for which the row must be dropped.
+    divided. The text of a `conversation` is its transcript. Of two texts the second is `pair`: the context of a
+    question, whose right `answers` begin with that of `spans`; or what belongs to the text, where `negative` does not,
+    or `value` says how well. A `value` of a text alone is what is to be learnt. `flaw` is the reason for which the row
+    must be dropped.
     """
 
     text: str
@@ -66,6 +70,10 @@ class Row:
     spans: list[Span] = field(default_factory=list)
     group: str | None = None
     conversation: Conversation | None = None
+    pair: str | None = None
+    negative: str | None = None
+    answers: list[str] | None = None
+    value: float | None = None
     flaw: tuple[Drop, str] | None = None
 
 

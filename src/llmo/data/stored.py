@@ -46,6 +46,18 @@ SPANS = (
         lambda row: [{"start": s.start, "end": s.end, "label": s.label} for s in row.spans],
     ),
 )
+_PAIR = (*_TEXT, Column("pair", pa.string(), lambda row: row.pair))
+VALUE = (*_TEXT, Column("value", pa.float64(), lambda row: row.value))
+PAIR = (
+    *_PAIR,
+    Column("negative", pa.string(), lambda row: row.negative),
+    Column("score", pa.float64(), lambda row: row.value),
+)
+QUESTION = (
+    *_PAIR,
+    Column("answers", pa.list_(pa.string()), lambda row: row.answers),
+    Column("answer_start", pa.int64(), lambda row: row.spans[0].start if row.spans else None),
+)
 MESSAGES = (
     *_TEXT,
     _of_conversation("messages", lambda conversation: conversation.messages),

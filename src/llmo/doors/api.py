@@ -241,6 +241,16 @@ def _artifacts(app: FastAPI, system: System) -> None:
         """What a model is verified with: texts, and what its training graph said of them."""
         return system.golden(ref)
 
+    @app.get("/v1/artifacts/{ref}/report", dependencies=[Depends(require("data.read"))])
+    def report(ref: str) -> Any:
+        """What was measured of a model when it was trained, or by `evaluate`; the worst errors are rows of the data."""
+        return system.report(ref)
+
+    @app.get("/v1/artifacts/{ref}/report/page", dependencies=[Depends(require("data.read"))])
+    def report_page(ref: str) -> Any:
+        """The same as one page of HTML, in JSON: `{"html"}`; texts of the data never become a page of this server."""
+        return {"html": system.report_page(ref)}
+
     @app.get("/v1/artifacts/{ref}/rows", dependencies=[Depends(require("data.read"))])
     def rows(
         ref: str,

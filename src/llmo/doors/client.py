@@ -16,7 +16,7 @@ import httpx
 from llmo import sources
 from llmo.doors.talk import refusal
 from llmo.errors import SpecError, UnauthorizedError, UnreachableError
-from llmo.types import Adapter, Artifact, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs, to_json
+from llmo.types import Adapter, Artifact, Asked, Device, Endpoint, Event, Feedback, Job, Key, Kind, Needs, to_json
 from llmo.types import from_json as record
 
 PAGE = 1000  # rows, or jobs, that the server sends at most at once
@@ -104,6 +104,12 @@ class Client:
     def golden(self, ref: str) -> list[dict[str, Any]]:
         return [dict(item) for item in self._get(f"/v1/artifacts/{_part(ref)}/golden")]
 
+    def report(self, ref: str) -> dict[str, Any]:
+        return dict(self._get(f"/v1/artifacts/{_part(ref)}/report"))
+
+    def report_page(self, ref: str) -> str:
+        return str(self._get(f"/v1/artifacts/{_part(ref)}/report/page")["html"])
+
     def devices(self) -> list[Device]:
         return [record(Device, device) for device in self._get("/v1/devices")]
 
@@ -123,7 +129,7 @@ class Client:
     def remove_adapter(self, endpoint: str, name: str) -> None:
         self._request("DELETE", f"/v1/endpoints/{_part(endpoint)}/adapters/{_part(name)}")
 
-    def predict(self, endpoint: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
+    def predict(self, endpoint: str, texts: Sequence[Asked], *, logits: bool = False) -> list[dict[str, Any]]:
         body = {"texts": list(texts)} | ({"logits": True} if logits else {})
         return list(self._post(f"/v1/endpoints/{_part(endpoint)}/predict", body)["answers"])
 

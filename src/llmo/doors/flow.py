@@ -11,7 +11,7 @@ from typing import Any
 
 from llmo import naming, pipeline, scratch, sources
 from llmo.api import Api
-from llmo.errors import InputError, JobFailed, from_json
+from llmo.errors import InputError, JobFailed, NotFoundError, from_json
 from llmo.settings import Settings
 from llmo.types import Artifact, Event, Job, JobState, Kind
 
@@ -81,6 +81,14 @@ def output(api: Api, job: Job) -> Artifact:
         raise JobFailed(f"job {job.id} ({job.op}) published nothing", hint=f"see: llmo logs {job.id}")
     named = (a for a in api.artifacts(name=job.name) if a.digest == job.output) if job.name else iter(())
     return next(named, None) or api.artifact(job.output)
+
+
+def report(api: Api, model: Artifact) -> dict[str, Any] | None:
+    """What was measured of a trained model; None where no rows were held out."""
+    try:
+        return api.report(model.digest)
+    except NotFoundError:
+        return None
 
 
 def check(op: str, spec: Mapping[str, Any]) -> None:

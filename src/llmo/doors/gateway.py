@@ -13,6 +13,7 @@ from llmo.api import Api
 from llmo.doors.client import Client
 from llmo.doors.server import running_server, serve_in_thread
 from llmo.errors import LLMOError
+from llmo.types import Asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,9 @@ class Door:
         """Where models that generate answer in OpenAI's protocol."""
         return f"{self.url}/v1/chat/completions"
 
-    def curl(self, name: str, text: str = "Shares rose after the bank's profits beat forecasts.") -> str:
-        """A command that asks an endpoint that answers in one pass over a text."""
-        return self._curl(self.endpoint(name), {"text": text})
+    def curl(self, name: str, asked: Asked = "Shares rose after the bank's profits beat forecasts.") -> str:
+        """A command that asks an endpoint that answers in one pass."""
+        return self._curl(self.endpoint(name), {"text": asked} if isinstance(asked, str) else asked)
 
     def curl_chat(self, name: str) -> str:
         """A command that talks to an endpoint that generates."""
@@ -47,7 +48,7 @@ class Door:
             f"-H 'Content-Type: application/json' -d {_quoted(json.dumps(body))}"
         )
 
-    def predict(self, name: str, texts: Sequence[str], *, logits: bool = False) -> list[dict[str, Any]]:
+    def predict(self, name: str, texts: Sequence[Asked], *, logits: bool = False) -> list[dict[str, Any]]:
         client = Client(self.url, self.key)
         try:
             return client.predict(name, texts, logits=logits)

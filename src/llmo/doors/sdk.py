@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.errors import SpecError
-from llmo.types import Adapter, Artifact, Kind
+from llmo.types import Adapter, Artifact, Asked, Kind
 
 if TYPE_CHECKING:
     from llmo.doors.gateway import Door
@@ -111,6 +111,11 @@ class Model(Stored):
         after: Mapping[str, Any] = self.card.get("metrics", {}).get("test", {}).get("after", {})
         return after
 
+    def report(self) -> Mapping[str, Any]:
+        """What was measured when it was trained: metrics, classes, calibration, the worst errors. Raises NotFoundError
+        where no rows were held out, and for a model that was not trained."""
+        return self.api.report(self.artifact.digest)
+
     def evaluate(self, data: Dataset | None = None, *, split: str = "test") -> Mapping[str, Any]:
         """Metrics on a split of `data` (default: the data it was trained on)."""
         digest = data.artifact.digest if data else flow.data_of(self.api, self.artifact)
@@ -126,9 +131,9 @@ class Deployed:
     name: str
     api: Api = field(repr=False, compare=False)
 
-    def predict(self, texts: str | Sequence[str]) -> Any:
-        """One answer for one text, a list for many."""
-        if isinstance(texts, str):
+    def predict(self, texts: Asked | Sequence[Asked]) -> Any:
+        """One answer for one text (or an object of texts, as the task asks them), a list for many."""
+        if isinstance(texts, str | Mapping):
             return self.api.predict(self.name, [texts])[0]
         return self.api.predict(self.name, texts)
 

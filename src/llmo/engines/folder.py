@@ -44,6 +44,22 @@ def card_precision(folder: Path) -> str | None:
     return str(card.get("precision") or "fp32") if card else None
 
 
+def card_applied(folder: Path) -> str | None:
+    """What a model folder's card says the model runs with beside its weights (`engines.applied`), if anything."""
+    return _beside(folder, "llmo.json").get("applied")
+
+
+def refuse_applied(folder: Path) -> None:
+    """For engines that run the weights alone: raises ModelError for a model that runs with more beside them."""
+    kind = card_applied(folder)
+    if kind is not None:
+        raise ModelError(
+            f"the model runs with a {kind} beside its weights, and the engines that write run the weights alone",
+            hint="open it in plain peft, or train with a method that changes the weights, such as lora, dora or ia3",
+            where=str(folder),
+        )
+
+
 def require(folder: Path, name: str) -> Path:
     """The path of a file the folder must hold. Raises ModelError when it is not there."""
     path = folder / name

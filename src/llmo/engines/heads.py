@@ -12,6 +12,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 _PROBE = (2, 4)  # texts and tokens that a new head is tried on
 
 
+def logits_of(said: Any, mask: Tensor) -> Tensor:
+    """What a model of transformers said, as its task takes it: its logits; start beside end `[rows, tokens, 2]` of one
+    that answers questions; of a bare trunk the mean of its hidden states over the text (`mask`), at length 1."""
+    if "logits" in said:
+        logits: Tensor = said.logits
+        return logits
+    if "start_logits" in said:
+        return torch.stack([said.start_logits, said.end_logits], -1)
+    there = mask[..., None].float()
+    mean = (said.last_hidden_state.float() * there).sum(1) / there.sum(1)
+    return nn.functional.normalize(mean, dim=-1)
+
+
 class Head:
     """`[rows, tokens, hidden]` and their mask to logits, `[rows, labels]` or `[rows, tokens, labels]`.
 
@@ -26,6 +39,8 @@ class Head:
         """
         with torch.device("meta"):  # of the whole model only the head gets its weights
             self._model = make(config)
+        if self._model.base_model is self._model:
+            raise ValueError("it is a trunk and nothing else")
         pooler = getattr(self._model.base_model, "pooler", None)
         if isinstance(pooler, nn.Linear):
             raise ValueError(f"{config.model_type} pools within its trunk")  # noqa: TRY004 (of no argument)
@@ -35,8 +50,7 @@ class Head:
         self._model.eval()
 
     def __call__(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        logits: Tensor = self._model(inputs_embeds=hidden, attention_mask=mask).logits
-        return logits
+        return logits_of(self._model(inputs_embeds=hidden, attention_mask=mask), mask)
 
     @property
     def nbytes(self) -> int:

@@ -31,7 +31,7 @@ def settings(folder: Path, allowed: Collection[str] = ()) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise unfit(f"{SETTINGS} is not valid JSON: {error}", path) from error
     if not isinstance(found, dict) or found.get("peft_type") != "LORA":
-        raise unfit("the adapter is not a LoRA", path, "merge it into its base, and deploy that")
+        raise unfit("the adapter is not a LoRA", path, "it cannot be mixed with others: deploy the model by itself")
     for name, plain in _PLAIN.items():
         if name not in allowed and found.get(name) not in (plain, None, [], {}, False):
             raise unfit(

@@ -15,14 +15,17 @@ import transformers
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from llmo.engines import lstm  # noqa: F401 (transformers opens it once it is registered)
+from llmo.engines import (
+    applied,
+    lstm,  # noqa: F401 (transformers opens it once it is registered)
+)
 from llmo.engines.base import Chunk, Request
 from llmo.engines.batch import Ids, chunks, means, pad
-from llmo.engines.folder import pad_token_id, position_limit, read_config, require
+from llmo.engines.folder import card_applied, pad_token_id, position_limit, read_config, require
 from llmo.engines.place import torch_device
 from llmo.engines.trunk import Row, Said, Trunk
 from llmo.errors import ModelError
-from llmo.tasks.card import load_task
+from llmo.tasks.card import ADAPTER, load_task
 from llmo.types import ENCODER_ADAPTER_BYTES, Device
 
 
@@ -104,7 +107,8 @@ class TorchEngine:
 
 
 def open_model(folder: Path) -> Any:
-    """The saved model with its head, at fp32 and in eval mode, opened by the class its task names.
+    """The saved model with its head, at fp32 and in eval mode, opened by the class its task names, with what it runs
+    with beside its weights.
 
     Raises ModelError when weights are missing, broken or do not fit the config.
     """
@@ -135,6 +139,9 @@ def open_model(folder: Path) -> Any:
             hint="a base model has no head yet: train it first" if missing else "make the folder again",
             where=str(folder),
         )
+    beside = card_applied(folder)
+    if beside is not None:
+        applied.attach(beside, folder / ADAPTER, model)
     return model.eval()
 
 

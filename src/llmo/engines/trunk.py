@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llmo.engines import updates
+from llmo.engines.applied import attached
 from llmo.engines.base import Request
-from llmo.engines.folder import require
-from llmo.engines.heads import Head
+from llmo.engines.folder import card_applied, require
+from llmo.engines.heads import Head, logits_of
 from llmo.engines.named import Named
 from llmo.engines.updates import Update, Updates
 from llmo.errors import ModelError
@@ -84,7 +85,8 @@ class Trunk(Named[Further]):
     def logits(self, rows: Sequence[Row], ids: Tensor, mask: Tensor) -> Said:
         """The logits of the rows of each model; `ids` and `mask` are `[rows, longest]`."""
         if all(further is None for _, further in rows):
-            yield [request for request, _ in rows], self._model(input_ids=ids, attention_mask=mask).logits
+            said = self._model(input_ids=ids, attention_mask=mask)
+            yield [request for request, _ in rows], logits_of(said, mask)
             return
         ((_, hidden),) = self.hidden(rows, ids, mask)
         start = 0
@@ -102,7 +104,7 @@ class Trunk(Named[Further]):
             said = self._model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
         finally:
             self._updates.apply([])
-        yield [request for request, _ in rows], said
+        yield [request for request, _ in rows], said[:, -ids.shape[1] :]  # virtual tokens stand before the text
 
     @cached_property
     def _own(self) -> Head:
@@ -116,8 +118,17 @@ class Trunk(Named[Further]):
         """Raises ModelError for a model of another trunk or shape, one that says the same of every text, or whose
         adapter changes nothing or does not apply in every module."""
         path = require(folder, "model.safetensors")
+        kind = card_applied(folder)
+        if kind is not None:
+            raise _unfit(
+                f"it runs with a {kind} beside its weights, which the served trunk has no place for", path, _ALONE
+            )
         if self._modules is None:
-            raise _unfit("the model that is served does not run without its head: its log says why", path, _ALONE)
+            raise _unfit(
+                "the model that is served does not run without its head, or runs with more than its weights",
+                path,
+                _ALONE,
+            )
         config, make = self._architecture(folder)
         try:
             weights = {name: tensor.to(self._device) for name, tensor in load_file(path).items()}
@@ -159,7 +170,10 @@ class Trunk(Named[Further]):
 
 def _mixable(model: Any, device: torch.device) -> dict[str, nn.Linear] | None:
     """The trunk's linear modules that see each text of a batch apart. (DeBERTa's project distances too, for all texts
-    at once: there no row can have an update of its own.) None for a model whose trunk does not run by itself."""
+    at once: there no row can have an update of its own.) None for a model whose trunk does not run by itself, or that
+    runs with something beside its weights, which would be another model's too."""
+    if attached(model) is not None:
+        return None
     prefix = f"{model.base_model_prefix}."
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(prefix)}
     shapes: dict[str, set[tuple[int, ...]]] = {name: set() for name in linear}

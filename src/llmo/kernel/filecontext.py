@@ -22,9 +22,12 @@ HEARTBEAT_SECONDS = 2.0
 class FileContext:
     """See `llmo.context.Context`. `ring` tells the scheduler at once that there is something to read."""
 
-    def __init__(self, folder: Path, attempt: int, device: Device, ring: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, folder: Path, attempt: int, device: Device, ring: Callable[[], None] = lambda: None, after: str = ""
+    ) -> None:
         self.device = device
         self.attempt = attempt
+        self.after = after
         self.stopped = False  # whether the operation was told to stop
         self._folder = folder
         self._ring = ring

@@ -87,13 +87,14 @@ def label(job: Job) -> str:
 
 
 def device_for(devices: list[Device], placement: Placement) -> Device:
-    """What a worker is told that it has: the first GPU it was granted, else the CPU, with its share of it."""
+    """What a worker is told that it has: the first GPU it was granted, else the CPU, with its share of it, and as
+    `free` all the memory that LLMO may use there: nothing holds a worker to its share."""
     cores = max(1, placement.cores)
     gpu = next((d for d in devices if d.name in placement.gpus), None)
     if gpu is not None:
         return Device(gpu.name, gpu.kind, gpu.memory, gpu.free, cores, features=gpu.features)
     cpu = next(d for d in devices if d.kind == "cpu")
-    return Device(cpu.name, cpu.kind, placement.memory, placement.memory, cores, features=cpu.features)
+    return Device(cpu.name, cpu.kind, placement.memory, cpu.memory, cores, features=cpu.features)
 
 
 def passes(error: BaseException) -> bool:

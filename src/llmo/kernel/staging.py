@@ -46,6 +46,7 @@ def prepare(store: Store, job: Job, operation: Operation, inputs: Mapping[str, s
     spec = {
         "job": job.id,
         "attempt": job.attempt,
+        "after": (job.reason or "") if job.attempt > 1 else "",
         "op": job.op,
         "name": job.name,
         "target": operation.target,

@@ -42,7 +42,9 @@ def main(folder: Path) -> int:
         return STOPPED  # whoever started this attempt is gone, and another may have been here since
     job = json.loads((folder / jobdir.SPEC).read_bytes())
     bell = _inherited(DOORBELL)
-    ctx = FileContext(folder, job["attempt"], from_json(Device, job["device"]), lambda: _ring(bell))
+    ctx = FileContext(
+        folder, job["attempt"], from_json(Device, job["device"]), lambda: _ring(bell), job.get("after", "")
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ctx.ask_to_stop())
     try:
@@ -67,7 +69,8 @@ def _attempt(folder: Path, job: Mapping[str, Any], ctx: FileContext) -> int:
     except Exception as error:
         traceback.print_exc()
         if _out_of_memory(error):
-            return _fail(folder, JobFailed("the job ran out of memory", hint=_LESS_MEMORY), OUT_OF_MEMORY)
+            hint = str(error) if isinstance(error, MemoryError) and str(error) else _LESS_MEMORY
+            return _fail(folder, JobFailed("the job ran out of memory", hint=hint), OUT_OF_MEMORY)
         return _fail(folder, _explained(error, job), FAILED)
     return DONE
 

@@ -13,7 +13,7 @@ from llmo.tasks.card import ADAPTER
 from llmo.types import Adapter, Artifact, Endpoint
 
 _NOT_ENCODERS = ("", "generation")
-_METHODS = ("head", "lora")  # of training an encoder, that leave its trunk beneath
+_METHODS = ("head", "lora", "rslora")  # of training an encoder, that leave its trunk beneath
 _OF_ITS_BASE = ("none", "head")  # methods that leave the weights of the base as they are
 _log = logging.getLogger("llmo.serve")
 

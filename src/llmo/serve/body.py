@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmo.errors import InputError, TooLargeError, nearest
+from llmo.types import TEXT_NAMES, Asked
 
 MAX_TEXTS = 512
 DEEPEST = 100  # levels of a JSON value
-_ASKED = ("text", "texts", "history")
-_KEYS = (*_ASKED, "logits", "deadline_seconds")
+_KEYS = (*TEXT_NAMES, "texts", "history", "logits", "deadline_seconds")
 _LONGEST_DEADLINE = 3600.0
-_EXAMPLE = 'send {"text": "..."} or {"texts": ["...", "..."]}'
+_EXAMPLE = 'send {"text": "..."} or {"texts": ["...", "..."]}, or {"question": "...", "context": "..."}'
 
 
 @dataclass(frozen=True, slots=True)
 class PredictBody:
-    """What was asked. The texts are strings; whether a model can read them is the replica's to say."""
+    """What was asked: texts, or objects of texts by name. Whether a model can read them is the replica's to say."""
 
-    texts: list[str]
+    texts: list[Asked]
     logits: bool = False
     deadline_seconds: float | None = None
 
@@ -46,21 +46,46 @@ def parse(data: bytes, max_texts: int = MAX_TEXTS) -> PredictBody:
     return PredictBody(texts, logits, _deadline(body.get("deadline_seconds")))
 
 
-def _texts(body: dict[str, Any]) -> list[str]:
-    given = [key for key in _ASKED if key in body]
-    if len(given) != 1:
-        problem = f"both '{given[0]}' and '{given[1]}' are there" if given else "neither 'text' nor 'texts' is there"
-        raise InputError(problem, hint=_EXAMPLE)
-    if given == ["history"]:
+def _texts(body: dict[str, Any]) -> list[Asked]:
+    if "history" in body:
+        beside = next((name for name in (*TEXT_NAMES, "texts") if name in body), None)
+        if beside is not None:
+            raise InputError(f"both '{beside}' and 'history' are there", hint="send one of them")
         return [_history(body["history"])]
-    texts = [body["text"]] if "text" in body else body["texts"]
+    named = {name: body[name] for name in TEXT_NAMES if name in body}
+    if bool(named) == ("texts" in body):
+        first = next(iter(named), "text")
+        problem = f"both '{first}' and 'texts' are there" if named else "neither 'text' nor 'texts' is there"
+        raise InputError(problem, hint=_EXAMPLE)
+    if named:
+        return [_one(body["text"], "text") if set(named) == {"text"} else _named(named, "")]
+    texts = body["texts"]
     if not isinstance(texts, list) or not texts:
         raise InputError("'texts' is a list of at least one text", where="texts", hint=_EXAMPLE)
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            where = "text" if "text" in body else f"texts[{index}]"
-            raise InputError(f"a text is a string, not {_kind(text)}", where=where, hint=_EXAMPLE)
-    return texts
+    return [
+        _named(text, f"texts[{index}].") if isinstance(text, dict) else _one(text, f"texts[{index}]")
+        for index, text in enumerate(texts)
+    ]
+
+
+def _named(texts: dict[str, Any], where: str) -> dict[str, str]:
+    """An input of several texts; `where` is what stands before their names."""
+    for name in texts:
+        if name not in TEXT_NAMES:
+            raise InputError(
+                f"unknown key '{name[:80]}'{nearest(name[:80], list(TEXT_NAMES))}",
+                where=where.rstrip("."),
+                hint=f"known: {', '.join(TEXT_NAMES)}",
+            )
+    if not texts:
+        raise InputError("an input is a text, not an object without any", where=where.rstrip("."), hint=_EXAMPLE)
+    return {name: _one(text, f"{where}{name}") for name, text in texts.items()}
+
+
+def _one(text: Any, where: str) -> str:
+    if not isinstance(text, str):
+        raise InputError(f"a text is a string, not {_kind(text)}", where=where, hint=_EXAMPLE)
+    return text
 
 
 def _history(value: Any) -> str:

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 
 from llmo.errors import InputError, LLMOError, ModelError
 from llmo.tasks.base import Encoding, Logits, Task
+from llmo.types import Asked
 
-Input = str | Sequence[int]  # a text, or token ids as they are
+Input = Asked | Sequence[int]  # what a task takes, or for embeddings also token ids as they are
 
 
 def check_ids(ids: Sequence[int], where: str, known: int) -> None:
@@ -25,9 +26,9 @@ def check_ids(ids: Sequence[int], where: str, known: int) -> None:
         )
 
 
-def encode(task: Task, tokenizer: Tokenizer, inputs: Sequence[Input]) -> list[Encoding]:
-    """Texts as the task encodes them, among ids that stay as they are."""
-    texts = iter(task.encode(tokenizer, [one for one in inputs if isinstance(one, str)]))
+def encode(task: Task, tokenizer: Tokenizer, inputs: Sequence[str | Sequence[int]]) -> list[Encoding]:
+    """Texts as the model's encoder reads them, among ids that stay as they are."""
+    texts = iter(task.tokens(tokenizer, [one for one in inputs if isinstance(one, str)]))
     return [next(texts) if isinstance(one, str) else Encoding(list(one), len(one), [], []) for one in inputs]
 
 

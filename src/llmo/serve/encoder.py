@@ -99,7 +99,7 @@ def self_test(
     for said, expected in zip(answers, golden, strict=True):
         if said["input_ids"] != list(expected["input_ids"]):
             raise GateRefused(
-                f"the text {expected['text'][:60]!r} becomes other tokens than in training",
+                f"the text {str(expected['text'])[:60]!r} becomes other tokens than in training",
                 hint="the tokeniser in the model folder is not the one of training: train the model again",
             )
         agreed += task.agree(

@@ -48,7 +48,12 @@ class PredictRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: str | None = Field(None, description="one text; or use `texts`")
-    texts: list[str] | None = Field(None, description=f"up to {MAX_TEXTS} texts; or use `text`")
+    pair: str | None = Field(None, description="sentence-embedding: a second text, to tell how alike they are")
+    question: str | None = Field(None, description="extractive-qa: what is asked of the `context`")
+    context: str | None = Field(None, description="extractive-qa: the text that holds the answer")
+    texts: list[str | dict[str, str]] | None = Field(
+        None, description=f"up to {MAX_TEXTS} texts, or objects of texts by these names; or use the names themselves"
+    )
     logits: bool = Field(False, description="also return each text's logits and token ids")
     deadline_seconds: float | None = Field(None, description="answer 504 after this time; default: the endpoint's")
 

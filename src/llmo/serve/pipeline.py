@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -28,8 +28,9 @@ from llmo.serve.embedding import Input
 from llmo.serve.gauge import Gauge
 from llmo.serve.lifecycle import Lifecycle, too_late
 from llmo.serve.loaded import LoadedAdapters
-from llmo.tasks.base import Encoding, Logits, Task
+from llmo.tasks.base import Encoding, Logits, Task, gathered, sequences
 from llmo.tasks.card import load_task
+from llmo.types import Asked
 
 LONGEST_TEXT = 1 << 20  # bytes of UTF-8
 _CHUNK = 32  # texts tokenised at once: enough for the tokeniser, few enough that the engine starts early
@@ -150,8 +151,11 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                 code="unsupported_model",
             )
         for index, text in enumerate(call.texts):
-            if call.embed and not isinstance(text, str):
+            if call.embed and not isinstance(text, str | Mapping):
                 embedding.check_ids(text, call.where(index), self._tokenizer.get_vocab_size())
+            elif isinstance(text, Mapping):
+                for name, part in text.items():
+                    check_text(part, f"{call.where(index)}.{name}")
             else:
                 check_text(text, call.where(index))
 
@@ -187,18 +191,18 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
     def _encode(self, places: Sequence[tuple[Call, int]]) -> None:
         """Let the texts stand in line, each as the model that answers it sees it."""
         ready: list[Item] = []
-        for adapter in dict.fromkeys(call.adapter for call, _ in places):
-            wanted = [(call, i) for call, i in places if call.adapter == adapter]
+        for adapter, embed in dict.fromkeys((call.adapter, call.embed) for call, _ in places):
+            wanted = [(call, i) for call, i in places if (call.adapter, call.embed) == (adapter, embed)]
             try:
                 task = self._task if adapter is None else _further_task(adapter)
             except LLMOError as error:
                 for call, _ in wanted:
                     self._end(call, error)
                 continue
-            for (call, i), found in zip(
-                wanted, self._encodings(task, [call.texts[i] for call, i in wanted]), strict=True
-            ):
-                encoding = embedding.whole(found, task.max_length) if call.embed else found
+            encode = partial(embedding.encode, task) if embed else task.encode
+            texts = [call.texts[i] for call, i in wanted]
+            for (call, i), found in zip(wanted, self._encodings(encode, texts), strict=True):
+                encoding = embedding.whole(found, task.max_length) if embed else found
                 if isinstance(encoding, LLMOError):
                     encoding.where = call.where(i)
                     self._end(call, encoding)
@@ -212,12 +216,14 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                     self._batcher.add(item)
             self._changed.notify_all()
 
-    def _encodings(self, task: Task, texts: Sequence[Input]) -> Sequence[Encoding | LLMOError]:
+    def _encodings(self, encode: Callable[..., list[Encoding]], texts: Sequence[Input]) -> list[Encoding | LLMOError]:
         try:
-            return embedding.encode(task, self._tokenizer, texts)
+            return [*encode(self._tokenizer, texts)]
         except Exception as error:  # the Rust library raises what it likes; only the text at fault may suffer
             if len(texts) > 1:
-                return [encoding for text in texts for encoding in self._encodings(task, [text])]
+                return [encoding for text in texts for encoding in self._encodings(encode, [text])]
+            if isinstance(error, LLMOError):
+                return [error]
             _log.warning("a text could not be tokenised: %s", error)
             return [InputError("the text cannot be tokenised", hint="check it for unusual characters")]
 
@@ -243,7 +249,7 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
     def _answer_one(self, text: _Text, logits: Logits) -> bytes:
         if text.call.embed:
             return embedding.answer(logits, text.encoding)
-        answer = text.task.answer(logits, text.encoding, str(text.call.texts[text.index]))
+        answer = text.task.answer(logits, text.encoding, cast(Asked, text.call.texts[text.index]))
         answer["tokens"] = text.encoding.length
         if text.call.logits:
             answer |= {"logits": logits.tolist(), "input_ids": list(text.encoding.input_ids)}
@@ -274,13 +280,13 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                 self._work.put(ran)
 
     def _run(self, items: Sequence[Item]) -> Sequence[Logits | LLMOError]:
-        requests = [
-            Request(n, item.payload.encoding.input_ids, item.payload.call.adapter) for n, item in enumerate(items)
-        ]
-        embed = items[0].payload.call.embed
+        texts: list[_Text] = [item.payload for item in items]
+        encodings = [text.encoding for text in texts]
+        adapters = [text.call.adapter for text in texts for _ in text.encoding.apart()]
+        requests = [Request(n, ids, adapters[n]) for n, ids in enumerate(sequences(encodings))]
+        run = cast(Embedder, self._engine).embed if texts[0].call.embed else self._engine.run
         try:
-            run = cast(Embedder, self._engine).embed if embed else self._engine.run
-            found = {chunk.id: chunk.data for chunk in run(requests)}
+            found = {chunk.id: chunk.data for part in self._portions(requests) for chunk in run(part)}
         except Exception as error:  # an engine is a plugin, and its library raises what it likes
             if len(items) > 1:
                 return [self._run([item])[0] for item in items]
@@ -288,7 +294,17 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
             if isinstance(error, LLMOError):
                 return [error]
             return [ModelError(f"the model could not run this text: {error}", hint="see the log of the replica")]
-        return [found[n] for n in range(len(items))]
+        return [*gathered([found[n] for n in range(len(requests))], encodings)]
+
+    def _portions(self, requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+        """What the engine runs at once: all of a batch, but of a text of many sequences a batch's worth at a time."""
+        start = longest = 0
+        for n, request in enumerate(requests):
+            longest = max(longest, len(request.input_ids))
+            if n > start and (n + 1 - start) * longest > self._batcher.max_batch_tokens:
+                yield requests[start:n]
+                start, longest = n, len(request.input_ids)
+        yield requests[start:]
 
     def _end(self, call: Call, outcome: bytes | LLMOError | None) -> None:
         """Close a call once: free the places its texts still hold, then tell the one who asked."""

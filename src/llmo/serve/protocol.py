@@ -1,7 +1,8 @@
 """What a gateway and a replica say to each other over a unix socket: frames of a 4-byte length and JSON.
 
 On connection the replica says hello: `{"hello": 1, "deadline_seconds": s}`. Then, multiplexed by `id`:
-`{"id", "op": "predict", "texts", "deadline" (unix seconds or null), "logits", "tenant"}` is answered
+`{"id", "op": "predict", "texts" (strings or objects of texts by name), "deadline" (unix seconds or null), "logits",
+"tenant"}` is answered
 `{"id", "answers": [...]}`, and so is `{"id", "op": "embed", "texts" (strings or lists of token ids), "deadline",
 "tenant"}`; `{"id", "op": "generate", "ask": Ask.to_json(), "deadline", "tenant"}` is answered
 `{"id", "delta": [Part.to_json(), ...]}` any number of times and then `{"id", "done": Usage.to_json()}`; all may name
@@ -25,6 +26,7 @@ from typing import Any, cast
 
 from llmo.errors import DeadlineError, LLMOError, TooLargeError, UnreachableError, from_json
 from llmo.serve.stream import Stream
+from llmo.types import Asked
 
 VERSION = 1
 MAX_FRAME = 64 << 20
@@ -238,7 +240,7 @@ class Link(Frames):
 
 
 def predict_once(
-    address: str, texts: Sequence[str], *, logits: bool = False, adapter: str | None = None, timeout: float = 300.0
+    address: str, texts: Sequence[Asked], *, logits: bool = False, adapter: str | None = None, timeout: float = 300.0
 ) -> list[dict[str, Any]]:
     """Ask a replica without a gateway and without an event loop: one connection, one call, its answers; `adapter` is
     the folder of what answers instead of its model.

@@ -20,7 +20,7 @@ from llmo.serve.connection import Replica, stats_of
 from llmo.serve.protocol import ReplicaGone, frame, last_used
 from llmo.serve.stream import Stream
 from llmo.serve.waking import Waking, patience
-from llmo.types import Adapter, Endpoint
+from llmo.types import Adapter, Asked, Endpoint
 
 T = TypeVar("T")
 
@@ -171,7 +171,7 @@ class Router:
     async def predict(
         self,
         name: str,
-        texts: Sequence[str],
+        texts: Sequence[Asked],
         *,
         adapter: str | None = None,
         deadline: float | None = None,

@@ -19,6 +19,7 @@ from llmo.tasks.card import load_tokenizer
 from llmo.tasks.metrics import MICRO, Floats, Tally, Totals, ratio
 from llmo.tasks.template import ChatTemplate, Messages
 from llmo.tasks.verbatim import Tools, Verbatim
+from llmo.tasks.verdict import Verdict
 
 IGNORED = -100
 MOST_EXPONENT = 700.0  # of a loss, so that a perplexity stays a finite number
@@ -48,6 +49,7 @@ class Generation(Task):
     name: ClassVar[str] = "generation"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     generates: ClassVar[bool] = True
+    has_head: ClassVar[bool] = False
     higher_is_better: ClassVar[bool] = False
 
     def __init__(
@@ -198,6 +200,15 @@ class Generation(Task):
             named["token_accuracy"] = ratio(likeliest, judged)
         return named
 
+    def verdicts(
+        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]
+    ) -> list[Verdict | None]:
+        """How unlikely the reference is to the model, per token; nothing is answered, so nothing is calibrated."""
+        return [
+            Verdict(-float(output.reshape(len(output), -1)[:, 0].mean()), _reference(row), "") if len(output) else None
+            for output, row in zip(logits, rows, strict=True)
+        ]
+
     def details(self, tally: Tally) -> dict[str, Any]:
         """How many tokens the figures are of."""
         return {"tokens": int(tally.totals().sums[1])}
@@ -224,6 +235,12 @@ def conversation(
     if row.get(answer):
         messages = [*(messages or []), *json.loads(row[answer])]
     return messages, tools
+
+
+def _reference(row: Row) -> str:
+    """The last answer of a conversation; nothing for a plain text, which is shown anyway."""
+    messages, _ = conversation(row)
+    return str((messages or [{}])[-1].get("content") or "")
 
 
 def end_ids(folder: Path, template: ChatTemplate, tokenizer: Tokenizer) -> list[int]:

@@ -16,6 +16,7 @@ from llmo.errors import DataError, InputError, ModelError
 from llmo.tasks.base import IGNORED, Encoding, Logits, Row, Task
 from llmo.tasks.card import load_tokenizer
 from llmo.tasks.metrics import MICRO, Floats, Tally, Totals, ratio
+from llmo.types import Asked
 
 SHARE = 0.15  # of a text's tokens that are to be found (Devlin et al. 2019)
 HIDDEN, RANDOM = 0.8, 0.1  # of these: hidden behind the mask, another token; the rest stay as they are
@@ -41,6 +42,7 @@ class MaskedLm(Task):
     name: ClassVar[str] = "masked-lm"
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     higher_is_better: ClassVar[bool] = False
+    has_classes: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class MaskedLm(Task):
         """How many tokens the figures are of."""
         return {"tokens": int(tally.totals().sums[1])}
 
-    def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
+    def answer(self, logits: Logits, encoding: Encoding, asked: Asked) -> dict[str, Any]:
         raise InputError(
             f"a model of {self.name} answers nothing: it is a base for other tasks",
             hint="train one on it, and deploy that",

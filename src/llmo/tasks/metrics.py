@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,31 +91,42 @@ class Tally:
         return cls(counts, times.astype(np.int64))
 
     def totals(self) -> Totals:
-        return self._sum(self.times.astype(np.float64))
+        return self.summed(self.times.astype(np.float64))
 
-    def resampled(self, seed: int, resamples: int = RESAMPLES) -> Totals:
-        """Totals of `resamples` sets drawn with replacement, each as large as the original."""
+    def draws(self, seed: int, resamples: int = RESAMPLES) -> Iterator[Floats]:
+        """How often each distinct row is in sets drawn with replacement, each as large as the original: `resamples`
+        of them, some at a time `[some, distinct]`."""
         rng = np.random.default_rng(seed)
         rows = int(self.times.sum())
         share = self.times / rows
         step = max(1, CHUNK // max(1, len(share)))
-        drawn = [rng.multinomial(rows, share, min(step, resamples - done)) for done in range(0, resamples, step)]
-        parts = [self._sum(part.astype(np.float64)) for part in drawn]
-        return Totals(np.concatenate([part.sums for part in parts]), np.concatenate([part.rows for part in parts]))
+        for done in range(0, resamples, step):
+            yield rng.multinomial(rows, share, min(step, resamples - done)).astype(np.float64)
 
-    def _sum(self, times: Floats) -> Totals:
+    def summed(self, times: Floats) -> Totals:
+        """Totals of each distinct row taken `times` `[..., distinct]`."""
         return Totals(times @ self.counts.astype(np.float64), times.sum(-1))
 
 
 def with_intervals(
-    tally: Tally, scores: Callable[[Totals], dict[str, Floats]], seed: int
+    tally: Tally,
+    scores: Callable[[Totals], dict[str, Floats]],
+    seed: int,
+    ranked: Callable[[Tally, Floats], dict[str, Floats]] = lambda tally, times: {},
 ) -> dict[str, dict[str, float]]:
-    """`{metric: {"value", "low", "high"}}`: the figure and its 95% percentile bootstrap interval over rows."""
-    values = scores(tally.totals())
-    resampled = scores(tally.resampled(seed))
+    """`{metric: {"value", "low", "high"}}`: the figure and its 95% percentile bootstrap interval over rows.
+
+    `scores` are made of sums; `ranked` of the rows, each of them taken some number of times.
+    """
+
+    def both(times: Floats) -> dict[str, Floats]:
+        return scores(tally.summed(times)) | ranked(tally, times)
+
+    values = both(tally.times.astype(np.float64))
+    resampled = [both(times) for times in tally.draws(seed)]
     found = {}
     for name, value in values.items():
-        low, high = np.percentile(resampled[name], [2.5, 97.5])
+        low, high = np.percentile(np.concatenate([part[name] for part in resampled]), [2.5, 97.5])
         found[name] = {"value": float(value), "low": float(low), "high": float(high)}
     return found
 
@@ -123,6 +134,30 @@ def with_intervals(
 def ratio(part: Floats, whole: Floats) -> Floats:
     """`part / whole`, and 0 where there is nothing to divide by."""
     return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=np.asarray(whole) > 0)
+
+
+def correlation(x: Floats, y: Floats, times: Floats) -> Floats:
+    """Pearson's, of values `[rows]` (or `[..., rows]`) each of which is there `times` `[..., rows]`; 0 where either
+    does not vary."""
+    rows = times.sum(-1, keepdims=True)
+    x, y = (values - (values * times).sum(-1, keepdims=True) / rows for values in (x, y))
+    spread = np.sqrt((x * x * times).sum(-1) * (y * y * times).sum(-1))
+    return ratio((x * y * times).sum(-1), spread)
+
+
+def spearman(x: Floats, y: Floats, times: Floats) -> Floats:
+    """As `correlation`, of the ranks; equal values share the mean of theirs."""
+    return correlation(_ranks(x, times), _ranks(y, times), times)
+
+
+def _ranks(values: Floats, times: Floats) -> Floats:
+    """`[..., rows]`, from 1."""
+    order = np.argsort(values, kind="stable")
+    first = np.append(True, np.diff(values[order]) != 0)  # of equal ones
+    sizes = np.add.reduceat(times[..., order], np.flatnonzero(first), axis=-1)
+    ranks = np.empty(times.shape)
+    ranks[..., order] = (np.cumsum(sizes, axis=-1) - (sizes - 1) / 2)[..., np.cumsum(first) - 1]
+    return ranks
 
 
 def f1(hits: Floats, predicted: Floats, gold: Floats) -> Floats:

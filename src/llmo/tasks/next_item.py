@@ -15,6 +15,7 @@ from llmo.errors import DataError, InputError, ModelError
 from llmo.tasks.base import IGNORED, Encoding, Logits, Row, Task, refuse_surrogates, seen
 from llmo.tasks.card import load_tokenizer
 from llmo.tasks.metrics import MICRO, Floats, Tally, Totals, ratio, softmax
+from llmo.types import Asked
 
 TOP = 10  # items of an answer, and of the metrics
 SAME = 8  # of them that two answers share when they are the same
@@ -38,6 +39,7 @@ class NextItem(Task):
 
     name: ClassVar[str] = "next-item"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    has_classes: ClassVar[bool] = False
 
     def __init__(self, labels: Sequence[str], max_length: int = 128, repeats: bool = False) -> None:
         super().__init__(labels, max_length)
@@ -74,17 +76,16 @@ class NextItem(Task):
     def options(self) -> dict[str, Any]:
         return {"repeats": self.repeats}
 
-    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    def asked(self, row: Row) -> Asked:
+        return _question(row)[0]
+
+    def tokens(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
         """As the base, but what is cut off is the beginning."""
         refuse_surrogates(texts)
         tokenizer.no_padding()
         tokenizer.enable_truncation(self.max_length, direction="left")
         found = zip(tokenizer.encode_batch(list(texts)), texts, strict=True)
         return [Encoding(kept.ids, len(text.split()), kept.offsets, kept.word_ids) for kept, text in found]
-
-    def encode_rows(self, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[Encoding]:
-        """One encoding a row: what the model is given to find the row's item."""
-        return self.encode(tokenizer, [_question(row)[0] for row in rows])
 
     def lessons(self, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[tuple[Row, Encoding]]:
         """A history that is too long is gone through from its end in pieces, each beginning with the item that the one
@@ -132,9 +133,10 @@ class NextItem(Task):
         """Among how many items the ranks are."""
         return {"catalogue": len(self.labels)}
 
-    def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
+    def answer(self, logits: Logits, encoding: Encoding, asked: Asked) -> dict[str, Any]:
         """`{"items": [{"item", "score"}], ...}`, the likeliest first; scores are probabilities among those that may be
         answered. `unknown` names items of the history that are not in the catalogue. Raises InputError when none is."""
+        (text,) = self.given(asked)
         unknown = [item for item in dict.fromkeys(text.split()) if item not in self._index]
         if unknown and len(unknown) == len(set(text.split())):
             raise InputError(

@@ -22,6 +22,8 @@ from llmo.tasks.metrics import (
     softmax,
     weighted_f1,
 )
+from llmo.tasks.verdict import Decisions, Verdict, surprise
+from llmo.types import Asked
 
 if TYPE_CHECKING:
     import torch
@@ -125,7 +127,31 @@ class TextClassification(Task):
         confusion = np.bincount(gold * size + predicted, tally.times, size * size).astype(np.int64)
         return {"labels": list(self.labels), "confusion": confusion.reshape(size, size).tolist()}
 
-    def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
+    def verdicts(
+        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]
+    ) -> list[Verdict | None]:
+        said = self._said_of_many if self.multi_label else self._said_of_one
+        return [said(one, row) for one, row in zip(logits, rows, strict=True)]
+
+    def _said_of_one(self, logits: Logits, row: Row) -> Verdict:
+        gold, each = self._find(_single(row)), softmax(logits)
+        best = int(logits.argmax())
+        decided = Decisions.among(each[None], np.array([gold]))
+        return Verdict(surprise(each[gold]), self.labels[gold], self.labels[best], float(each[best]), decided)
+
+    def _said_of_many(self, logits: Logits, row: Row) -> Verdict:
+        wanted = {self._find(label) for label in _many(row)}
+        gold = np.isin(np.arange(len(self.labels)), list(wanted))
+        each = sigmoid(logits)
+        decided = Decisions.yes_or_no(each, gold, THRESHOLD)
+        named = [
+            ", ".join(label for label, there in zip(self.labels, mask, strict=True) if there) or "(none)"
+            for mask in (gold, each > THRESHOLD)
+        ]
+        loss = surprise(np.where(gold, each, 1 - each))
+        return Verdict(loss, named[0], named[1], float(decided.confidence.min()), decided)
+
+    def answer(self, logits: Logits, encoding: Encoding, asked: Asked) -> dict[str, Any]:
         each = sigmoid(logits) if self.multi_label else softmax(logits)
         scores = {label: float(p) for label, p in zip(self.labels, each, strict=True)}
         if self.multi_label:

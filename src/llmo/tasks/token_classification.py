@@ -19,6 +19,8 @@ from tokenizers import Tokenizer
 from llmo.errors import DataError, nearest
 from llmo.tasks.base import Encoding, Logits, Row, Task, seen
 from llmo.tasks.metrics import Floats, Tally, Totals, macro_f1, micro_f1, per_class, ratio, softmax
+from llmo.tasks.verdict import Decisions, Verdict, surprise
+from llmo.types import Asked
 
 if TYPE_CHECKING:
     import torch
@@ -70,9 +72,10 @@ class TokenClassification(Task):
             raise DataError("no training row carries a labelled span", hint="check `data.label` and the tags' scheme")
         return cls([OUTSIDE, *(f"{tag}-{name}" for name in types for tag in "BI")], max_length)
 
-    def encode(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoding]:
+    def encode(self, tokenizer: Tokenizer, asked: Sequence[Asked]) -> list[Encoding]:
         """As the base, with `word_ids` cut to this task's words and white space trimmed off the offsets."""
-        return [_words_of(e, text) for e, text in zip(super().encode(tokenizer, texts), texts, strict=True)]
+        texts = [self.given(one)[0] for one in asked]
+        return [_words_of(e, text) for e, text in zip(self.tokens(tokenizer, texts), texts, strict=True)]
 
     def target(self, row: Row, encoding: Encoding) -> NDArray[Any]:
         """One class per token `[tokens]`; of overlapping spans the first, then the longest, is learnt."""
@@ -144,7 +147,28 @@ class TokenClassification(Task):
         columns = {"right": totals.hits, "answered": totals.predicted, "gold": totals.gold}
         return {"per_type": {name: {k: int(v[i]) for k, v in columns.items()} for i, name in enumerate(self.types)}}
 
-    def answer(self, logits: Logits, encoding: Encoding, text: str) -> dict[str, Any]:
+    def verdicts(
+        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]
+    ) -> list[Verdict | None]:
+        """Over the words; a text of which no word was seen has none."""
+        return [self._said(*each) for each in zip(logits, rows, encodings, strict=True)]
+
+    def _said(self, logits: Logits, row: Row, encoding: Encoding) -> Verdict | None:
+        target = self.target(row, encoding)
+        words = np.flatnonzero(target != IGNORED)
+        if not len(words):
+            return None
+        each, gold = softmax(logits[words]), target[words]
+        decided = Decisions.among(each, gold)
+        found = self.decode(logits, encoding, row["text"])
+        answer = [(e.start, e.end, e.label) for e in found]
+        wanted = [(s["start"], s["end"], s["label"]) for s in row["spans"]]
+        score = min((e.score for e in found), default=None)
+        loss = surprise(each[np.arange(len(gold)), gold])
+        return Verdict(loss, _named(wanted, row["text"]), _named(answer, row["text"]), score, decided)
+
+    def answer(self, logits: Logits, encoding: Encoding, asked: Asked) -> dict[str, Any]:
+        (text,) = self.given(asked)
         entities = [
             {"start": e.start, "end": e.end, "label": e.label, "text": text[e.start : e.end], "score": e.score}
             for e in self.decode(logits, encoding, text)
@@ -187,6 +211,10 @@ class TokenClassification(Task):
                 hint=f"known: {', '.join(self.types[:20])}; every label needs rows in the training split",
             )
         return found
+
+
+def _named(spans: Sequence[tuple[int, int, str]], text: str) -> str:
+    return ", ".join(f"{label}: {text[start:end]}" for start, end, label in spans) or "(none)"
 
 
 def _words(encoding: Encoding, text: str) -> list[Word]:

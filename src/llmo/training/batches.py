@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -55,15 +55,21 @@ def encode(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], progress: Call
     empty = 0
     for first in range(0, len(rows), CHUNK):
         chunk = list(rows[first : first + CHUNK])
-        for row, encoding in task.lessons(tokenizer, chunk):
+        lessons = task.lessons(tokenizer, chunk)
+        empty += len(chunk) - len({id(row) for row, _ in lessons})
+        for row, encoding in lessons:
             target = task.target(row, encoding)
             if task.generates and not (target != IGNORED).any():
                 empty += 1
                 continue
-            parts.append(encoding)
-            targets.append(target)
+            # Offsets and words are several times as large as the ids.
+            own = [replace(part, offsets=[], word_ids=[]) for part in encoding.apart()]
+            parts += own
+            targets += [target] * len(own)
         progress(first + len(chunk))
-    return joined(parts, targets, task.max_length, empty)
+    if empty and not parts and not task.generates:
+        raise DataError(f"no training row can be learnt: all {empty} {task.unlearnt}", hint="set a larger max_length")
+    return joined(parts, targets, task.max_length, empty, task.group)
 
 
 def joined(
@@ -92,12 +98,16 @@ def order(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) ->
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def width(longest: int, limit: int) -> int:
+    """The columns of a batch whose longest sequence has `longest` tokens."""
+    return max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, limit))
+
+
 def padded(sequences: Sequence[Sequence[int] | NDArray[np.int32]], pad_id: int, limit: int) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` `[rows, longest]`, the longest rounded up to a multiple of 8 within `limit`."""
-    longest = max(len(s) for s in sequences)
-    width = max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, limit))
-    ids = np.full((len(sequences), width), pad_id, np.int64)
-    mask = np.zeros((len(sequences), width), np.int64)
+    columns = width(max(len(s) for s in sequences), limit)
+    ids = np.full((len(sequences), columns), pad_id, np.int64)
+    mask = np.zeros((len(sequences), columns), np.int64)
     for i, sequence in enumerate(sequences):
         ids[i, : len(sequence)] = sequence
         mask[i, : len(sequence)] = 1

@@ -7,17 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 from llmo.context import Context
 from llmo.data.dataset import Dataset
+from llmo.engines.applied import MeanHead
 from llmo.errors import SpecError
+from llmo.methods import LABELS_ONLY
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Row, Task
 from llmo.tasks.generation import Generation
 from llmo.tasks.masked_lm import MaskedLm
 from llmo.tasks.next_item import NextItem
-from llmo.training import batches, folder, golden, places, preference, scoring
+from llmo.training import batches, folder, golden, places, preference, scoring, shots
 from llmo.training.batches import Encoded
 from llmo.training.causal import Speaker
 from llmo.training.figures import Figures, Splits, TaskFigures
@@ -31,7 +35,8 @@ FITTING = {"messages": ("answers", "text"), "text": ("text",), "preference": ("p
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """`measured` is the precision of the final figures; `evidence` takes the golden answers, in fp32."""
+    """`measured` is the precision of the final figures; `evidence` takes the golden answers, in fp32. `fit`, if any,
+    makes the head that answers of where the trunk puts texts now; before anything is measured it has to be called."""
 
     encoded: Encoded
     objective: Objective
@@ -40,6 +45,7 @@ class Course:
     built: Built
     task: Task
     tokenizer: Tokenizer
+    fit: Callable[[], None] | None = None
 
     def evidence(self, rows: Sequence[Row], exact: Precision) -> list[dict[str, Any]]:
         if isinstance(self.task, Generation):
@@ -55,6 +61,11 @@ def resolve(spec: TrainSpec, task: type[Task], shape: str | None) -> str:
             raise SpecError(
                 f"the objective '{spec.objective}' is of task generation, not of {task.name}",
                 hint="leave train.objective out",
+            )
+        if not task.has_classes and (spec.class_weights != "none" or spec.label_smoothing > 0):
+            raise SpecError(
+                f"class_weights and label_smoothing are of tasks with classes, and {task.name} has none",
+                hint="leave train.class_weights and train.label_smoothing out",
             )
         return "auto"
     if spec.class_weights != "none":
@@ -85,6 +96,8 @@ def plan(
     speaker = Speaker(built.network) if isinstance(task, Generation) else None
     if isinstance(task, Generation) and speaker is not None and spec.objective == "preference":
         return _preferences(task, tokenizer, data, splits, built, speaker, spec, chosen, ctx)
+    if spec.method in LABELS_ONLY:
+        return _comparison(task, tokenizer, data, splits, built, spec, chosen, exact, ctx)
     rows = data.split("train")
     encoded = batches.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"))
     goal: Objective
@@ -97,6 +110,7 @@ def plan(
     else:
         predictor = functools.partial(scoring.speaker_predictor, built.model, speaker, task, built.pad_id)
         goal = Likelihood(speaker, task, encoded, spec, built.pad_id)
+        ctx.note(_rows(speaker, encoded, spec))
     figures = TaskFigures(task, tokenizer, splits, predictor, ctx)
     return Course(encoded, goal, figures, exact if speaker is None else chosen, built, task, tokenizer)
 
@@ -109,9 +123,46 @@ def _places(
         ctx.note("this architecture's head does not run by itself: all logits are made, which takes longer")
     if isinstance(task, MaskedLm):
         predictor = functools.partial(places.hidden_predictor, built.model, found, task, built.pad_id)
-        return places.Masked(found, task, encoded, spec, built.pad_id), predictor
+        return places.Masked(found, task, encoded, spec.seed, built.pad_id), predictor
     predictor = functools.partial(places.last_predictor, built.model, found, task, built.pad_id)
-    return places.AtPlaces(found, task, encoded, spec, built.pad_id), predictor
+    return places.AtPlaces(found, task, encoded, built.pad_id), predictor
+
+
+def _comparison(
+    task: Task,
+    tokenizer: Tokenizer,
+    data: Dataset,
+    splits: Splits,
+    built: Built,
+    spec: TrainSpec,
+    chosen: Precision,
+    exact: Precision,
+    ctx: Context,
+) -> Course:
+    """Texts compared with each other, or with a sentence about each label."""
+    head = built.applied
+    assert isinstance(head, MeanHead)  # noqa: S101 (as `adapters` made it)
+    rows = data.split("train")
+    shots.check(task, rows, spec)
+    if spec.method == "zero-shot":
+        texts = shots.sentences(task, tokenizer, spec)
+        labels = np.arange(len(texts))
+        encoded = batches.joined(texts, [np.asarray(i) for i in labels], task.max_length)
+    else:
+        texts = task.encode_rows(tokenizer, list(rows))
+        labels = np.array([int(task.target(row, text)) for row, text in zip(rows, texts, strict=True)], np.int64)
+        encoded = shots.pairs(texts, labels, spec.pairs, spec.seed, task.max_length)
+
+    def fit() -> None:
+        points = shots.points_of(built, texts, exact, task.max_length)
+        if spec.method == "zero-shot":
+            shots.name_labels(head, points)
+        else:
+            shots.fit(head, points, torch.from_numpy(labels), task, spec)
+
+    predictor = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
+    figures = TaskFigures(task, tokenizer, splits, predictor, ctx)
+    return Course(encoded, shots.Contrast(built, task, encoded), figures, exact, built, task, tokenizer, fit)
 
 
 def _preferences(
@@ -129,6 +180,20 @@ def _preferences(
     encoded = preference.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"))
     held = {name: preference.encode(task, tokenizer, split) for name, split in splits.items() if len(split)}
     start = preference.references(built, speaker, {"train": encoded, **held}, chosen, ctx)
+    ctx.note(_rows(speaker, encoded, spec))
     goal = Preference(speaker, encoded, start["train"], spec, built.pad_id)
     figures = preference.PairFigures(built, speaker, held, start, spec.beta, ctx)
     return Course(encoded, goal, figures, chosen, built, task, tokenizer)
+
+
+def _rows(speaker: Speaker, data: Encoded, spec: TrainSpec) -> str:
+    """How rows lie in a batch, and what the other way would pad."""
+    sizes = np.diff(data.starts)
+    batch_sizes = [sizes[data.sequences(rows)] for rows in batches.order(data.lengths, spec.batch_size, spec.seed, 0)]
+    padded = sum(len(one) * batches.width(int(one.max()), data.max_length) for one in batch_sizes)
+    share = 1.0 - int(sizes.sum()) / padded
+    if speaker.packs:
+        return (
+            f"rows go end to end, each attending to itself: padding them by length would add {share / (1 - share):.0%}"
+        )
+    return f"rows are padded in batches of like length, which is {share:.0%} of the tokens: {speaker.why}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +13,90 @@ from tokenizers import Tokenizer
 
 from llmo import plugins
 from llmo.context import Context, Stopped
-from llmo.data.dataset import Dataset
+from llmo.data.dataset import Dataset, Rows
 from llmo.engines.base import Engine, Request
 from llmo.engines.generation import GenerationEngine, GenerationOptions, Prompt, Sampling
+from llmo.engines.place import torch_device
 from llmo.errors import DataError, SpecError
-from llmo.files import publish_json
 from llmo.specfile import validate
 from llmo.specs import EvaluateSpec
 from llmo.tasks.base import Encoding, Logits, Row, Task
 from llmo.tasks.card import load_task, load_tokenizer, read_card
 from llmo.tasks.generation import Generation, conversation
-from llmo.tasks.written import measure
-from llmo.training import scoring
+from llmo.tasks.metrics import Counts
+from llmo.tasks.written import measure as measure_written
+from llmo.training import against, peak, pictures, report, scoring
 from llmo.training.batches import IGNORED
+from llmo.training.figures import Measured, Metrics, measure
 
-REPORT = "report.json"
 WRITTEN_TOKENS = 128  # of an answer that is compared with its reference
-Metrics = dict[str, dict[str, float]]
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """`spec` is `EvaluateSpec.plain()`; `inputs` are the folders `data` and `model`.
+    """`spec` is `EvaluateSpec.plain()`; `inputs` are the folders `data` and `model`, and `against` for a second model
+    that is measured on the same rows and compared.
 
-    Writes `report.json`: every metric with its 95% interval, and the confusion matrix or the counts per type.
+    Writes the report: `report.json`, pictures and `report.html`. Returns it without the rows and their details.
     """
     asked = validate(dict(spec), EvaluateSpec)
-    split = asked.split
-    folder = inputs["model"]
-    card, task, tokenizer = read_card(folder), load_task(folder), load_tokenizer(folder)
-    rows = Dataset.open(inputs["data"]).split(split)
+    rows = Dataset.open(inputs["data"]).split(asked.split)
     if not len(rows):
-        raise DataError(f"the split '{split}' has no rows", hint="set data.split, or evaluate on another split")
-    if isinstance(task, Generation):
-        with _writer(card, folder, task, ctx) as engine:
-            started = time.monotonic()
-            scored = scoring.score(task, tokenizer, rows, _judge(engine, task), ctx, split)
-            seconds = time.monotonic() - started
-            written = _written(engine, task, tokenizer, rows, asked.answers, ctx)
-    else:
-        if asked.answers:
-            raise SpecError(f"a model for {task.name} writes no answers", hint="leave `answers` out")
-        with _labeller(card, folder, task, ctx) as predict:
-            started = time.monotonic()
-            scored = scoring.score(task, tokenizer, rows, predict, ctx, split)
-            seconds = time.monotonic() - started
-            written = {}
-    metrics = task.intervals(scored.tally) | written
-    shown = {
-        "metric": task.metric,
-        "metrics": metrics,
-        "split": split,
-        "rows": scored.rows,
-        "truncated_share": scored.truncated / scored.rows,
-        "engine": card["engine"],
-        "precision": card.get("precision", "fp32"),
-        "samples_per_second": scored.rows / seconds,
-        "seconds": seconds,
-    }
-    publish_json(out / REPORT, {"format": 1, **shown, "details": task.details(scored.tally)})
-    return shown
+        raise DataError(f"the split '{asked.split}' has no rows", hint="set data.split, or evaluate on another split")
+    if not pictures.possible():
+        ctx.note(pictures.MISSING)
+    subject = _Subject.of(inputs["model"])
+    other = _Subject.of(inputs["against"]) if "against" in inputs else None
+    if other is not None:
+        against.check(subject.task, other.task)
+    if asked.answers and not isinstance(subject.task, Generation):
+        raise SpecError(f"a model for {subject.task.name} writes no answers", hint="leave `answers` out")
+    ours: list[Counts] = []
+    measured, written = subject.measured(rows, asked, ctx, None if other is None else ours)
+    compared: dict[str, Any] = {}
+    if other is not None:
+        theirs: list[Counts] = []
+        second, _ = other.measured(rows, asked.model_copy(update={"answers": 0}), ctx, theirs)
+        difference = against.differences((subject.task, ours), (other.task, theirs))
+        compared = {"against": {"metrics": second.metrics, "difference": difference}}
+    full = report.made(
+        subject.task,
+        subject.task.metric,
+        asked.split,
+        replace(measured, metrics=measured.metrics | written),
+        speed={"samples_per_second": measured.rows / measured.seconds, "seconds": measured.seconds},
+        memory={"peak_bytes": peak.peak(torch_device(ctx.device))},
+        engine=subject.card["engine"],
+        precision=subject.card.get("precision", "fp32"),
+        **compared,
+    )
+    report.write(out, f"{subject.task.name}, {asked.split}", full)
+    shown = {name: value for name, value in full.items() if name not in ("format", "details", "worst")}
+    return {**shown, **full["speed"]}
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    folder: Path
+    card: Mapping[str, Any]
+    task: Task
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, folder: Path) -> _Subject:
+        return cls(folder, read_card(folder), load_task(folder), load_tokenizer(folder))
+
+    def measured(
+        self, rows: Rows, asked: EvaluateSpec, ctx: Context, each: list[Counts] | None
+    ) -> tuple[Measured, Metrics]:
+        """The split through the model's own engine, and what its written answers are worth; `each` gets every row's
+        counts."""
+        if isinstance(self.task, Generation):
+            with _writer(self.card, self.folder, self.task, ctx) as engine:
+                judge = _judge(engine, self.task)
+                found = measure(self.task, self.tokenizer, rows, judge, ctx, asked.split, each)
+                return found, _written(engine, self.task, self.tokenizer, rows, asked.answers, ctx)
+        with _labeller(self.card, self.folder, self.task, ctx) as predict:
+            return measure(self.task, self.tokenizer, rows, predict, ctx, asked.split, each), {}
 
 
 @contextmanager
@@ -79,13 +104,12 @@ def _labeller(card: Mapping[str, Any], folder: Path, task: Task, ctx: Context) -
     engine: Engine = plugins.load("llmo.engines", card["engine"])()
     engine.load(folder, ctx.device)
 
-    def predict(encodings: Sequence[Encoding]) -> list[Logits]:
-        requests = [Request(i, encoding.input_ids) for i, encoding in enumerate(encodings)]
-        found = {chunk.id: chunk.data for chunk in engine.run(requests)}
-        return [task.kept(found[i], encoding) for i, encoding in enumerate(encodings)]
+    def run(texts: Sequence[Sequence[int]]) -> list[Logits]:
+        found = {chunk.id: chunk.data for chunk in engine.run([Request(i, ids) for i, ids in enumerate(texts)])}
+        return [found[i] for i in range(len(texts))]
 
     with closing(engine):
-        yield predict
+        yield scoring.by_sequence(task, run)
 
 
 @contextmanager
@@ -132,4 +156,4 @@ def _written(
             raise error
         ctx.report(len(picked) - left, len(picked), phase="answers")
     references = [str((conversation(row)[0] or [{}])[-1].get("content") or "") for row in picked]
-    return measure([tokenizer.decode(found) for found in ids.values()], references)
+    return measure_written([tokenizer.decode(found) for found in ids.values()], references)

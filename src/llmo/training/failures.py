@@ -27,17 +27,26 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
+class StepTooLarge(MemoryError):
+    """There was no memory for a step: smaller parts of its batch may fit."""
+
+
 @contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn torch's allocation failures, on the CPU or a GPU, into MemoryError, which ends a job as out_of_memory."""
+def memory_errors(kind: type[MemoryError] = MemoryError) -> Iterator[None]:
+    """Turn torch's allocation failures, on the CPU or a GPU, into MemoryError, which ends a job as out_of_memory, or
+    into the given kind of it."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise MemoryError(_hint(error)) from error
+        raise kind(_hint(error)) from error
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc")):
             raise
-        raise MemoryError(_hint(error)) from error
+        raise kind(_hint(error)) from error
+    except MemoryError as error:  # Python's or NumPy's own
+        if isinstance(error, kind):
+            raise
+        raise kind(_hint(error)) from error
 
 
 def _hint(error: BaseException) -> str:

@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
 from llmo.context import Context
 from llmo.data.dataset import Rows
 from llmo.tasks.base import Row, Task
-from llmo.tasks.metrics import Tally
+from llmo.tasks.metrics import Counts, Tally
 from llmo.training import scoring
+from llmo.training.findings import Findings
 from llmo.training.precision import Precision
 
 Metrics = dict[str, dict[str, float]]
 Splits = dict[str, Rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A split through a model: `metrics` with intervals, the task's own `details`, what `Findings` gathered."""
+
+    metrics: Metrics
+    rows: int = 0
+    truncated: int = 0
+    seconds: float = 0.0
+    details: dict[str, Any] = field(default_factory=dict)
+    findings: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(
+    task: Task,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    predict: scoring.Predict,
+    ctx: Context,
+    phase: str,
+    each: list[Counts] | None = None,
+) -> Measured:
+    """All that is told of a split; it has rows. `each` gets the counts of every row. Raises Stopped when the job is
+    asked to stop."""
+    findings, started = Findings(each), time.monotonic()
+    scored = scoring.score(task, tokenizer, rows, predict, ctx, phase, findings)
+    seconds = time.monotonic() - started
+    return Measured(
+        task.intervals(scored.tally),
+        scored.rows,
+        scored.truncated,
+        seconds,
+        task.details(scored.tally),
+        findings.to_json(),
+    )
 
 
 class Figures(Protocol):
@@ -23,6 +62,9 @@ class Figures(Protocol):
 
     def full(self, split: str, phase: str, how: Precision) -> Metrics:
         """Metrics with intervals; none for a split without rows."""
+
+    def measured(self, split: str, phase: str, how: Precision) -> Measured:
+        """The same and all else that is told of a split; nothing for one without rows."""
 
     def plain(self, split: str, phase: str, how: Precision) -> dict[str, float]:
         """Metrics alone, of a split with rows."""
@@ -46,9 +88,14 @@ class TaskFigures:
         rows = self._splits[split]
         return self._task.intervals(self._tally(rows, phase, how)) if len(rows) else {}
 
+    def measured(self, split: str, phase: str, how: Precision) -> Measured:
+        rows = self._splits[split]
+        if not len(rows):
+            return Measured({})
+        return measure(self._task, self._tokenizer, rows, self._predictor(how), self._ctx, phase)
+
     def plain(self, split: str, phase: str, how: Precision) -> dict[str, float]:
-        totals = self._tally(self._splits[split], phase, how).totals()
-        return {name: float(value) for name, value in self._task.scores(totals).items()}
+        return self._task.figures(self._tally(self._splits[split], phase, how))
 
     def _tally(self, rows: Sequence[Row], phase: str, how: Precision) -> Tally:
         return scoring.score(self._task, self._tokenizer, rows, self._predictor(how), self._ctx, phase).tally

@@ -28,7 +28,8 @@ GENERATION = "generation_config.json"
 
 
 def write(out: Path, built: Built, base: Path, task: Task) -> None:
-    """Weights, config and tokeniser; LoRA merged, with the adapter beside it. `built` is spent afterwards.
+    """Weights, config and tokeniser; what peft adapted is merged, with the adapter beside it, and what is applied
+    beside the weights lies in the same place. `built` is spent afterwards.
 
     A model that writes keeps its chat template, and its generation settings with every token that ends an answer.
     """
@@ -36,6 +37,8 @@ def write(out: Path, built: Built, base: Path, task: Task) -> None:
         if built.adapted:
             built.model.save_pretrained(out / ADAPTER)  # type: ignore[operator]
             (out / ADAPTER / "README.md").unlink(missing_ok=True)
+        if built.applied is not None:
+            built.applied.save(out / ADAPTER, built.network)
         model: Any = merged(built)
         if task.generates:
             # Its own would be checked, and refused for what transformers thinks odd; the base's file is kept as it is.
@@ -58,8 +61,9 @@ def _write_settings(out: Path, base: Path, task: Generation) -> None:
 
 
 def evidence(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], predict: Predict) -> list[dict[str, Any]]:
-    """What the training graph says of up to 16 texts, one at a time: `[{"text", "input_ids", "logits"}]`."""
-    picked = [rows[int(i)]["text"] for i in np.linspace(0, len(rows) - 1, min(GOLDEN_TEXTS, len(rows)))]
+    """What the training graph says of up to 16 inputs, one at a time: `[{"text", "input_ids", "logits"}]`, where `text`
+    is all that was asked."""
+    picked = [task.asked(rows[int(i)]) for i in np.linspace(0, len(rows) - 1, min(GOLDEN_TEXTS, len(rows)))]
     found = []
     for text, encoding in zip(picked, task.encode(tokenizer, picked), strict=True):
         (logits,) = predict([encoding])

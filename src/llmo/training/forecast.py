@@ -1,8 +1,7 @@
 """What a training run will need, from arithmetic alone: memory, disk and steps, before anything is computed.
 
-The constants were fitted to the peaks of real runs on two cores (MiniLM, 16 x 128 tokens, bf16: full 1329 MiB,
-LoRA 1275, last-n 935, head 896; SmolLM2, 8 x 128 tokens, bf16, LoRA: 3486); expect a fifth of error. A causal model
-keeps no cache of keys and values in training, and its logits are made a chunk at a time.
+The bytes kept for the backward pass were counted tensor by tensor; the few constants that no arithmetic gives (the
+libraries, what the allocator loses) were fitted to the runs of benchmarks/forecast.py, which docs/forecast.md lists.
 """
 
 from __future__ import annotations
@@ -11,64 +10,168 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llmo.methods import METHODS
 from llmo.specs import TaskSpec, TrainSpec
+from llmo.training import trained
 
-CHUNK_BYTES = 64 << 20  # of logits, as `causal` makes them; it brings torch, which this page does without
+# Of `causal` and `scoring`, which bring torch.
+CHUNK_BYTES = 64 << 20  # of fp32 logits at once
+EVALUATED_TOKENS = 4096  # run at once to measure
+EVALUATED_ROWS = 2048  # encoded at once to measure
 
-PROCESS = 680 << 20  # Python with torch, transformers and pyarrow loaded
-WIDE_VALUES = 24  # numbers kept per token, layer and unit of width for the backward pass
-GATED_VALUES = 5  # the same per unit of the inner width, where the feed-forward layer has a gate
-LOGITS_BYTES = 4 * CHUNK_BYTES  # logits of a chunk, their fp32 copy and its gradients; never those of a batch
-SQUARE_VALUES = 5  # numbers kept per layer, head and pair of tokens by the plain attention
-BYTES_PER_ROW = 400  # of a tokenised row beyond its ids
-EVALUATED_TOKENS = 4096
-LONG_TEXT, LONG_CHAT = 1.5, 2.5  # how much longer than the mean the longest batch is
+PROCESS = 540 << 20  # Python with torch, transformers and pyarrow loaded, and what they make at their first use
+LOST = 1.3  # activations come and go in many sizes, and the allocator does not give all of it back
+ADAPTED = 1.15  # the same of adapters, whose products and sums come and go beside those of the layer
+PASSING = 1.0  # layers' worth of gradients of activations on the way back, while all activations are there
+RECOMPUTED = 1.6  # the same where a layer's activations are made again meanwhile
+LOGITS = 4  # of a chunk: the logits, their softmax, its gradient, and the copy in the precision of the product
+ROW_BYTES = 200  # of a tokenised row beyond its ids
+TOKEN_BYTES = 12  # of a token in it: its id, and where every token has a target that too
+ENCODING_BYTES = 200  # of a token of a text whose answer is to be read off it
+LISTED_BYTES = 40  # of a token until all rows are encoded
+MULTIPLE = 8  # batches are padded to
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The training rows: how many, and their lengths in tokens, not yet cut."""
+
+    count: int
+    mean: float
+    longest: int
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """`memory_bytes` is the peak of the process; `disk_bytes` the checkpoints and the model folder."""
+    """`memory_bytes` is the peak of the process, `phase` where it is; `disk_bytes` the checkpoints and the model
+    folder; `parameters` are the model's."""
 
     memory_bytes: int
     disk_bytes: int
     steps: int
+    phase: str
+    parameters: int
 
 
 def forecast(
-    train: TrainSpec, task: TaskSpec, model_config: Mapping[str, Any], rows: int, mean_length: float
+    train: TrainSpec, task: TaskSpec, model_config: Mapping[str, Any], rows: Rows, *, bf16: bool = True
 ) -> Forecast:
-    """`model_config` is the base's config.json; `rows` the training rows, of `mean_length` tokens each."""
+    """`model_config` is the base's config.json; `bf16` whether the training computes in it."""
     writes = task.name == "generation"
     shape = _Shape.of(model_config, writes)
-    total = shape.parameters
-    trained = {
-        "full": total,
-        "last-n": shape.layer * min(train.last_n, shape.layers) + (0 if writes else shape.width**2),
-        "head": shape.width**2,
-        "lora": train.lora.rank * shape.layers * shape.adapted,
-    }[train.method]
-    spread = LONG_CHAT if writes else LONG_TEXT
-    length = min(task.max_length, max(8, round(mean_length * spread)))
-    parts = -(-train.batch_size // train.gradient_accumulation_steps) * (2 if train.objective == "preference" else 1)
-    deep = {"full": shape.layers, "lora": shape.layers, "last-n": min(train.last_n, shape.layers), "head": 0}[
-        train.method
-    ]
-    wide = WIDE_VALUES * shape.width + (GATED_VALUES * shape.inner if writes else 0)
-    per_layer = parts * length * (wide + SQUARE_VALUES * shape.heads * length)
-    activations = 2 * per_layer * max(1, deep) + (LOGITS_BYTES if writes else 0)
-    evaluation = 4 * EVALUATED_TOKENS * (shape.inner * shape.matrices + 6 * shape.width + shape.heads * length)
-    optimiser = 12 if train.optimizer == "adamw" else 8
-    weights = 4 * total + 2 * total + (optimiser + (4 if train.early_stopping else 0)) * trained
-    tokens = rows * (4 * round(min(mean_length, task.max_length)) + BYTES_PER_ROW)
-    steps = max(1, round(-(-rows // train.batch_size) * train.epochs))
-    checkpoints = (
-        2 * (optimiser + (4 if train.early_stopping else 0)) * trained
-    )  # the old one goes when the new is whole
+    run = _Run(train, shape, writes, bf16, _padded(rows.longest, task.max_length), rows.count)
+    phases = run.phases(rows, min(rows.mean, task.max_length))
+    phase = max(phases, key=lambda name: phases[name])
+    kept = run.state_bytes + 4 * run.learning
+    adapter = 4 * run.learning if METHODS[train.method].trains in ("low-rank", "scales", "beside") else 0
     return Forecast(
-        memory_bytes=PROCESS + weights + max(activations, evaluation) + tokens,
-        disk_bytes=checkpoints + 4 * total + (4 * trained if train.method == "lora" else 0),
-        steps=steps,
+        memory_bytes=PROCESS + phases[phase],
+        disk_bytes=2 * kept + 4 * shape.parameters + adapter,
+        steps=trained.steps(train, rows.count),
+        phase=phase,
+        parameters=shape.parameters,
     )
+
+
+def micro_batch(train: TrainSpec) -> int:
+    """Rows that are computed at once."""
+    return -(-train.batch_size // train.gradient_accumulation_steps)
+
+
+def _padded(longest: int, limit: int) -> int:
+    """The width of the widest batch: texts of like length are together, so the longest have theirs to themselves."""
+    return min(-(-max(longest, MULTIPLE) // MULTIPLE) * MULTIPLE, limit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    train: TrainSpec
+    shape: _Shape
+    writes: bool
+    bf16: bool
+    length: int  # tokens of the widest batch's rows
+    rows: int  # that there are
+
+    @property
+    def learning(self) -> int:
+        """Numbers that change."""
+        return trained.numbers(self.train, self.shape, self.writes)
+
+    @property
+    def deep(self) -> int:
+        """Layers that gradients go through."""
+        return trained.deep(self.train, self.shape.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """What is kept of each number that changes, beside itself and its gradient."""
+        return round(4 * trained.kept(self.train) * self.learning)
+
+    def phases(self, rows: Rows, mean: float) -> dict[str, int]:
+        """Bytes beyond the libraries' at each point where the peak may be."""
+        train, shape = self.train, self.shape
+        narrower = round((4 - trained.BASE_BYTES[train.base_weights]) * shape.layers * shape.layer)
+        weights = 4 * shape.parameters - narrower
+        data = rows.count * (ROW_BYTES + round(TOKEN_BYTES * mean))
+        kept = weights + data + self.state_bytes
+        encoded = round(min(rows.count, EVALUATED_ROWS) * mean) * ENCODING_BYTES
+        gradients = 4 * self.learning
+        # Those of the parts before, and one matrix's that is to be added.
+        summed = gradients + 4 * shape.width * shape.vocabulary if train.gradient_accumulation_steps > 1 else 0
+        return {
+            "loading": 8 * shape.parameters,
+            "tokenising": weights + data + round(rows.count * mean) * LISTED_BYTES,
+            "forward": kept + self._copies + summed + self._activations + self._logits,
+            "backward": kept + self._copies + gradients + (2 * self._layer if self.deep else 0) + self._logits,
+            "measuring": kept + encoded + self._measuring + self._logits,
+        }
+
+    @property
+    def _copies(self) -> int:
+        """The matrices in bf16, which wait for the backward pass."""
+        return 2 * self.shape.layer * self.deep if self.bf16 else 0
+
+    @property
+    def _tokens(self) -> int:
+        parts = self.train.gradient_accumulation_steps
+        rows = min(micro_batch(self.train), -(-self.rows // parts))
+        return rows * self.length * (2 if self.train.objective == "preference" else 1)
+
+    @property
+    def _layer(self) -> int:
+        """What one layer keeps of all tokens for the backward pass."""
+        shape = self.shape
+        if self.writes:
+            wide, inner, square = (32, 8, 8) if self.bf16 else (40, 12, 4)
+        else:
+            wide, inner, square = (28, 4, 6) if self.bf16 else (40, 8, 12)
+        return self._tokens * (wide * shape.width + inner * shape.inner + square * shape.heads * self.length)
+
+    @property
+    def _activations(self) -> int:
+        """What is kept when the forward pass ends, and what the backward pass begins with."""
+        if self.deep == 0:
+            return self._layer
+        lost = LOST * (ADAPTED if METHODS[self.train.method].trains in ("low-rank", "scales", "beside") else 1.0)
+        if self.train.activation_checkpointing:  # each layer's input, and all of the one that is computed again
+            kept = 4 * self._tokens * self.shape.width * self.deep + self._layer
+            return round(lost * kept + RECOMPUTED * self._layer)
+        return round(lost * self._layer * self.deep + PASSING * self._layer)
+
+    @property
+    def _logits(self) -> int:
+        if not self.writes:
+            return 0
+        whole = 4 * self.shape.width * self.shape.vocabulary
+        return LOGITS * CHUNK_BYTES + (2 * whole if self.train.method == "full" else whole // 2 if self.bf16 else 0)
+
+    @property
+    def _measuring(self) -> int:
+        """The one layer that is being run, in the precision of the final figures."""
+        shape, number = self.shape, 2 if self.writes and self.bf16 else 4
+        tokens = max(EVALUATED_TOKENS, self.length)
+        wide = 12 * shape.width + number * (shape.matrices * shape.inner + 4 * shape.width)
+        return tokens * (wide + 3 * number * shape.heads * self.length)
 
 
 @dataclass(frozen=True, slots=True)

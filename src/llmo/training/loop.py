@@ -20,6 +20,7 @@ from llmo.files import digest_of_value
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Task
 from llmo.training import batches, checkpoint, optimiser
+from llmo.training.along import Along
 from llmo.training.batches import Encoded
 from llmo.training.model import Built, set_training
 from llmo.training.objectives import Objective
@@ -64,6 +65,7 @@ class Loop:
         self._optimiser = optimiser.build(list(self._named.items()), spec)
         self._per_epoch = -(-len(data) // spec.batch_size)
         self.total = max(1, round(self._per_epoch * spec.epochs))
+        self._along = Along(built, spec, self._named, self.total)
         self._every = spec.evaluate_every or self._per_epoch
         self._sizes = np.diff(data.starts).reshape(-1, data.group).sum(1)
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
@@ -95,6 +97,7 @@ class Loop:
         self._best = {
             k.removeprefix(checkpoint.BEST): v.clone() for k, v in tensors.items() if k.startswith(checkpoint.BEST)
         }
+        self._along.restore(tensors)
         self.state = State(**state["state"])
         torch.set_num_threads(state["threads"])
         checkpoint.restore_random_state(state["random"])
@@ -106,7 +109,8 @@ class Loop:
         while self.state.step < self.total and not self._gave_up():
             self._report(self._step())
             if self._evaluation_is_due():
-                self._evaluate()
+                with self._along.measured():
+                    self._evaluate()
             if self.ctx.should_stop():
                 self._save()
                 raise Stopped
@@ -114,6 +118,7 @@ class Loop:
                 self._save()
         if self._best:
             self._restore_best()
+        self._along.finish(best=bool(self._best))
 
     def _step(self) -> float:
         started = time.monotonic()
@@ -121,11 +126,13 @@ class Loop:
         for group in self._optimiser.param_groups:
             group["lr"] = optimiser.rate(self.spec, self.state.step, self.total)
         loss = self._backward(batch)
+        self._along.before()
         norm = nn.utils.clip_grad_norm_(self._named.values(), self.spec.max_grad_norm)
         self.state.step += 1
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             raise self._lost("loss" if not math.isfinite(loss) else "gradient")
         self._optimiser.step()
+        self._along.after(self.state.step)
         self._optimiser.zero_grad()
         self.state.losses.append(loss)
         self._seconds += time.monotonic() - started
@@ -206,6 +213,7 @@ class Loop:
     def _save(self) -> None:
         tensors = checkpoint.pack(self._named, self._optimiser)
         tensors |= {f"{checkpoint.BEST}{name}": tensor for name, tensor in self._best.items()}
+        tensors |= self._along.tensors()
         epoch, position = divmod(self.state.step, self._per_epoch)
         about = {
             "fingerprint": self._fingerprint(),
@@ -219,12 +227,14 @@ class Loop:
         self._saved_at = time.monotonic()
 
     def _fingerprint(self) -> str:
-        """Names the run by everything its result depends on, so that a checkpoint of another is never taken."""
+        """Names the run by everything its result depends on, so that a checkpoint of another is never taken. In how
+        many parts a step is computed changes rounding only, and a run that found no memory goes on in smaller ones."""
         rows = hashlib.sha256(self.data.ids.tobytes() + self.data.starts.tobytes())
         for target in self.data.targets:
             rows.update(target.tobytes())
         spec = self.spec.plain()
-        spec.pop("checkpoint_seconds")
+        for name in ("checkpoint_seconds", "gradient_accumulation_steps"):
+            spec.pop(name)
         weights = {name: list(p.shape) for name, p in self._named.items()}
         return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self._precision.name])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,14 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from llmo.engines.folder import position_limit
+from llmo import methods
+from llmo.engines.applied import Applied, attached
+from llmo.engines.folder import card_applied, position_limit
 from llmo.engines.torch import quiet
 from llmo.errors import ModelError, SpecError
-from llmo.specs import LoraSpec, TrainSpec
+from llmo.specs import TrainSpec
 from llmo.tasks.base import Task
-from llmo.training import dropout
+from llmo.training import adapters, dropout, narrow, norms
 from llmo.training.architecture import check_config
 
 PLAIN_ATTENTION_UP_TO = 512  # tokens; past it the fused attention's smaller memory is worth more than speed
@@ -31,12 +32,14 @@ DROPOUTS = (
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """`model` is what is trained (wrapped by peft for LoRA); `trained` and `parameters` count numbers."""
+    """`model` is what is trained (wrapped by peft where it adapts modules); `trained` and `parameters` count numbers,
+    those that the method added among the first only."""
 
     model: nn.Module
     trained: int
     parameters: int
-    adapted: tuple[str, ...]  # modules that carry a LoRA adapter
+    adapted: tuple[str, ...] = ()  # modules that carry an adapter of peft's
+    applied: Applied | None = None  # what the model runs with beside its weights
 
     @property
     def network(self) -> Any:
@@ -60,34 +63,38 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
     the norm before it instead. Uses torch's generator for new weights: seed it before. Raises ModelError for a base
     that cannot be opened and SpecError for a request that does not fit it.
     """
-    if task.generates and spec.method == "head":
-        raise SpecError(
-            "method head trains a new head on a frozen trunk, and a model that writes has no head of its own",
-            hint="set train.method to lora, last-n or full",
-        )
+    methods.check(spec.method, spec.base_weights, task.name, has_head=task.has_head)
     model = _open(base, task, spec, on_cpu)
     if on_cpu:
         dropout.replace_dropout(model)
-    adapted: tuple[str, ...] = ()
-    trained: nn.Module = model
-    if spec.method == "lora":
-        trained, adapted = _with_lora(model, spec.lora, task)
-    elif spec.method != "full":
+        norms.replace_norms(model)
+    if not task.labels and not task.generates:
+        for module in _pooler(model):
+            module.requires_grad_(False)  # vectors are made before it
+    if spec.activation_checkpointing:
+        _checkpoint_activations(model)
+    total = sum(p.numel() for p in model.parameters())
+    wrapped = adapters.Wrapped(model)
+    if spec.base_weights != "fp32":
+        narrow.narrow(model, spec.base_weights, _head(model))
+    if spec.method not in ("full", "head", "last-n"):
+        wrapped = adapters.wrap(model, spec, task, _head(model), _pooler(model))
+    elif spec.method in ("head", "last-n"):
         top = _final_norms(model) if task.generates else _head(model)
         free = [top] if spec.method == "head" else [top, _last_layers(model, spec.last_n)]
         kept = {id(p) for group in free for module in group for p in module.parameters()}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in kept)
-    total = sum(p.numel() for p in model.parameters()) - sum(
-        p.numel() for n, p in trained.named_parameters() if adapted and ("lora_" in n or ".original_module." in n)
-    )
-    count = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    return Built(trained, count, total, adapted)
+    count = sum(p.numel() for p in wrapped.model.parameters() if p.requires_grad)
+    return Built(wrapped.model, count, total, wrapped.adapted, wrapped.applied)
 
 
 def set_training(model: nn.Module) -> None:
-    """Training mode, but frozen parts without dropout: they are a fixed function."""
+    """Training mode, but frozen parts without dropout: they are a fixed function, unless what is applied beside them
+    learns through them."""
     model.train()
+    if attached(model) is not None:
+        return
     for module in model.modules():
         own = list(module.parameters())
         if own and not any(p.requires_grad for p in own):
@@ -95,27 +102,34 @@ def set_training(model: nn.Module) -> None:
 
 
 def merged(built: Built) -> Any:
-    """The plain transformers model that says the same: LoRA's update added into the weights."""
-    return built.model.merge_and_unload() if built.adapted else built.model  # type: ignore[operator]
+    """The plain transformers model, with peft's updates within its weights; what is applied beside them is detached.
+    `built` is spent afterwards."""
+    narrow.widen(built.model)
+    if built.applied is not None:
+        built.applied.detach(built.model)
+    return adapters.merge(built.model) if built.adapted else built.model
 
 
 def _open(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:
     written = check_config(base)
-    limit = position_limit(written)
-    if limit is not None and task.max_length > limit:
-        raise SpecError(
-            f"max_length is {task.max_length}, but this model reads at most {limit} tokens",
-            hint=f"set task.max_length to {limit} or less",
+    if card_applied(base) is not None:
+        raise ModelError(
+            f"the base runs with a {card_applied(base)} beside its weights, which training on it would lose",
+            hint="train on the model that it was trained on",
+            where=str(base),
         )
+    methods.check_length(spec.method, spec.virtual_tokens, task.max_length, position_limit(written))
     with quiet():
         config = transformers.AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    renew = bool(task.labels) and _label(config, written, task)
+    renew = bool(task.labels) and _label(config, written, task) and task.has_classes
     if spec.dropout is not None:
         for name in DROPOUTS:
             if isinstance(getattr(config, name, None), float):
                 setattr(config, name, spec.dropout)
     model, info = _load(base, task, config, _attention(written, task, on_cpu))
-    _check_loaded(model, info, base, set() if task.generates else _names(model, _head(model)))
+    _check_loaded(
+        model, info, base, set() if task.generates else _names(model, [*_outside_trunk(model), *_pooler(model)])
+    )
     model.name_or_path = config._name_or_path = ""  # a path of this machine, which would be saved with the model
     if renew:
         _renew_answers(model, len(task.labels))
@@ -180,6 +194,16 @@ def _load(base: Path, task: Task, config: Any, attention: str) -> tuple[Any, dic
     return model, dict(info)
 
 
+def _checkpoint_activations(model: Any) -> None:
+    """Chen et al. 2016. The second pass has the first one's random numbers and precision: the gradients are equal."""
+    if not model.supports_gradient_checkpointing:
+        raise SpecError(
+            f"transformers has no activation checkpointing for the architecture '{model.config.model_type}'",
+            hint="leave train.activation_checkpointing out; gradient_accumulation_steps saves memory too",
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
 def _names(model: Any, modules: list[nn.Module]) -> set[str]:
     mine = {id(p) for module in modules for p in module.parameters()}
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in mine}
@@ -199,6 +223,9 @@ def _check_loaded(model: Any, info: dict[str, Any], base: Path, new: set[str]) -
 
 
 def _outside_trunk(model: Any) -> list[nn.Module]:
+    """Nothing, where the model is a bare trunk."""
+    if model.base_model is model:
+        return []
     prefix = model.base_model_prefix
     return [
         module for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
@@ -207,8 +234,13 @@ def _outside_trunk(model: Any) -> list[nn.Module]:
 
 def _head(model: Any) -> list[nn.Module]:
     """What stands on the trunk, and the trunk's pooler that feeds it."""
+    outside = _outside_trunk(model)
+    return [*outside, *_pooler(model)] if outside else []
+
+
+def _pooler(model: Any) -> list[nn.Module]:
     pooler = getattr(model.base_model, "pooler", None)
-    return [*_outside_trunk(model), *([pooler] if isinstance(pooler, nn.Module) else [])]
+    return [pooler] if isinstance(pooler, nn.Module) else []
 
 
 def _final_norms(model: Any) -> list[nn.Module]:
@@ -229,33 +261,3 @@ def _last_layers(model: Any, count: int) -> list[nn.Module]:
             hint="set train.last_n lower, or train.method to full",
         )
     return list(layers[-count:])
-
-
-def _with_lora(model: Any, spec: LoraSpec, task: Task) -> tuple[nn.Module, tuple[str, ...]]:
-    from peft import LoraConfig, get_peft_model  # seconds, and only this method needs it
-
-    head = {id(m) for top in _head(model) for m in top.modules()}
-    linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in head]
-    wanted = linear
-    if spec.target_modules is not None:
-        ends = tuple(spec.target_modules)
-        wanted = [name for name in linear if name.split(".")[-1] in ends or name.endswith(tuple("." + e for e in ends))]
-        if not wanted:
-            known = sorted({name.split(".")[-1] for name in linear})
-            raise SpecError(
-                f"no linear layer is called {' or '.join(spec.target_modules)}",
-                hint=f"train.lora.target_modules may name: {', '.join(known)}",
-            )
-    names = {id(m): name for name, m in model.named_modules()}
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=wanted,
-        modules_to_save=None if task.generates else [names[id(m)].split(".")[-1] for m in _head(model)],
-        task_type="CAUSAL_LM" if task.generates else None,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in a way that is going out of use
-        wrapped = get_peft_model(model, config)
-    return wrapped, tuple(wanted)

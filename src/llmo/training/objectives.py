@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from llmo.engines.heads import logits_of
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Task
 from llmo.training import batches
@@ -36,7 +37,7 @@ class Objective(Protocol):
 
 
 class Labels:
-    """The loss of a task with labels, over all its logits."""
+    """The loss of a task that answers in one pass, over all its logits."""
 
     def __init__(
         self, model: nn.Module, task: Task, data: Encoded, spec: TrainSpec, pad_id: int, device: torch.device
@@ -48,13 +49,14 @@ class Labels:
         self._weights_there = None if self._weights is None else self._weights.to(device)
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
-        return batches.collate(self._data, rows, self._pad_id)
+        return batches.collate(self._data, self._data.sequences(rows), self._pad_id)
 
     def mass(self, targets: torch.Tensor) -> float:
         return self._task.mass(targets, self._weights)
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        return self._task.loss(self._model(**inputs).logits, targets, self._weights_there, self._smoothing)
+        logits = logits_of(self._model(**inputs), inputs["attention_mask"])
+        return self._task.loss(logits, targets, self._weights_there, self._smoothing)
 
 
 class Likelihood:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,31 @@ from llmo import plugins
 from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.errors import DataError, SpecError
+from llmo.methods import OPTIMISERS
 from llmo.specfile import validate
 from llmo.specs import TrainJobSpec
-from llmo.tasks.base import Task
+from llmo.tasks.base import Row, Task
 from llmo.tasks.card import load_tokenizer, write_card, write_golden
 from llmo.tasks.generation import Generation
-from llmo.training import checkpoint, folder, lineage, optimiser, precision, scratch
+from llmo.training import (
+    checkpoint,
+    folder,
+    lineage,
+    lowrank,
+    optimiser,
+    peak,
+    pictures,
+    precision,
+    relief,
+    report,
+    scratch,
+)
+from llmo.training.architecture import check_config
 from llmo.training.course import Course, plan, resolve
-from llmo.training.failures import memory_errors
+from llmo.training.failures import StepTooLarge, memory_errors
+from llmo.training.figures import Measured
+from llmo.training.fitting import require
+from llmo.training.forecast import Rows
 from llmo.training.loop import Loop
 from llmo.training.model import Built, build
 
@@ -28,17 +47,25 @@ from llmo.training.model import Built, build
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     """`spec` is `TrainSpec.plain()` with `task`; `inputs` are the folders `data` and `model`.
 
-    Returns the main figures: test before and after, dev, speed. Raises DataError, ModelError and SpecError for what
-    cannot be trained, JobFailed when the loss is lost, Stopped (after a checkpoint) when asked to stop, StorageError
-    and MemoryError when there is no room.
+    Writes the model folder and `report/`. Returns the main figures: test before and after, dev, speed, memory. Raises
+    DataError, ModelError, SpecError and NeedsError for what cannot be trained here, JobFailed when the loss is lost,
+    Stopped (after a checkpoint) when asked to stop, StorageError and MemoryError when there is no room; a step that
+    finds no memory is tried once more in smaller parts of its batch.
     """
-    with memory_errors():
-        return _run(spec, inputs, out, ctx)
+    request = relief.resume(validate(dict(spec), TrainJobSpec), ctx)
+    while True:
+        try:
+            with memory_errors():
+                return _run(request, inputs, out, ctx)
+        except StepTooLarge:
+            request = relief.shrink(request, ctx)
+        gc.collect()  # what was built hangs together in circles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def _run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
+def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     started = time.monotonic()
-    request = validate(dict(spec), TrainJobSpec)
     torch.set_num_threads(max(1, ctx.device.cores))
     chosen = precision.choose(request.precision, ctx.device)
     data = Dataset.open(inputs["data"])
@@ -50,42 +77,95 @@ def _run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Co
     exact = precision.exact(chosen)
     course = plan(task, tokenizer, data, built, request, chosen, exact, ctx)
     _say(ctx, built, course, chosen)
+    need = _room(request, course, inputs["model"], chosen, ctx)
+    joined = lowrank.join(built, chosen)
 
     has_dev = len(data.split("dev")) > 0
-    on_dev = (lambda: course.figures.plain("dev", "dev", chosen)) if has_dev else None
+    on_dev = (lambda: _on_dev(course, chosen)) if has_dev else None
     if on_dev is None and request.early_stopping is not None:
         raise SpecError("early_stopping needs a dev split, and it is empty", hint="set data.split.dev above 0")
-    loop = Loop(built, task, course.objective, request, course.encoded, on_dev, ctx, chosen)
-    if loop.resume():
-        ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
-    else:
-        loop.state.extra["before"] = course.figures.full("test", "test before training", chosen)
-    loop.run()
+    with memory_errors(StepTooLarge):
+        done = _learn(course, request, on_dev, chosen, ctx) if built.trained else _untrained(course)
 
+    if course.measured.name != chosen.name:
+        joined.undo()
+    held = {split: course.figures.measured(split, split, course.measured) for split in ("dev", "test")}
+    after = held["test"].metrics
     metrics = {
-        "dev": course.figures.full("dev", "dev", course.measured),
-        "test": {
-            "before": loop.state.extra["before"],
-            "after": course.figures.full("test", "test", course.measured),
-        },
+        "dev": held["dev"].metrics,
+        "test": {"before": after if done.before is None else done.before, "after": after},
     }
-    write_golden(out, course.evidence(data.split("dev" if has_dev else "train"), exact))
+    joined.undo()
+    shown = next(rows for rows in (data.split(name) for name in ("dev", "train", "test")) if len(rows))
+    write_golden(out, course.evidence(shown, exact))
     folder.write(out, built, inputs["model"], task)
-    write_card(out, _card(request, course, metrics, data, inputs["model"], loop))
+    write_card(out, _card(request, course, metrics, data, inputs["model"], done))
+    speed = {"samples_per_second": done.samples_per_second, "tokens_per_second": done.tokens_per_second}
+    memory = {"peak_bytes": peak.peak(chosen.device), **({"forecast_bytes": need} if need else {})}
+    _report(out, course, held, metrics, speed, memory, inputs["model"])
     checkpoint.clear(ctx.checkpoint())
+    relief.forget(ctx)
     return {
         "metric": course.objective.metric,
         **metrics,
-        "steps": loop.state.step,
-        "history": loop.state.history,
+        "calibration": held["test"].findings.get("calibration"),
+        "steps": done.steps,
+        "history": done.history,
         "seconds": time.monotonic() - started,
-        "samples_per_second": loop.samples_per_second,
-        "tokens_per_second": loop.tokens_per_second,
+        **speed,
         "truncated_share": course.encoded.truncated / len(course.encoded.targets),
         "parameters": built.parameters,
         "trained_parameters": built.trained,
+        "gradient_accumulation_steps": request.gradient_accumulation_steps,
         "precision": chosen.name,
+        "memory": memory,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What the steps were; without any, nothing was before them. Speeds are of this attempt."""
+
+    steps: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    before: dict[str, Any] | None = None
+    samples_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+def _learn(
+    course: Course,
+    request: TrainJobSpec,
+    on_dev: Callable[[], dict[str, float]] | None,
+    chosen: precision.Precision,
+    ctx: Context,
+) -> Done:
+    """Run the loop, from its checkpoint if there is one."""
+    loop = Loop(course.built, course.task, course.objective, request, course.encoded, on_dev, ctx, chosen)
+    if loop.resume():
+        ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
+    else:
+        _fit(course)
+        loop.state.extra["before"] = course.figures.full("test", "test before training", chosen)
+    loop.run()
+    _fit(course)
+    state = loop.state
+    return Done(state.step, state.history, state.extra["before"], loop.samples_per_second, loop.tokens_per_second)
+
+
+def _untrained(course: Course) -> Done:
+    _fit(course)
+    return Done()
+
+
+def _on_dev(course: Course, chosen: precision.Precision) -> dict[str, float]:
+    _fit(course)
+    return course.figures.plain("dev", "dev", chosen)
+
+
+def _fit(course: Course) -> None:
+    if course.fit is not None:
+        course.fit()
 
 
 def _task(request: TrainJobSpec, data: Dataset, base: Path) -> tuple[Task, TrainJobSpec]:
@@ -103,10 +183,13 @@ def _task(request: TrainJobSpec, data: Dataset, base: Path) -> tuple[Task, Train
     repeats = data.info.get("repeats") if request.task.repeats is None else request.task.repeats
     options |= {"repeats": repeats} | cls.of_base(base)
     options |= {"learns": objective} if objective in ("answers", "text") else {}
-    task = cls.from_rows(data.split("train"), max_length=request.task.max_length, options=options)
+    rows: Sequence[Row] = data.split("train")
+    if request.method == "zero-shot":  # which learns of no row, so that any may name the labels
+        rows = [row for name in ("train", "dev", "test") for row in data.split(name)]
+    task = cls.from_rows(rows, max_length=request.task.max_length, options=options)
     found: dict[str, Any] = {"objective": objective}
-    if request.learning_rate is None and scratch.is_new(base):
-        found["learning_rate"] = scratch.LEARNING_RATE
+    if request.learning_rate is None and request.method == "full" and scratch.is_new(base):
+        found["learning_rate"] = scratch.LEARNING_RATE * OPTIMISERS[request.optimizer].factor
     return task, request.model_copy(update=found)
 
 
@@ -118,13 +201,45 @@ def _say(ctx: Context, built: Built, course: Course, chosen: precision.Precision
         share = data.truncated / len(data.targets)
         ctx.note(f"{share:.1%} of the training texts are longer than {data.max_length} tokens and are cut")
     if data.empty:
-        ctx.note(f"{data.empty} training rows hold nothing to learn, and are left out")
+        ctx.note(f"{data.empty} training rows {course.task.unlearnt}, and are left out")
+    if not pictures.possible():
+        ctx.note(pictures.MISSING)
     if isinstance(course.task, Generation) and course.task.template.is_default:
         ctx.note("the base model has no chat template: turns are written as `User:` and `Assistant:`")
 
 
+def _room(request: TrainJobSpec, course: Course, base: Path, chosen: precision.Precision, ctx: Context) -> int | None:
+    """The forecast of the peak in bytes; None on a GPU. Raises NeedsError when the machine surely has not so much."""
+    if chosen.device.type != "cpu":
+        return None
+    lengths = course.encoded.lengths
+    rows = Rows(len(lengths), float(lengths.mean()), int(lengths.max()))
+    able = precision.choose("auto", ctx.device).name == "bf16"
+    return require(request, check_config(base), rows, bf16=able, memory=ctx.device.free)
+
+
+def _report(
+    out: Path,
+    course: Course,
+    held: Mapping[str, Measured],
+    metrics: Mapping[str, Any],
+    speed: Mapping[str, float],
+    memory: Mapping[str, int],
+    base: Path,
+) -> None:
+    """Beside the model, of the test rows, or of dev where there are none; nothing where nothing is held out."""
+    split = next((name for name in ("test", "dev") if held[name].rows), None)
+    if split is None:
+        return
+    before = metrics["test"]["before"] if split == "test" else {}
+    found = report.made(
+        course.task, course.objective.metric, split, held[split], before=before, speed=speed, memory=memory
+    )
+    report.write(out / report.FOLDER, f"{lineage.base_of(base)['source']}, trained", found)
+
+
 def _card(
-    request: TrainJobSpec, course: Course, metrics: dict[str, Any], data: Dataset, base: Path, loop: Loop
+    request: TrainJobSpec, course: Course, metrics: dict[str, Any], data: Dataset, base: Path, done: Done
 ) -> dict[str, Any]:
     task, built = course.task, course.built
     return {
@@ -139,9 +254,10 @@ def _card(
         "parameters": built.parameters,
         "trained_parameters": built.trained,
         "adapted_modules": list(built.adapted),
+        **({"applied": built.applied.kind} if built.applied is not None else {}),
         "train": lineage.training_of(request.plain()) | {"learning_rate": optimiser.peak(request)},
-        "steps": loop.state.step,
-        "history": loop.state.history,
+        "steps": done.steps,
+        "history": done.history,
         "data": lineage.data_of(data),
         "seed": request.seed,
         "versions": lineage.versions(),

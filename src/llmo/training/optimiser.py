@@ -7,9 +7,10 @@ import math
 import torch
 from torch import nn
 
+from llmo.methods import METHODS, OPTIMISERS
 from llmo.specs import TrainSpec
+from llmo.training.lion import Lion
 
-LEARNING_RATES = {"full": 1e-4, "last-n": 1e-4, "lora": 5e-4, "head": 5e-3}
 PREFERENCE = 0.1  # of them: preferences move whole answers, and go astray at the rates that teach answers
 
 
@@ -17,19 +18,31 @@ def peak(spec: TrainSpec) -> float:
     """The peak learning rate: as written, else the method's own, for preferences a tenth of it."""
     if spec.learning_rate is not None:
         return spec.learning_rate
-    return LEARNING_RATES[spec.method] * (PREFERENCE if spec.objective == "preference" else 1.0)
+    usual = METHODS[spec.method].learning_rate * OPTIMISERS[spec.optimizer].factor
+    return usual * (PREFERENCE if spec.objective == "preference" else 1.0)
 
 
 def build(named: list[tuple[str, nn.Parameter]], spec: TrainSpec) -> torch.optim.Optimizer:
-    """AdamW or SGD, fused; weight decay on matrices only (vectors are biases and norms)."""
+    """The optimiser that `spec` names; weight decay on matrices only (vectors are biases and norms), decoupled or L2 as
+    `methods.OPTIMISERS` says."""
     groups = [
         {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": spec.weight_decay},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if spec.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=peak(spec), momentum=spec.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=peak(spec), fused=True)
+    top = peak(spec)
+    match spec.optimizer:
+        case "sgd":
+            return torch.optim.SGD(groups, lr=top, momentum=spec.momentum, fused=True)
+        case "adam":
+            return torch.optim.Adam(groups, lr=top, fused=True)
+        case "rmsprop":
+            return torch.optim.RMSprop(groups, lr=top)
+        case "adafactor":
+            return torch.optim.Adafactor(groups, lr=top)
+        case "lion":
+            return Lion(groups, lr=top)
+    return torch.optim.AdamW(groups, lr=top, fused=True)
 
 
 def rate(spec: TrainSpec, step: int, total: int) -> float:

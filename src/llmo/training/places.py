@@ -16,8 +16,6 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from llmo.errors import SpecError
-from llmo.specs import TrainSpec
 from llmo.tasks.base import IGNORED, Encoding, Logits, Task
 from llmo.tasks.masked_lm import MaskedLm
 from llmo.training import batches
@@ -45,7 +43,7 @@ class Places:
         self._head: nn.Module = heads[0] if len(heads) == 1 else nn.Identity()
         self.apart = len(heads) == 1 and self._proves()
 
-    def losses(self, inputs: Inputs, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+    def losses(self, inputs: Inputs, targets: torch.Tensor) -> torch.Tensor:
         """The summed cross-entropy over targets that are not -100, a chunk of logits at a time."""
         states, wanted = self._states(inputs, targets)
         total = states.new_zeros((), dtype=torch.float32)
@@ -53,9 +51,9 @@ class Places:
         for first in range(0, len(wanted), rows):
             part = slice(first, first + rows)
             if len(wanted) <= rows:
-                total = total + self._loss(states, wanted, smoothing)
+                total = total + self._loss(states, wanted)
             else:  # made again on the way back, so that one chunk's logits are kept and not all
-                total = total + checkpoint(self._loss, states[part], wanted[part], smoothing, use_reentrant=False)
+                total = total + checkpoint(self._loss, states[part], wanted[part], use_reentrant=False)
         return total
 
     @torch.no_grad()
@@ -89,8 +87,8 @@ class Places:
         logits: torch.Tensor = self._head(states) if self.apart else states
         return logits.float()
 
-    def _loss(self, states: torch.Tensor, wanted: torch.Tensor, smoothing: float) -> torch.Tensor:
-        return functional.cross_entropy(self._logits(states), wanted, label_smoothing=smoothing, reduction="sum")
+    def _loss(self, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(self._logits(states), wanted, reduction="sum")
 
     def _rows(self, states: torch.Tensor) -> int:
         width = max(p.shape[0] for p in self._head.parameters()) if self.apart else states.shape[-1]
@@ -117,14 +115,9 @@ class AtPlaces:
     """Cross-entropy at each row's targets that are not -100 (as an `Objective`). Full softmax over all items is what
     makes sequential recommendation as good as larger models (Klenitskiy & Vasilev 2023)."""
 
-    def __init__(self, places: Places, task: Task, data: Encoded, spec: TrainSpec, pad_id: int) -> None:
-        if spec.class_weights != "none":
-            raise SpecError(
-                f"class_weights are of tasks with few labels, not of {task.name}", hint="leave train.class_weights out"
-            )
+    def __init__(self, places: Places, task: Task, data: Encoded, pad_id: int) -> None:
         self.metric, self.higher_is_better = task.metric, task.higher_is_better
         self._places, self._data, self._pad_id = places, data, pad_id
-        self._smoothing = spec.label_smoothing
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         return batches.collate(self._data, rows, self._pad_id)
@@ -133,15 +126,15 @@ class AtPlaces:
         return float((targets != IGNORED).sum())
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        return self._places.losses(inputs, targets, self._smoothing) / max(1.0, self.mass(targets))
+        return self._places.losses(inputs, targets) / max(1.0, self.mass(targets))
 
 
 class Masked(AtPlaces):
     """Other tokens are hidden in each epoch: which ones is a function of (seed, epoch, row)."""
 
-    def __init__(self, places: Places, task: MaskedLm, data: Encoded, spec: TrainSpec, pad_id: int) -> None:
-        super().__init__(places, task, data, spec, pad_id)
-        self._task, self._seed = task, spec.seed
+    def __init__(self, places: Places, task: MaskedLm, data: Encoded, seed: int, pad_id: int) -> None:
+        super().__init__(places, task, data, pad_id)
+        self._task, self._seed = task, seed
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         inputs, targets = super().batch(rows, epoch)

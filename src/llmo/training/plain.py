@@ -12,7 +12,7 @@ import torch
 from llmo.context import Context
 from llmo.engines.folder import position_limit
 from llmo.errors import ModelError
-from llmo.specs import LONG_TASKS, TaskSpec, TrainSpec
+from llmo.specs import TaskSpec, TrainSpec
 from llmo.tasks.base import Row
 from llmo.tasks.card import load_tokenizer, write_card, write_golden
 from llmo.tasks.generation import Generation
@@ -51,7 +51,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         )
     torch.set_num_threads(max(1, ctx.device.cores))
     chosen = precision.choose("fp32", ctx.device)
-    length = TaskSpec(name=LONG_TASKS[0]).max_length
+    length = TaskSpec(name=Generation.name).max_length
     task = Generation((), min(length, position_limit(config) or length), **Generation.of_base(base))
     with memory_errors():
         ctx.report(0, 2, phase="open the model")

@@ -21,7 +21,7 @@ from llmo.training import batches, scoring
 from llmo.training.batches import IGNORED, Encoded
 from llmo.training.causal import Speaker
 from llmo.training.failures import disk_errors
-from llmo.training.figures import Metrics
+from llmo.training.figures import Measured, Metrics
 from llmo.training.model import Built
 from llmo.training.objectives import likelihoods
 from llmo.training.precision import Precision
@@ -124,6 +124,10 @@ class PairFigures:
 
     def full(self, split: str, phase: str, how: Precision) -> Metrics:
         return with_intervals(self._tally(split, phase, how), scores, 0) if split in self._splits else {}
+
+    def measured(self, split: str, phase: str, how: Precision) -> Measured:
+        found = self.full(split, phase, how)
+        return Measured(found, len(self._splits[split]) if found else 0)
 
     def plain(self, split: str, phase: str, how: Precision) -> dict[str, float]:
         return {name: float(value) for name, value in scores(self._tally(split, phase, how).totals()).items()}

@@ -13,10 +13,12 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from llmo.context import Context, Stopped
-from llmo.tasks.base import Encoding, Logits, Row, Task
+from llmo.engines.heads import logits_of
+from llmo.tasks.base import Encoding, Logits, Row, Task, gathered, kept, sequences
 from llmo.tasks.metrics import Tally
 from llmo.training.batches import IGNORED, padded, stacked
 from llmo.training.causal import Speaker
+from llmo.training.findings import Findings
 from llmo.training.precision import Precision
 
 CHUNK = 2048  # rows encoded, sorted by length and measured at once
@@ -34,12 +36,22 @@ class Scored:
     truncated: int
 
 
-def score(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], predict: Predict, ctx: Context, phase: str) -> Scored:
-    """`predict` is given batches of texts of like length. Raises Stopped when the job is asked to stop."""
+def score(
+    task: Task,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    predict: Predict,
+    ctx: Context,
+    phase: str,
+    findings: Findings | None = None,
+) -> Scored:
+    """`predict` is given batches of texts of like length; `findings` hears of every row. Raises Stopped when the job is
+    asked to stop."""
     tallies: list[Tally] = []
     truncated = done = 0
-    for first in range(0, len(rows), CHUNK):
-        chunk = list(rows[first : first + CHUNK])
+    size = len(rows) if task.whole else CHUNK
+    for first in range(0, len(rows), size):
+        chunk = list(rows[first : first + size])
         encodings = task.encode_rows(tokenizer, chunk)
         logits: dict[int, Logits] = {}
         for batch in by_length(encodings):
@@ -47,7 +59,10 @@ def score(task: Task, tokenizer: Tokenizer, rows: Sequence[Row], predict: Predic
                 raise Stopped
             logits.update(zip(batch, predict([encodings[i] for i in batch]), strict=True))
             ctx.report(done + len(logits), len(rows), phase=phase)
-        tallies.append(task.tally([logits[i] for i in range(len(chunk))], chunk, encodings))
+        said = [logits[i] for i in range(len(chunk))]
+        tallies.append(task.tally(said, chunk, encodings))
+        if findings is not None:
+            findings.add(task, said, chunk, encodings)
         truncated += sum(e.truncated for e in encodings)
         done += len(chunk)
     return Scored(Tally.merged(tallies), len(rows), truncated)
@@ -73,13 +88,28 @@ def of_like_length(lengths: Sequence[int] | NDArray[np.int64], tokens: int = BAT
 def model_predictor(model: nn.Module, task: Task, pad_id: int, precision: Precision) -> Predict:
     """The model that is being trained, in eval mode and the given precision; its mode is put back after each batch."""
 
-    def predict(encodings: Sequence[Encoding]) -> list[Logits]:
-        inputs = padded([e.input_ids for e in encodings], pad_id, task.max_length)
+    def run(texts: Sequence[Sequence[int]]) -> list[Logits]:
+        inputs = padded(texts, pad_id, task.max_length)
         with measuring(model, precision):
-            logits = model(**{k: v.to(precision.device) for k, v in inputs.items()}).logits
+            there = {k: v.to(precision.device) for k, v in inputs.items()}
+            logits = logits_of(model(**there), there["attention_mask"])
         found = logits.float().cpu().numpy()
-        own = [found[i] if found.ndim == 2 else found[i, : len(e.input_ids)] for i, e in enumerate(encodings)]
-        return [task.kept(logits, e) for logits, e in zip(own, encodings, strict=True)]
+        return [found[i] if found.ndim == 2 else found[i, : len(ids)] for i, ids in enumerate(texts)]
+
+    return by_sequence(task, run)
+
+
+def by_sequence(task: Task, run: Callable[[Sequence[Sequence[int]]], list[Logits]]) -> Predict:
+    """What predicts encodings, from what runs a batch of sequences; those of several become batches of their own."""
+
+    def predict(encodings: Sequence[Encoding]) -> list[Logits]:
+        texts = sequences(encodings)
+        if len(texts) == len(encodings):
+            return kept(task, run(texts), encodings)
+        found: dict[int, Logits] = {}
+        for batch in of_like_length([len(ids) for ids in texts]):
+            found.update(zip(batch, run([texts[i] for i in batch]), strict=True))
+        return kept(task, gathered([found[i] for i in range(len(texts))], encodings), encodings)
 
     return predict
 

@@ -39,7 +39,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     rows = data.split("train")
     with storage_errors(out):
         ctx.report(0, 2, phase="train the tokeniser")
-        config = describe(asked, str(data.info.get("task")), rows.column("text"), out)
+        config = describe(asked, str(data.info.get("task")), texts_of(rows), out)
         ctx.report(1, 2, phase="make the weights")
         parameters = _make(out, asked.seed)
     entries = load_tokenizer(out).get_vocab_size()
@@ -56,6 +56,11 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         "vocabulary": entries,
         "tokenizer": "trained on the training rows",
     }
+
+
+def texts_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All text that rows hold: one or two of them each."""
+    return [row[name] for row in rows for name in ("text", "pair") if row.get(name)]
 
 
 def is_new(base: Path) -> bool:

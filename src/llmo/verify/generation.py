@@ -119,13 +119,9 @@ def saved_checks(saved: Path, golden: Sequence[Golden]) -> list[Check]:
         _close("saved model", "training graph and saved model", reopened, expected, checks.EXACT, RETRAIN),
         checks.same_tokens("saved model, greedy", "of greedy answers in plain transformers", written, answers),
     ]
-    modules = read_card(saved).get("adapted_modules")
-    if modules:
-        updates = adapter.updates(saved)
-        with adapter.without(model, updates):
-            bare = [_logprobs(model, g.ids) for g in golden]
-        result += [adapter.applied(model, modules, updates), adapter.effect(checks.difference(bare, reopened))]
-    return result
+    return result + adapter.checks_of(
+        saved, read_card(saved), lambda opened: [_logprobs(opened, g.ids) for g in golden]
+    )
 
 
 def engine_checks(folder: Path, card: Mapping[str, Any], golden: Sequence[Golden], device: Device) -> list[Check]:

@@ -10,13 +10,14 @@ import numpy as np
 from llmo.errors import ModelError
 from llmo.tasks.base import Logits
 from llmo.tasks.card import GOLDEN, read_golden
+from llmo.types import Asked
 
 
 @dataclass(frozen=True, slots=True)
 class Golden:
     """One entry a text in each list."""
 
-    texts: list[str]
+    texts: list[Asked]
     input_ids: list[list[int]]
     logits: list[Logits]
 
@@ -27,7 +28,7 @@ def read(folder: Path) -> Golden:
     try:
         items = read_golden(folder)
         golden = Golden(
-            [str(item["text"]) for item in items],
+            [item["text"] for item in items],
             [[int(token) for token in item["input_ids"]] for item in items],
             [np.asarray(item["logits"], dtype=np.float32) for item in items],
         )

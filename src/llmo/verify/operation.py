@@ -14,10 +14,10 @@ import transformers
 from llmo import plugins
 from llmo.context import Context
 from llmo.engines.base import Engine, Request
-from llmo.engines.torch import open_model, quiet
+from llmo.engines.torch import quiet
 from llmo.errors import GateRefused, InputError, ModelError
 from llmo.files import digest_of, manifest_of, publish_json, sha256_file
-from llmo.tasks.base import Encoding, Logits, Task
+from llmo.tasks.base import Encoding, Logits, Task, gathered, kept, sequences
 from llmo.tasks.card import TOKENIZER, load_task, load_tokenizer, read_card
 from llmo.tasks.generation import Generation
 from llmo.types import Device
@@ -134,7 +134,7 @@ def _token_checks(subject: Subject) -> list[Check]:
             raise ModelError(
                 f"plain transformers cannot open the tokeniser: {error}", where=str(subject.folder), hint=RETRAIN
             ) from error
-        theirs = plain(subject.golden.texts, truncation=True, max_length=subject.task.max_length)["input_ids"]
+        theirs = subject.task.plain_ids(plain, subject.golden.texts)
     return [
         checks.same_tokens("token ids", "of the saved tokeniser", ours, subject.golden.input_ids),
         checks.same_tokens("token ids, transformers", "in plain transformers", theirs, subject.golden.input_ids),
@@ -153,20 +153,15 @@ def _saved_checks(saved: Path, subject: Subject, device: Device) -> list[Check]:
     """The saved model re-opened by plain transformers, and its adapter where it was trained with one."""
     expected = subject.golden.logits
     with _loaded("torch", saved, device) as engine:
-        reopened = _logits(engine, subject)
+        reopened = _logits(engine, subject.task, subject.encodings)
     found = [checks.same_logits("saved model", "training graph and saved model", reopened, expected, hint=RETRAIN)]
-    modules = read_card(saved).get("adapted_modules")
-    if modules:
-        found += _adapter_checks(saved, modules, subject)
-    return found
+    return found + _adapter_checks(saved, read_card(saved), subject)
 
 
-def _adapter_checks(saved: Path, modules: Sequence[str], subject: Subject) -> list[Check]:
-    model, updates = open_model(saved), adapter.updates(saved)
-    merged = adapter.logits(model, subject.golden.input_ids)
-    with adapter.without(model, updates):
-        bare = adapter.logits(model, subject.golden.input_ids)
-    return [adapter.applied(model, modules, updates), adapter.effect(checks.difference(bare, merged))]
+def _adapter_checks(saved: Path, card: Mapping[str, Any], subject: Subject) -> list[Check]:
+    """That the adapter which the card tells of is there and does something; none for a model without one."""
+    texts = sequences(subject.encodings)
+    return adapter.checks_of(saved, card, lambda model: adapter.logits(model, texts))
 
 
 def _engine_checks(subject: Subject, device: Device) -> list[Check]:
@@ -174,8 +169,8 @@ def _engine_checks(subject: Subject, device: Device) -> list[Check]:
     name, precision = subject.card["engine"], subject.card["precision"]
     hint = RETRAIN if name == "torch" else RECOMPRESS
     with _loaded(name, subject.folder, device) as engine:
-        together = _logits(engine, subject)
-        alone = [_logits(engine, subject, [one])[0] for one in range(len(subject.encodings))]
+        together = _logits(engine, subject.task, subject.encodings)
+        alone = [_logits(engine, subject.task, [one])[0] for one in subject.encodings]
     expected, limit = subject.golden.logits, subject.limit(checks.LOSSY_SPREAD)
     served = f"training graph and {name} {precision}"
     batches = checks.same_logits(
@@ -223,9 +218,8 @@ def _loaded(name: str, folder: Path, device: Device) -> Iterator[Engine]:
         engine.close()
 
 
-def _logits(engine: Engine, subject: Subject, which: Sequence[int] | None = None) -> list[Logits]:
-    """What is kept of the logits of the golden texts, or of some of them, as one batch."""
-    numbers = range(len(subject.encodings)) if which is None else which
-    requests = [Request(i, subject.golden.input_ids[i]) for i in numbers]
+def _logits(engine: Engine, task: Task, encodings: Sequence[Encoding]) -> list[Logits]:
+    """What is kept of the logits of the texts as one batch."""
+    requests = [Request(i, ids) for i, ids in enumerate(sequences(encodings))]
     found = {chunk.id: chunk.data for chunk in engine.run(requests)}
-    return [subject.task.kept(found[i], subject.encodings[i]) for i in numbers]
+    return kept(task, gathered([found[request.id] for request in requests], encodings), encodings)

@@ -20,12 +20,10 @@ from llmo.compression.probe import Candidate
 from llmo.context import NullContext, Stopped
 from llmo.engines.onnx import OnnxEngine
 from llmo.errors import JobFailed, LLMOError, ModelError
-from llmo.tasks.base import Encoding
 from llmo.types import Device
 from support.headed import headed_model
 
 TEXTS = [[2, *range(10, 10 + n % 23), 3] for n in range(40)]
-ENCODINGS = [Encoding(ids, len(ids), [], []) for ids in TEXTS]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def test_candidates_are_measured_side_by_side(folder: Path, tmp_path: Path) -> N
     reports: list[int] = []
     ctx = NullContext(1, on_report=lambda step, total, metrics: reports.append(step))
     candidates = [Candidate("one", "onnx", folder), Candidate("two", "onnx", folder)]
-    one, two = contest(candidates, ENCODINGS, tmp_path, ctx)
+    one, two = contest(candidates, TEXTS, tmp_path, ctx)
     assert one.speedup == 1.0
     assert two.speedup > 0
     assert len(one.rounds) == len(two.rounds) >= 3
@@ -81,14 +79,14 @@ def test_candidates_are_measured_side_by_side(folder: Path, tmp_path: Path) -> N
 def test_memory_is_the_process_s_own(folder: Path, tmp_path: Path) -> None:
     """A fresh process must not inherit the peak of the big one that started it, as ru_maxrss does."""
     ballast = np.ones(100_000_000)  # 800 MB
-    (found,) = contest([Candidate("one", "onnx", folder)], ENCODINGS, tmp_path, NullContext(1))
+    (found,) = contest([Candidate("one", "onnx", folder)], TEXTS, tmp_path, NullContext(1))
     assert peak_memory() > ballast.nbytes > 2 * found.rss_bytes
 
 
 def test_a_model_that_cannot_be_run_says_so_itself(folder: Path, tmp_path: Path) -> None:
     candidates = [Candidate("good", "onnx", folder), Candidate("bad", "onnx", tmp_path / "nothing")]
     with pytest.raises(ModelError, match=r"no config\.json"):
-        contest(candidates, ENCODINGS, tmp_path, NullContext(1))
+        contest(candidates, TEXTS, tmp_path, NullContext(1))
     assert children() == []
 
 
@@ -98,7 +96,7 @@ def test_a_process_that_dies_is_a_failed_job(folder: Path, tmp_path: Path) -> No
             child.kill()
 
     with pytest.raises(JobFailed, match="measuring one ended with code -9"):
-        contest([Candidate("one", "onnx", folder)], ENCODINGS, tmp_path, NullContext(1, on_report=kill))
+        contest([Candidate("one", "onnx", folder)], TEXTS, tmp_path, NullContext(1, on_report=kill))
     assert children() == []
 
 
@@ -108,7 +106,7 @@ def test_being_asked_to_stop_ends_every_process(folder: Path, tmp_path: Path) ->
             return True
 
     with pytest.raises(Stopped):
-        contest([Candidate("one", "torch", folder)], ENCODINGS, tmp_path, Impatient(1))
+        contest([Candidate("one", "torch", folder)], TEXTS, tmp_path, Impatient(1))
     assert children() == []
 
 

@@ -59,6 +59,22 @@ def test_an_operation_that_fails_is_not_tried_again(
     assert job.error["hint"]
 
 
+def test_what_an_operation_says_of_memory_is_the_hint(kernel: Kernel) -> None:
+    job = kernel.ended(kernel.submit("fail", {"how": "memory", "why": ["try half of it"]}))
+    assert job.reason is Reason.OUT_OF_MEMORY
+    assert (job.error or {})["hint"] == "try half of it"
+
+
+def test_an_attempt_hears_why_the_one_before_ended(kernel: Kernel, tmp_path: Path) -> None:
+    job = kernel.submit("fail", {"how": "die", "log": str(tmp_path / "log"), "times": 1})
+    written = kernel.folder(job) / "spec.json"
+    kernel.until(written.exists, "the first attempt")
+    assert json.loads(written.read_text())["after"] == ""
+    kernel.ended(job)
+    again = json.loads(written.read_text())
+    assert (again["attempt"], again["after"]) == (2, "lost")
+
+
 def test_a_missing_package_is_named(kernel: Kernel) -> None:
     job = kernel.ended(kernel.submit("missing", {}))
     assert job.error is not None

@@ -20,6 +20,13 @@ def test_a_history_is_the_text_that_means_it() -> None:
     assert parse(b'{"history": ["50", 172, "toy  story"]}').texts == ["50 172 toy_story"]
 
 
+def test_reads_texts_by_name_alone_and_among_others() -> None:
+    asked = {"question": "Who?", "context": "Bob."}
+    assert parse(json.dumps(asked).encode()).texts == [asked]
+    assert parse(b'{"text": "a", "pair": "b"}').texts == [{"text": "a", "pair": "b"}]
+    assert parse(json.dumps({"texts": ["a", asked, {"text": "b"}]}).encode()).texts == ["a", asked, {"text": "b"}]
+
+
 def test_a_byte_order_mark_is_not_an_error() -> None:
     assert parse(b'\xef\xbb\xbf{"text": "a"}').texts == ["a"]
 
@@ -36,7 +43,7 @@ def test_a_byte_order_mark_is_not_an_error() -> None:
         (b"{}", "neither"),
         (b'{"text": "a", "texts": ["b"]}', "both"),
         (b'{"texts": []}', "at least one"),
-        (b'{"text": "a", "history": ["b"], "texts": ["c"]}', "both"),
+        (b'{"history": ["b"], "texts": ["c"]}', "both 'texts' and 'history'"),
         (b'{"text": "a", "history": ["b"]}', "both 'text' and 'history'"),
         (b'{"history": []}', "at least one item"),
         (b'{"history": "50 172"}', "at least one item"),
@@ -46,6 +53,10 @@ def test_a_byte_order_mark_is_not_an_error() -> None:
         (b'{"text": 3}', "not a number"),
         (b'{"text": null}', "not null"),
         (b'{"texts": ["a", {}]}', "not an object"),
+        (b'{"texts": ["a", {"txt": "b"}]}', "did you mean 'text'"),
+        (b'{"texts": ["a", {"question": 3, "context": "b"}]}', "not a number"),
+        (b'{"question": "a", "context": ["b"]}', "not a list"),
+        (b'{"question": "a", "texts": ["b"]}', "both 'question' and 'texts'"),
         (b'{"text": "a", "text": "b"}', "written twice"),
         (b'{"text": "a", "deadline_seconds": NaN}', "NaN"),
         (b'{"text": "a", "deadline_seconds": Infinity}', "Infinity"),

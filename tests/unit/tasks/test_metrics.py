@@ -51,12 +51,13 @@ def test_interval_covers_the_value_and_matches_the_binomial() -> None:
 
 def test_interval_is_seeded_and_drawn_in_parts_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     tally = Tally.of_pairs(np.array([0, 1, 1, 0, 1]), np.array([0, 1, 0, 0, 1]), 2)
-    whole = tally.resampled(3)
+    whole = np.concatenate(list(tally.draws(3)))
     monkeypatch.setattr(metrics, "CHUNK", 7)
-    parts = tally.resampled(3)
-    assert whole.hits.shape == parts.hits.shape == (metrics.RESAMPLES, 2)
-    assert np.array_equal(whole.exact, parts.exact)
-    assert (whole.rows == 5).all()
+    parts = list(tally.draws(3))
+    assert len(parts) > 1
+    assert whole.shape == (metrics.RESAMPLES, len(tally.times))
+    assert np.array_equal(whole, np.concatenate(parts))
+    assert (tally.summed(whole).rows == 5).all()
 
 
 def test_softmax_and_sigmoid_bear_extremes() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmo.errors import ModelError
 from llmo.specs import TrainSpec
@@ -14,6 +15,7 @@ from llmo.tasks.generation import Generation
 from llmo.training import causal
 from llmo.training.causal import Speaker
 from llmo.training.model import Built, build
+from support.tiny_chat import tiny_chat_model
 
 
 def opened(talker: Path, method: str) -> Built:
@@ -59,6 +61,81 @@ def test_the_projected_loss_and_its_gradients_are_those_of_all_logits(
     alike(step(built, ours), step(built, whole))
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "last-n"])
+@pytest.mark.parametrize("common", [0, 12])
+def test_packed_rows_have_no_padding_and_the_same_loss_and_gradients(
+    talker: Path, monkeypatch: pytest.MonkeyPatch, method: str, common: int
+) -> None:
+    built, (inputs, targets) = opened(talker, method), batch(common)
+    seen: list[tuple[int, ...]] = []
+    built.network.base_model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    speaker = Speaker(built.network)
+    assert speaker.packs
+    seen.clear()
+    packed = step(built, -speaker.log_probs(inputs, targets).mean())
+    judged = speaker.judge(inputs, targets)
+    assert seen == 2 * [(1, 40 + 33 + 25 - 2 * common)]
+    speaker.packs = False
+    monkeypatch.setattr(causal, "WORTH_SHARING", 100)
+    alike(packed, step(built, -speaker.log_probs(inputs, targets).mean()))
+    assert seen[2:] == [(3, 40)]
+    assert torch.allclose(judged, speaker.judge(inputs, targets), atol=1e-5)
+
+
+SMALL: dict[str, Any] = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99},
+    **{"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "packs"),
+    [("llama", True), ("mistral", True), ("qwen2", True), ("qwen3", True), ("gemma", True), ("gemma2", False),
+     ("gpt_oss", False), ("mamba", False)],
+)  # fmt: skip
+def test_an_architecture_packs_when_it_says_the_same_so(family: str, packs: bool) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL, **({"num_local_experts": 4} if family == "gpt_oss" else {}))
+    network = AutoModelForCausalLM.from_config(config).eval()
+    before = network.config._attn_implementation
+    speaker = Speaker(network)
+    assert speaker.packs == packs
+    if not packs:
+        assert speaker.why == f"the architecture '{family}' is not proved to take packed rows"
+        assert network.config._attn_implementation == before
+        return
+    ids = torch.randint(3, 99, (3, 30))
+    mask = (torch.arange(30)[None] < torch.tensor([[30], [11], [22]])).long()
+    inputs, targets = {"input_ids": ids, "attention_mask": mask}, torch.where(mask == 1, ids, -100)
+    found = speaker.judge(inputs, targets)
+    speaker.packs = False
+    assert torch.allclose(found, speaker.judge(inputs, targets), atol=1e-5)
+
+
+def test_no_row_sees_another(talker: Path) -> None:
+    built, (inputs, targets) = opened(talker, "lora"), batch(common=12)
+    speaker = Speaker(built.network)
+    before = speaker.judge(inputs, targets)
+    last = int((targets[2, 1:] != -100).sum())
+    inputs["input_ids"][:2, 20:] = 7
+    assert torch.equal(speaker.judge(inputs, targets)[-last:], before[-last:])
+
+
+@pytest.mark.parametrize("config", [{"attention_dropout": 0.1}, {"sliding_window": 8}])
+def test_what_packed_rows_do_not_have_is_done_row_by_row(tmp_path: Path, config: dict[str, Any]) -> None:
+    kind = {} if "attention_dropout" in config else {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    talker = tiny_chat_model(tmp_path / "base", **kind, **config)
+    built, (inputs, targets) = opened(talker, "lora"), batch()
+    speaker = Speaker(built.network)
+    found = speaker.judge(inputs, targets)[:, 0]
+    logits = built.network(**inputs).logits[:, :-1].log_softmax(-1)
+    wanted = targets[:, 1:]
+    expected = logits.gather(-1, wanted.clamp(min=0)[..., None])[..., 0][wanted != -100]
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_common_beginning_is_run_once_with_the_same_loss_and_gradients(
     talker: Path, monkeypatch: pytest.MonkeyPatch, method: str
@@ -69,6 +146,7 @@ def test_a_common_beginning_is_run_once_with_the_same_loss_and_gradients(
         lambda _, __, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     speaker = Speaker(built.network)
+    speaker.packs = False
     seen.clear()
     shared = step(built, -speaker.log_probs(inputs, targets).mean())
     assert seen == [(1, 12), (3, 28)]

@@ -17,6 +17,7 @@ from llmo.errors import DataError, EnvironmentProblem, JobFailed, SpecError
 from llmo.files import sha256_file
 from llmo.specs import TrainSpec
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden
+from support.listening import Listening
 from support.places import ON_GPU
 from support.tiny import text_rows, tiny_dataset, tiny_model, write_split
 
@@ -27,26 +28,6 @@ class Train(Protocol):
 
 METHODS = ("full", "head", "last-n", "lora")
 FAST: dict[str, Any] = {"epochs": 8, "learning_rate": 5e-3}
-
-
-class Listening(NullContext):
-    """Remembers what it was told, and asks to stop at a step."""
-
-    def __init__(self, folder: Path, stop_at: int | None = None) -> None:
-        super().__init__(1, folder)
-        self.reports: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self._stop_at = stop_at
-
-    def report(self, step: int, total: int | None = None, **metrics: float | str) -> None:
-        self.reports.append({"step": step, "total": total, **metrics})
-
-    def note(self, message: str) -> None:
-        self.notes.append(message)
-
-    def should_stop(self) -> bool:
-        steps = [r["step"] for r in self.reports if "learning_rate" in r]
-        return self._stop_at is not None and bool(steps) and steps[-1] >= self._stop_at
 
 
 def plain_logits(folder: Path) -> list[np.ndarray]:

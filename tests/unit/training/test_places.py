@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, DistilBertConfig, OPTConfig, OPTForSequenceClassification
 
-from llmo.specs import TrainSpec
 from llmo.tasks.base import IGNORED
 from llmo.tasks.masked_lm import MaskedLm
 from llmo.training import batches, places
@@ -33,19 +32,18 @@ def some(network: torch.nn.Module) -> tuple[dict[str, torch.Tensor], torch.Tenso
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, targets
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("chunk", [places.CHUNK_BYTES, 1])
 def test_loss_and_gradients_are_those_of_all_logits(
-    network: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, smoothing: float, chunk: int
+    network: torch.nn.Module, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(places, "CHUNK_BYTES", chunk)
     inputs, targets = some(network)
     made = Places(network)
     assert made.apart
-    found = made.losses(inputs, targets, smoothing)
+    found = made.losses(inputs, targets)
     ours = torch.autograd.grad(found, list(network.parameters()), allow_unused=True)
     logits = network(**inputs).logits.flatten(0, 1)
-    whole = functional.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing, reduction="sum")
+    whole = functional.cross_entropy(logits, targets.flatten(), reduction="sum")
     theirs = torch.autograd.grad(whole, list(network.parameters()), allow_unused=True)
     assert found.item() == pytest.approx(whole.item(), rel=1e-5)
     for a, b in zip(ours, theirs, strict=True):
@@ -58,7 +56,7 @@ def test_what_is_judged_is_what_is_lost(network: torch.nn.Module, monkeypatch: p
     inputs, targets = some(network)
     found = Places(network).judge(inputs, targets)
     assert found.shape == ((targets != IGNORED).sum(), 2)
-    assert -found[:, 0].sum().item() == pytest.approx(Places(network).losses(inputs, targets, 0.0).item(), rel=1e-4)
+    assert -found[:, 0].sum().item() == pytest.approx(Places(network).losses(inputs, targets).item(), rel=1e-4)
 
 
 def test_a_head_of_several_parts_has_all_of_its_logits_made() -> None:
@@ -69,7 +67,7 @@ def test_a_head_of_several_parts_has_all_of_its_logits_made() -> None:
     inputs, targets = some(network)
     logits = network(**inputs).logits.flatten(0, 1)
     whole = functional.cross_entropy(logits, targets.flatten(), reduction="sum")
-    assert made.losses(inputs, targets, 0.0).item() == pytest.approx(whole.item(), rel=1e-5)
+    assert made.losses(inputs, targets).item() == pytest.approx(whole.item(), rel=1e-5)
 
 
 def test_the_head_of_the_last_token_is_that_of_every_token() -> None:
@@ -92,7 +90,7 @@ def test_what_is_hidden_follows_seed_epoch_and_row_and_not_the_batch(network: to
     data = batches.encode(task, tiny_tokenizer(), ROWS, lambda done: None)
 
     def shown(seed: int, epoch: int, rows: list[int]) -> list[list[int]]:
-        goal = Masked(Places(network), task, data, TrainSpec(seed=seed), 0)
+        goal = Masked(Places(network), task, data, seed, 0)
         inputs, targets = goal.batch(np.array(rows), epoch)
         assert goal.mass(targets) == float((targets != IGNORED).sum()) > 0
         return [ids[mask.bool()].tolist() for ids, mask in zip(*inputs.values(), strict=True)]

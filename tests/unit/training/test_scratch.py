@@ -198,5 +198,5 @@ def test_next_item_wants_a_catalogue_and_no_class_weights(
     with pytest.raises(ModelError, match="reads text, and next-item learns of items"):
         train(visits, "one", task="next-item", model=base)
     made = make("scratch:sasrec,width=16", "next-item", visits)
-    with pytest.raises(SpecError, match="class_weights are of tasks with few labels"):
+    with pytest.raises(SpecError, match="class_weights and label_smoothing are of tasks with classes"):
         train(visits, "two", task="next-item", model=made, class_weights="balanced")

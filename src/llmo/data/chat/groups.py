@@ -52,14 +52,19 @@ def gather(rows: Sequence[Row]) -> list[str]:
 def held_out(rows: Sequence[Row]) -> tuple[list[Row], list[Dropped]]:
     """Rows whose last prompt another split holds out, with whatever answer, leave theirs: test stays, then dev."""
     last = [prompts(row.conversation)[-1] if row.conversation else "" for row in rows]
+    return apart(rows, last, "the same question as")
+
+
+def apart(rows: Sequence[Row], names: Sequence[str], why: str) -> tuple[list[Row], list[Dropped]]:
+    """Rows of one name ("" is none) stay in one of the splits that the source gave them, and the others are dropped."""
     first: dict[str, Row] = {}
-    for row, name in sorted(zip(rows, last, strict=True), key=lambda pair: _PRIORITY[pair[0].split]):
+    for row, name in sorted(zip(rows, names, strict=True), key=lambda pair: _PRIORITY[pair[0].split]):
         first.setdefault(name, row)
     kept, dropped = [], []
-    for row, name in zip(rows, last, strict=True):
+    for row, name in zip(rows, names, strict=True):
         other = first[name]
         if name and _PRIORITY[other.split] < _PRIORITY[row.split]:
-            dropped.append(Dropped(row, Drop.PROMPT_LEAK, f"the same question as {other.place} ({other.split})"))
+            dropped.append(Dropped(row, Drop.PROMPT_LEAK, f"{why} {other.place} ({other.split})"))
         else:
             kept.append(row)
     return kept, dropped

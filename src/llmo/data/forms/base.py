@@ -59,8 +59,9 @@ class Form(Protocol):
         """What is kept of a row."""
 
 
-def text_of(item: RawRow, name: str) -> str:
-    """The text in a column, numbers included; "" when there is none. Raises DataError for a list or an object."""
+def text_of(item: RawRow, name: str, key: str = "text") -> str:
+    """The text in a column, numbers included; "" when there is none. Raises DataError for a list or an object; `key` is
+    what a user may name the column with."""
     value = item.values.get(name)
     if isinstance(value, str):
         return value
@@ -69,7 +70,7 @@ def text_of(item: RawRow, name: str) -> str:
     if isinstance(value, (int, float)):
         return str(value)
     raise DataError(
-        f"the text is a {type(value).__name__}, not a string",
+        f"the {key} is a {type(value).__name__}, not a string",
         where=item.place,
-        hint="name another column: data.text: NAME",
+        hint=f"name another column: data.{key}: NAME",
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from llmo.data.forms.base import Form
 from llmo.data.forms.conversational import Conversational
 from llmo.data.forms.labelled import Labelled
+from llmo.data.forms.paired import Paired
+from llmo.data.forms.questions import Questions
+from llmo.data.forms.rated import Rated
 from llmo.data.forms.tagged import Tagged
 from llmo.specs import DataSpec, TaskSpec
 
@@ -13,6 +16,9 @@ _FORMS: dict[str, type[Form]] = {
     "token-classification": Tagged,
     "generation": Conversational,
     "masked-lm": Conversational,
+    "extractive-qa": Questions,
+    "regression": Rated,
+    "sentence-embedding": Paired,
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmo.data.encoding import lines, open_text
 from llmo.data.jsonvalue import TooDeep, mended
+from llmo.data.readers import squad
 from llmo.data.readers.base import RawRow, ReadLog
 from llmo.data.splitnames import split_name
 from llmo.errors import DataError
@@ -25,7 +26,7 @@ def read_lines(path: Path, spec: DataSpec, log: ReadLog) -> Iterator[RawRow]:
         for number, line in lines(file, where):
             if line.strip():
                 place = f"{where}:{number}"
-                yield RawRow(_object(_parse(line, place, place), place, log), place)
+                yield from _rows(_object(_parse(line, place, place), place, log), place)
 
 
 def read(path: Path, spec: DataSpec, log: ReadLog) -> Iterator[RawRow]:
@@ -42,8 +43,17 @@ def read(path: Path, spec: DataSpec, log: ReadLog) -> Iterator[RawRow]:
     for split, rows in _parts(document, where):
         mark = f"{where}#{split} " if split else f"{where}#"
         for number, row in enumerate(rows, 1):
-            values = _object(row, f"{mark}{number}", log)
-            yield RawRow({**values, "split": split} if split else values, f"{mark}{number}")
+            for raw in _rows(_object(row, f"{mark}{number}", log), f"{mark}{number}"):
+                yield RawRow({**raw.values, "split": split}, raw.place) if split else raw
+
+
+def _rows(values: Mapping[str, Any], place: str) -> Iterator[RawRow]:
+    """An object is a row, but one of SQuAD's articles is a row for each of its questions."""
+    if not squad.is_article(values):
+        yield RawRow(values, place)
+        return
+    for question, at in squad.questions(values, place):
+        yield RawRow(question, at)
 
 
 def _parse(text: str, where: str, line: str = "") -> Any:

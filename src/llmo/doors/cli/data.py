@@ -100,6 +100,10 @@ def _show_dataset(artifact: Artifact) -> None:
     if "items" in card:
         facts += [("users", str(card["users"])), ("items", str(card["items"]))]
         facts += [("interactions", f"{card['interactions']}, the last two of a user held out")]
+    elif "values" in card:
+        facts += [("values", ", ".join(f"{name} {value:g}" for name, value in card["values"].items()))]
+    elif "unanswerable" in card:
+        facts += [("without an answer", str(card["unanswerable"]))]
     elif "shape" in card:
         turns = f", {card['turns']['mean']:.1f} turns on average" if "turns" in card else ""
         facts += [("shape", f"{card['shape']}, written as {card['layout']}{turns}")]

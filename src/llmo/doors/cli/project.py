@@ -12,12 +12,14 @@ import typer
 
 from llmo import specfile
 from llmo.api import Api
+from llmo.data import gold
 from llmo.doors import flow
 from llmo.doors.cli import summary
 from llmo.doors.cli.live import Live
 from llmo.doors.cli.show import Json, console, emit, shorten
 from llmo.doors.gateway import Door, gateway
 from llmo.specs import ProjectSpec
+from llmo.types import Asked
 
 File = Annotated[Path, typer.Argument(help="The specification, e.g. llmo.yaml.")]
 
@@ -95,15 +97,19 @@ def ask(api: Api, endpoint: str, steps: Mapping[str, Any], door: Door) -> list[d
     rows = api.rows(model.inputs["data"], "test", limit=1000)
     # Of different labels, or different questions.
     different = list({str(row.get("label") or _asked(row)): row for row in rows}.values())[:3]
-    texts = [_asked(row) for row in different]
+    asked = [_asked(row) for row in different]
     return [
-        {"text": text, "true": _truth(row), "answer": answer}
-        for row, text, answer in zip(different, texts, door.predict(endpoint, texts), strict=True)
+        {"text": row["text"] if isinstance(one, Mapping) else one, "asked": one, "true": _truth(row), "answer": answer}
+        for row, one, answer in zip(different, asked, door.predict(endpoint, asked), strict=True)
     ]
 
 
-def _asked(row: Mapping[str, Any]) -> str:
-    """A row's text, or of a conversation the question that its last answer answers."""
+def _asked(row: Mapping[str, Any]) -> Asked:
+    """A row's text, or two by name, or of a conversation the question that its last answer answers."""
+    if "answers" in row:
+        return {"question": row["text"], "context": row["pair"]}
+    if "pair" in row:
+        return {"text": row["text"], "pair": row["pair"]}
     if not row.get("messages"):
         return str(row["text"])
     asked = [message["content"] for message in json.loads(row["messages"]) if message["role"] == "user"]
@@ -114,12 +120,7 @@ def _truth(row: Mapping[str, Any]) -> str:
     if "messages" in row:
         spoken = [*json.loads(row["messages"] or "[]"), *json.loads(row.get("chosen") or "[]")]
         return shorten(str(spoken[-1]["content"])) if spoken else "-"
-    if "spans" in row:
-        return (
-            ", ".join(f"{span['label']} '{row['text'][span['start'] : span['end']]}'" for span in row["spans"])
-            or "none"
-        )
-    return ", ".join(row["labels"]) if "labels" in row else str(row["label"])
+    return gold.told(row)
 
 
 def portable(spec: ProjectSpec, file: Path) -> dict[str, Any]:

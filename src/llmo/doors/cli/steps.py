@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -14,12 +15,12 @@ import typer
 
 from llmo.api import Api
 from llmo.doors import flow
-from llmo.doors.cli import summary
+from llmo.doors.cli import report, summary
 from llmo.doors.cli.given import Cores, Data, Fresh, Gpus, Memory, Set, assignments, needs_of
 from llmo.doors.cli.live import Live, follow
 from llmo.doors.cli.show import Json, console, emit, figure, shorten, table
 from llmo.errors import InputError
-from llmo.types import Artifact, Job, Kind
+from llmo.types import Artifact, Asked, Kind
 
 Model = Annotated[str, typer.Argument(help="A stored model: NAME, NAME@VERSION or its digest.")]
 Served = Annotated[
@@ -40,7 +41,7 @@ def train(
     data: Annotated[str, typer.Option(help="A stored data set: NAME or NAME@VERSION.")],
     model: Annotated[str, typer.Option(help="The base: package:NAME, a folder, hf:NAME, scratch:NAME, a stored one.")],
     name: Annotated[str, typer.Option(help="What the trained model is called in the store.")],
-    method: Annotated[str, typer.Option(help="full, head, last-n or lora.")] = "full",
+    method: Annotated[str, typer.Option(help="full, head, last-n, lora ... zero-shot: see docs/methods.md.")] = "full",
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a text is cut to.")] = None,
     settings: Set = None,
@@ -69,17 +70,16 @@ def train(
         job = api.submit("train", spec, inputs, name=name, needs=needs_of("train", cores, memory, gpus), fresh=fresh)
         job = flow.wait(api, job, live.hear)
         found = flow.output(api, job)
-    emit({"ref": found.ref, "digest": found.digest, **flow.result(job)}, as_json, lambda: _show_trained(found, job))
+        told = flow.report(api, found)
+    everything = {"ref": found.ref, "digest": found.digest, **flow.result(job), "report": told}
+    emit(everything, as_json, lambda: _show_trained(found, told))
 
 
-def _show_trained(model: Artifact, job: Job) -> None:
-    test = flow.result(job)["test"]
-    rows = [
-        (name.replace("_", " "), figure(test["before"][name]), figure(value))
-        for name, value in test["after"].items()
-        if name in test["before"]
-    ]
-    table(f"model {model.ref}", ["on held-out documents", "before>", "after>"], rows)
+def _show_trained(model: Artifact, told: Mapping[str, Any] | None) -> None:
+    if told is None:
+        console.print(f"model {model.ref}; no rows are held out, so nothing was measured", soft_wrap=True)
+    else:
+        report.show(told, model.ref, model.ref)
 
 
 def evaluate(
@@ -87,22 +87,49 @@ def evaluate(
     data: Data = None,
     split: Annotated[str, typer.Option(help="train, dev or test.")] = "test",
     answers: Annotated[int, typer.Option(help="Generation: rows to answer and compare with references.", min=0)] = 0,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Compare with this model, row by row.")] = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Measure a stored model on a split of a data set.
+    """Measure a stored model on a split of a data set: by class, how sure it is, its worst errors.
 
     Example: llmo evaluate newsdesk-compressed --split test
     """
     with closing(flow.connect()) as api:
         artifact = api.artifact(model, Kind.MODEL)
         inputs = {"model": artifact.digest, "data": data or flow.data_of(api, artifact)}
+        if against is not None:
+            inputs["against"] = against
         job = api.submit(
             "evaluate", {"split": split, "answers": answers}, inputs, name=f"{artifact.name}-report", fresh=fresh
         )
-        found = flow.result(follow(api, job, as_json))
-    rows = [(name.replace("_", " "), figure(value)) for name, value in found["metrics"].items()]
-    emit(found, as_json, lambda: table(f"{artifact.ref} on {split}", ["", "value (95% interval)>"], rows))
+        job = follow(api, job, as_json)
+        made = flow.output(api, job)
+        found = api.report(made.digest)
+    emit({"ref": made.ref, **found}, as_json, lambda: _show_evaluated(found, artifact.ref, made.ref, against))
+
+
+def _show_evaluated(found: Mapping[str, Any], ref: str, kept: str, against: str | None) -> None:
+    report.show(found, ref, kept)
+    if against is None:
+        return
+    other = found["against"]
+    rows = [
+        (
+            name.replace("_", " "),
+            figure(found["metrics"][name]),
+            figure(other["metrics"][name]),
+            figure(value),
+            _verdict(value),
+        )
+        for name, value in other["difference"].items()
+        if "/" not in name
+    ]
+    table(f"\n{ref} against {against}", ["", f"{ref}>", f"{against}>", "difference (95% interval)>", ""], rows)
+
+
+def _verdict(difference: Mapping[str, float]) -> str:
+    return "can be chance" if difference["low"] <= 0.0 <= difference["high"] else "is no chance"
 
 
 def compress(
@@ -194,7 +221,11 @@ def _served_name(model: Artifact) -> str:
 def predict(
     endpoint: Annotated[str, typer.Argument(help="The endpoint's name.")],
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; '-' reads them from standard input.")] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with one text per line.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="A file with one text per line; of .jsonl, one object of texts by name.")
+    ] = None,
+    context: Annotated[str | None, typer.Option(help="The text that answers the questions, for extractive-qa.")] = None,
+    pair: Annotated[str | None, typer.Option(help="A text to compare with, for sentence-embedding.")] = None,
     batch: Annotated[int, typer.Option(help="Texts per request.", min=1, max=512)] = 64,
     as_json: Json = False,
 ) -> None:
@@ -203,6 +234,8 @@ def predict(
     Example: llmo predict newsdesk "Shares rose after the bank's profits beat forecasts."
     """
     given = list(texts or [])
+    if context is not None and pair is not None:
+        raise InputError("a text has a context or a pair, not both", hint="leave out --context or --pair")
     if file is not None and given:
         raise InputError("texts were given twice", hint="give texts, or --file FILE, not both")
     lines: Iterator[str]
@@ -212,31 +245,58 @@ def predict(
         lines = _texts(sys.stdin.buffer, "standard input")
     else:
         lines = iter(given)
+    as_objects = file is not None and file.suffix == ".jsonl"
+    if as_objects and (context is not None or pair is not None):
+        raise InputError("the texts of a .jsonl file are all in its lines", hint="leave out --context and --pair")
+    asked = map(_object, lines) if as_objects else (_with(text, context, pair) for text in lines)
     count = 0
     with closing(flow.connect()) as api:
-        for chunk in _chunks(lines, batch):
+        for chunk in _chunks(asked, batch):
             answers = _asked(api, endpoint, chunk, count)
             count += len(chunk)
-            for text, answer in zip(chunk, answers, strict=True):
-                found = {"prompt" if "text" in answer else "text": text, **answer}
+            for one, answer in zip(chunk, answers, strict=True):
+                named = {"prompt" if "text" in answer else "text": one} if isinstance(one, str) else one
+                found = {**named, **answer}
                 emit(found, as_json or not console.is_terminal, partial(_show_answer, found))
     if count == 0:
         raise InputError("no text to predict", hint=f"llmo predict {endpoint} 'a text', or --file FILE, or a pipe")
 
 
 def _show_answer(found: dict[str, Any]) -> None:
-    console.print(shorten(found.get("prompt", found["text"]), 100), markup=False)
+    asked = next(found[name] for name in ("prompt", "question", "text") if name in found)
+    console.print(shorten(asked, 100), markup=False)
     console.print(f"  -> {summary.brief(found)}", markup=False)
 
 
-def _asked(api: Api, endpoint: str, texts: Sequence[str], before: int) -> list[dict[str, Any]]:
+def _with(text: str, context: str | None, pair: str | None) -> Asked:
+    if context is not None:
+        return {"question": text, "context": context}
+    return text if pair is None else {"text": text, "pair": pair}
+
+
+def _object(line: str) -> Asked:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, str):
+        return found
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise InputError(
+            f"not an object of texts: {shorten(line, 60)}",
+            hint='write one a line: {"question": "...", "context": "..."}',
+        )
+    return found
+
+
+def _asked(api: Api, endpoint: str, texts: Sequence[Asked], before: int) -> list[dict[str, Any]]:
     """The answers; what is wrong with one text is said of its number among all, not in its batch."""
     try:
         return api.predict(endpoint, texts)
     except InputError as error:
-        at = re.fullmatch(r"texts\[(\d+)\]", error.where)
+        at = re.fullmatch(r"texts\[(\d+)\](\.\w+)?", error.where)
         if at is not None:
-            error.where = f"text {before + int(at[1]) + 1}"
+            error.where = f"text {before + int(at[1]) + 1}{at[2] or ''}"
         raise
 
 
@@ -263,8 +323,8 @@ def _texts(lines: Iterable[bytes], source: str) -> Iterator[str]:
             yield text
 
 
-def _chunks(texts: Iterator[str], size: int) -> Iterator[Sequence[str]]:
-    chunk: list[str] = []
+def _chunks(texts: Iterator[Asked], size: int) -> Iterator[Sequence[Asked]]:
+    chunk: list[Asked] = []
     for text in texts:
         chunk.append(text)
         if len(chunk) == size:

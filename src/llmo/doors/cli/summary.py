@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from rich.markup import escape
 
+from llmo.doors.cli.report import calibrated, run_of
 from llmo.doors.cli.show import console, figure, shorten, size, table
 from llmo.doors.gateway import Door
 from llmo.specfile import Resolved
@@ -17,7 +18,8 @@ from llmo.types import Device
 Steps = Mapping[str, Mapping[str, Any]]
 # The metrics a summary shows, of those the task has.
 SHOWN = (
-    *("accuracy", "micro_f1", "f1", "precision", "recall", "macro_f1"),
+    *("accuracy", "micro_f1", "f1", "precision", "recall", "macro_f1", "exact_match", "no_answer_accuracy"),
+    *("r2", "rmse", "mae", "spearman", "mrr", "recall_at_1", "recall_at_10"),
     *("perplexity", "loss", "token_accuracy", "preference_accuracy", "margin"),
     *("masked_perplexity", "masked_accuracy", "recall@10", "ndcg@10"),
 )
@@ -76,12 +78,12 @@ def show_check(spec: ProjectSpec, report: Mapping[str, Any]) -> None:
         ("characters", f"median {report['median_characters']}, longest {report['longest_characters']}"),
         ("tokens", f"mean {tokens['mean']:.0f}, 95% under {tokens['p95']}, longest {tokens['longest']}"),
         ("truncated", _truncated(tokens)),
-        ("memory", f"about {size(need['memory_bytes'])} to train; {_free(report['devices'])}"),
+        ("memory", f"{_needed(need)}; {_free(report['devices'])}"),
         ("disk", f"about {size(need['disk_bytes'])}"),
         ("steps", f"{need['steps']} optimiser steps"),
     ]
     table(f"{spec.name}: {spec.task.name}", ["", ""], facts)
-    for note in report["notes"]:
+    for note in [*report["notes"], *_may_not_fit(need)]:
         console.print(f"  note: {note}", markup=False, soft_wrap=True)
     console.print("\n[bold]three samples as the model will see them[/]")
     for sample in report["samples"]:
@@ -93,6 +95,19 @@ def show_check(spec: ProjectSpec, report: Mapping[str, Any]) -> None:
 def _truncated(tokens: Mapping[str, Any]) -> str:
     of = f" (of {tokens['sampled']} sampled)" if tokens["sampled"] < tokens["texts"] else ""
     return f"{tokens['truncated_count']} texts, {tokens['truncated']:.1%}, at max_length {tokens['max_length']}{of}"
+
+
+def _needed(need: Mapping[str, Any]) -> str:
+    count = need["runs"]
+    runs = f" (corrected by {count} finished training{'s' if count > 1 else ''})" if count else ""
+    return f"{size(need['memory_bytes'])} ± {need['error']:.0%} to train{runs}"
+
+
+def _may_not_fit(need: Mapping[str, Any]) -> list[str]:
+    if need.get("fits", True):
+        return []
+    what = "the training may not fit into the memory that LLMO may use here"
+    return [f"{what}; the nearest that does: {need['instead']}" if need["instead"] else what]
 
 
 def _free(devices: Sequence[Device]) -> str:
@@ -143,7 +158,11 @@ def _show_quality(steps: Steps) -> None:
         for name in shown
     ]
     table(f"model {steps['train']['ref']}", columns, rows)
-    console.print()
+    trained = steps["train"]["result"]
+    for line in (calibrated(trained.get("calibration")), run_of(trained, trained.get("memory", {}))):
+        if line:
+            console.print(line, markup=False, soft_wrap=True)
+    console.print(f"[dim]by class, worst errors: llmo report {steps['train']['ref']}[/]\n", soft_wrap=True)
 
 
 def show_variants(result: Mapping[str, Any]) -> None:
@@ -204,10 +223,9 @@ def show_verify(result: Mapping[str, Any]) -> None:
 
 def _show_endpoint(door: Door, name: str, answers: Sequence[Mapping[str, Any]]) -> None:
     writes = any("text" in found["answer"] for found in answers)
+    sample = () if not answers or isinstance(answers[0]["asked"], str) else (answers[0]["asked"],)
     console.print(f"[bold]endpoint[/] {door.chat if writes else door.endpoint(name)}")
-    histories = [" ".join(found["text"].split()[-5:]) for found in answers if "items" in found["answer"]]
-    curl = door.curl_chat(name) if writes else door.curl(name, *histories[:1])
-    console.print(curl, markup=False, soft_wrap=True)
+    console.print(door.curl_chat(name) if writes else door.curl(name, *sample), markup=False, soft_wrap=True)
     console.print()
     for found in answers:
         console.print(f"  {shorten(found['text'], 88)}", markup=False)
@@ -225,4 +243,11 @@ def brief(answer: Mapping[str, Any]) -> str:
         return ", ".join(answer["labels"]) or "no label"
     if "text" in answer:
         return shorten(answer["text"], 200)
+    if "answer" in answer:
+        return f"{answer['answer'] or 'no answer'} ({answer['score']:.3f})"
+    for name in ("value", "similarity"):
+        if name in answer:
+            return f"{answer[name]:.4g}"
+    if "embedding" in answer:
+        return f"{len(answer['embedding'])} numbers: {', '.join(f'{x:.3f}' for x in answer['embedding'][:4])}, ..."
     return f"{answer['label']} ({answer['score']:.3f})"

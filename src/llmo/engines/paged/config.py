@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from llmo import plugins
-from llmo.engines.folder import read_config
+from llmo.engines.folder import read_config, refuse_applied
 from llmo.errors import ModelError
 
 ENGINES = ("torch", "native")  # whose models these are
@@ -46,6 +46,7 @@ class Config:
 
 def load_config(folder: Path) -> Config:
     """Read and check `config.json`. Raises ModelError for what this engine cannot run, and says which may."""
+    refuse_applied(folder)
     body = read_config(folder)
     where = str(folder / "config.json")
     kind = body.get("model_type")
