@@ -44,7 +44,8 @@ class State:
 class Loop:
     """One run. `evaluate` gives the objective's metrics on dev, or is None where there is no dev split.
 
-    `state.extra` is the caller's, kept in checkpoints (what was measured before training, for one).
+    `state.extra` is the caller's, kept in checkpoints (what was measured before training, for one). `after_step` may
+    end the run by raising.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Loop:
         evaluate: Callable[[], dict[str, float]] | None,
         ctx: Context,
         precision: Precision,
+        after_step: Callable[[], None] | None = None,
     ) -> None:
         self.built, self.task, self.spec, self.data, self.ctx = built, task, spec, data, ctx
         self._objective, self._evaluate_on_dev, self._precision = objective, evaluate, precision
+        self._after_step = after_step
         self._named: dict[str, nn.Parameter] = dict(built.trainable())
         self._optimiser = optimiser.build(list(self._named.items()), spec)
         self._per_epoch = -(-len(data) // spec.batch_size)
@@ -107,6 +110,8 @@ class Loop:
             self._report(self._step())
             if self._evaluation_is_due():
                 self._evaluate()
+            if self._after_step is not None:
+                self._after_step()
             if self.ctx.should_stop():
                 self._save()
                 raise Stopped

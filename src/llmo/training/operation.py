@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +37,55 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         return _run(spec, inputs, out, ctx)
 
 
-def _run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    started = time.monotonic()
-    request = validate(dict(spec), TrainJobSpec)
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything before the first step. `chosen` is the precision of training, `exact` that of the evidence."""
+
+    request: TrainJobSpec
+    data: Dataset
+    course: Course
+    chosen: precision.Precision
+    exact: precision.Precision
+
+    @property
+    def has_dev(self) -> bool:
+        return len(self.data.split("dev")) > 0
+
+    def on_dev(self) -> dict[str, float]:
+        """The metrics on dev as they are now."""
+        return self.course.figures.plain("dev", "dev", self.chosen)
+
+    def loop(self, ctx: Context, after_step: Callable[[], None] | None = None) -> Loop:
+        """The run itself, not begun. Raises SpecError where it would look at a dev split that is empty."""
+        if self.request.early_stopping is not None and not self.has_dev:
+            raise SpecError("early_stopping needs a dev split, and it is empty", hint="set data.split.dev above 0")
+        course = self.course
+        on_dev = self.on_dev if self.has_dev else None
+        about = (course.objective, self.request, course.encoded, on_dev, ctx, self.chosen, after_step)
+        return Loop(course.built, course.task, *about)
+
+
+def prepare(request: TrainJobSpec, data: Dataset, base: Path, ctx: Context) -> Prepared:
+    """Build the model and encode the rows, with threads and random numbers set."""
     torch.set_num_threads(max(1, ctx.device.cores))
     chosen = precision.choose(request.precision, ctx.device)
-    data = Dataset.open(inputs["data"])
-    task, request = _task(request, data, inputs["model"])
-    tokenizer = load_tokenizer(inputs["model"])
+    task, request = _task(request, data, base)
+    tokenizer = load_tokenizer(base)
     checkpoint.seed_everything(request.seed)
-    built = build(inputs["model"], task, request, on_cpu=chosen.device.type == "cpu")
+    built = build(base, task, request, on_cpu=chosen.device.type == "cpu")
     built.model.to(chosen.device)
     exact = precision.exact(chosen)
     course = plan(task, tokenizer, data, built, request, chosen, exact, ctx)
     _say(ctx, built, course, chosen)
+    return Prepared(request, data, course, chosen, exact)
 
-    has_dev = len(data.split("dev")) > 0
-    on_dev = (lambda: course.figures.plain("dev", "dev", chosen)) if has_dev else None
-    if on_dev is None and request.early_stopping is not None:
-        raise SpecError("early_stopping needs a dev split, and it is empty", hint="set data.split.dev above 0")
-    loop = Loop(built, task, course.objective, request, course.encoded, on_dev, ctx, chosen)
+
+def _run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
+    started = time.monotonic()
+    ready = prepare(validate(dict(spec), TrainJobSpec), Dataset.open(inputs["data"]), inputs["model"], ctx)
+    request, data, course, chosen, exact = ready.request, ready.data, ready.course, ready.chosen, ready.exact
+    built, task = course.built, course.task
+    loop = ready.loop(ctx)
     if loop.resume():
         ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
     else:
@@ -69,7 +99,7 @@ def _run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Co
             "after": course.figures.full("test", "test", course.measured),
         },
     }
-    write_golden(out, course.evidence(data.split("dev" if has_dev else "train"), exact))
+    write_golden(out, course.evidence(data.split("dev" if ready.has_dev else "train"), exact))
     folder.write(out, built, inputs["model"], task)
     write_card(out, _card(request, course, metrics, data, inputs["model"], loop))
     checkpoint.clear(ctx.checkpoint())

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from rich.markup import escape
 
 from llmo.doors.cli.show import console, figure, shorten, size, table
+from llmo.doors.cli.trials import show_search
 from llmo.doors.gateway import Door
 from llmo.specfile import Resolved
 from llmo.specs import ProjectSpec
@@ -104,6 +105,8 @@ def show_run(
     console.print()
     if "data" in steps:
         _show_data(steps["data"])
+    if "tune" in steps:
+        show_search(steps["tune"]["result"])
     _show_quality(steps)
     if "compress" in steps:
         show_variants(steps["compress"]["result"])
