@@ -94,6 +94,7 @@ class Family:
         return bool(root.spec.get("fresh"))
 
 
-def _own(parent: Job, value: str) -> str:
+def _own(parent: Job, value: Any) -> Any:
     """`input:NAME` is what the parent itself was given by that name."""
-    return parent.inputs.get(value.removeprefix("input:"), value) if value.startswith("input:") else value
+    given = isinstance(value, str) and value.startswith("input:")
+    return parent.inputs.get(value.removeprefix("input:"), value) if given else value

@@ -36,6 +36,7 @@ SHOWN = {
     "samples_per_second": "samples/s",
     "texts_per_second": "texts/s",
     "learning_rate": "lr",
+    "best": "best",
 }
 DEV_SHOWN = 2  # of the metrics that an evaluation on dev measured
 LOOK_SECONDS = 0.5  # between two looks at the trials of a search
