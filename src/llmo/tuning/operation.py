@@ -117,8 +117,8 @@ class _Runner:
                 self._begun.add(key)
             if part not in trial.results and (result := self._ctx.result(key)) is not None:
                 trial.hear(part, result)
-        if trial.state != "running":
-            self._stop(trial)  # of its other folds nobody asks any more
+        if trial.doomed:
+            self._stop(trial)
 
     def _spec(self, trial: Trial, part: int) -> dict[str, Any]:
         plain = {**self._request.train.plain(), "task": self._request.task.plain()}

@@ -44,10 +44,15 @@ class Trial:
 
     @property
     def parts(self) -> list[int]:
-        """The trainings that are wanted now. With rungs the first fold decides whether the others are trained."""
-        if self.state != "running":
-            return []
-        return [0] if self.rungs and 0 not in self.results else list(range(self.folds))
+        """The trainings that are wanted. With rungs the first fold decides whether the others are trained."""
+        first = self.results.get(0)
+        alone = self.rungs and (first is None or _broken(first) or first.result["pruned"] is not None)
+        return [0] if alone else list(range(self.folds))
+
+    @property
+    def doomed(self) -> bool:
+        """Whether one of its trainings went wrong, so that nothing will come of the others."""
+        return any(_broken(result) for result in self.results.values())
 
     def key(self, part: int) -> str:
         """What the child job of a part is called."""
@@ -63,18 +68,24 @@ class Trial:
         return float(max(found)) if name == "memory_bytes" else float(np.mean(found))
 
     def hear(self, part: int, result: Result) -> None:
-        """What a training came to; the trial ends with its last one, or with the first that goes wrong."""
+        """What a training came to. The trial ends with the last one that is wanted, whichever that is."""
         self.results[part] = result
-        if result.state is JobState.STOPPED:
+        if all(wanted in self.results for wanted in self.parts):
+            self._end()
+
+    def _end(self) -> None:
+        bad = sorted((r for r in self._ordered() if _broken(r)), key=lambda r: r.state is JobState.STOPPED)
+        end = self.results[0].result.get("pruned") if 0 in self.results else None
+        if bad and bad[0].state is JobState.STOPPED:
             self.state, self.reason = "stopped", "before its end"
-        elif result.state is not JobState.DONE and result.reason is Reason.OUT_OF_MEMORY:
+        elif bad and bad[0].reason is Reason.OUT_OF_MEMORY:
             self.state, self.reason = "pruned", "out of memory"
-        elif result.state is not JobState.DONE:
-            self.state, self.reason = "failed", str((result.error or {}).get("what") or "no reason given")
-        elif (end := result.result["pruned"]) is not None:
+        elif bad:
+            self.state, self.reason = "failed", str((bad[0].error or {}).get("what") or "no reason given")
+        elif end is not None:
             self.state, self.value = "pruned", end["value"]
             self.reason = f"{end['value']:.4g} after {end['share']:.0%} of its steps; the bar was {end['bar']:.4g}"
-        elif len(self.results) == self.folds:
+        else:
             values = [result.result["value"] for result in self._ordered()]
             self.state, self.value = "done", float(np.mean(values))
             self.spread = float(np.std(values)) if self.folds > 1 else None
@@ -82,6 +93,10 @@ class Trial:
     def _ordered(self) -> list[Result]:
         """By fold, not by when they came: sums of the same numbers in another order differ in their last bits."""
         return [result for _, result in sorted(self.results.items())]
+
+
+def _broken(result: Result) -> bool:
+    return result.state is not JobState.DONE
 
 
 class Search:
@@ -188,7 +203,7 @@ class Search:
         elif trial.state == "stopped":
             self._sampler.tell_nothing(trial.number)
         else:
-            self._sampler.tell_pruned(trial.number, reached if trial.state == "pruned" else [])
+            self._sampler.tell_pruned(trial.number, reached if trial.value is not None else [])
 
     def _give_up(self) -> None:
         ended = self.trials[: self.told]

@@ -95,6 +95,17 @@ def test_a_trial_without_memory_is_pruned_and_one_that_fails_is_shown() -> None:
     assert search.best().settings["batch_size"] < 32
 
 
+def test_a_fold_that_goes_wrong_dooms_its_trial_whichever_comes_first() -> None:
+    stopped = Result(JobState.STOPPED, 1, False, None, None, {}, None, Reason.USER)
+    came = {0: done(0.9), 1: stopped, 2: failed("no room", Reason.OUT_OF_MEMORY)}
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        trial = Trial(0, {}, "drawn", [], 3)
+        for part in order:
+            assert trial.state == "running"
+            trial.hear(part, came[part])
+        assert (trial.state, trial.reason, trial.value, trial.doomed) == ("pruned", "out of memory", None, True)
+
+
 def test_when_all_fail_alike_the_search_ends_with_the_first_reason() -> None:
     search = drive(made(trials=20, width=1), lambda t, p: failed("the labels are missing"))
     assert len(search.trials) <= 4
