@@ -36,6 +36,7 @@ def _history(found: Mapping[str, Any]) -> bytes:
     for number, value in done:
         best = better(best, value)
         line.append((number, best))
+    line.append((len(found["trials"]) - 1, best))
     axes.step(*zip(*line, strict=True), where="post", color=RED, label="best so far")
     axes.set(xlabel="trial", ylabel=f"{found['metric']} on dev")
     axes.xaxis.get_major_locator().set_params(integer=True)

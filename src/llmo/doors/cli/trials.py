@@ -18,14 +18,18 @@ class Trials:
     """What is known of the child jobs of a search; `hear` and `event` keep it new."""
 
     def __init__(self) -> None:
-        self._keys: list[str] = []
         self._jobs: dict[int, Job] = {}
+        self._settings: dict[int, str] = {}
         self._progress: dict[int, Mapping[str, Any]] = {}
 
     def hear(self, children: Sequence[Job], keys: Sequence[str] = ()) -> None:
-        """The jobs as they are now; `keys` are what is varied, where that is known."""
-        self._keys = list(keys)
+        """The jobs as they are now; `keys` are what is varied, where that is known, else what differs is shown."""
         self._jobs = {job.id: job for job in children}
+        flat = {job.id: _flat(job.spec) for job in children}
+        names = dict.fromkeys(key for one in flat.values() for key in one)
+        differing = [key for key in names if len({repr(one.get(key)) for one in flat.values()}) > 1]
+        shown = list(keys) or differing
+        self._settings = {id: ", ".join(f"{key} {_short(one.get(key))}" for key in shown) for id, one in flat.items()}
 
     def event(self, event: Event) -> bool:
         """True for progress of one of the trials."""
@@ -50,14 +54,7 @@ class Trials:
         total = result.get("total", told.get("total")) or "?"
         name = str(job.child_key).removeprefix("trial-").replace("-", " ")
         shown = "" if value is None else f"{value:.4f}"
-        return name, state, shown, f"{steps}/{total}", took, self._settings(job)
-
-    def _settings(self, job: Job) -> str:
-        """What is varied; with the default space, what differs between the trials."""
-        flat = {id: _flat(one.spec) for id, one in self._jobs.items()}
-        mine = flat[job.id]
-        keys = self._keys or [key for key in mine if len({repr(one.get(key)) for one in flat.values()}) > 1]
-        return ", ".join(f"{key} {_short(mine.get(key))}" for key in keys)
+        return name, state, shown, f"{steps}/{total}", took, self._settings[job.id]
 
 
 def show_search(found: Mapping[str, Any]) -> None:
@@ -115,9 +112,9 @@ def _merit(job: Job) -> tuple[bool, float]:
 def _flat(spec: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in spec.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key != "fold":
             found |= _flat(value, "" if key == "task" else f"{key}.")
-        elif key != "rungs":
+        elif key not in ("fold", "rungs"):
             found[f"{prefix}{key}"] = value
     return found
 
