@@ -59,7 +59,8 @@ def _key(row: Mapping[str, Any]) -> str:
 def _labels(row: Mapping[str, Any]) -> list[str]:
     if row.get("spans") is not None:
         return sorted({str(span["label"]) for span in row["spans"]})
-    found = row.get("labels") if row.get("labels") is not None else [row.get("label")]
+    several = row.get("labels")
+    found = [row.get("label")] if several is None else several
     return [label for label in found if isinstance(label, str)]  # a number that is to be estimated is no class
 
 

@@ -28,7 +28,7 @@ TIMED_TEXTS, WARM_UP = 32, 3
 class _Pruned(Exception):
     """The trial is worse than its bar at this rung."""
 
-    def __init__(self, rung: dict[str, float]) -> None:
+    def __init__(self, rung: dict[str, Any]) -> None:
         self.rung = rung
 
 

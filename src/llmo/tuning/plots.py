@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT, DPI = 7.0, 3.6, 110
 BLUE, GREY, RED = "#2563eb", "#9ca3af", "#dc2626"
@@ -39,7 +40,7 @@ def _history(found: Mapping[str, Any]) -> bytes:
     line.append((len(found["trials"]) - 1, best))
     axes.step(*zip(*line, strict=True), where="post", color=RED, label="best so far")
     axes.set(xlabel="trial", ylabel=f"{found['metric']} on dev")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return _png(figure)
 

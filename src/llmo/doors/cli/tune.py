@@ -43,7 +43,7 @@ def tune(
 
     Example: llmo tune examples/newsdesk/llmo.yaml --trials 12 --budget 30m
     """
-    given = {"trials": trials, "budget": budget, "sampler": sampler, "pruner": pruner, "folds": folds}
+    given: dict[str, Any] = {"trials": trials, "budget": budget, "sampler": sampler, "pruner": pruner, "folds": folds}
     given["objectives"] = None if objective is None else [name.strip() for name in objective.split(",")]
     spec, project = _project(file, {key: value for key, value in given.items() if value is not None})
     with closing(flow.connect()) as api, Live(api, quiet=as_json) as live:
