@@ -18,6 +18,7 @@ from llmo.context import Context
 from llmo.data import gold
 from llmo.data.dataset import Dataset
 from llmo.data.profile import profile
+from llmo.errors import SpecError
 from llmo.files import publish_json
 from llmo.specfile import validate
 from llmo.specs import DataSpec, ProjectSpec, TaskSpec
@@ -32,6 +33,7 @@ from llmo.training.correction import correct
 from llmo.training.fitting import fit, refuse
 from llmo.training.forecast import Rows as Lengths
 from llmo.training.forecast import forecast
+from llmo.tuning.space import facts, resolve
 
 SAMPLED = 20_000  # texts tokenised: enough for a share with an error under one percent, in about a second
 CONVERSATIONS = 2_000  # the same of conversations, each of which the template writes several times
@@ -80,8 +82,23 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         },
         "forecast": need,
     }
+    if project.tune is not None:
+        result["tune"] = _search(project, result["rows"], folder, config)
     publish_json(out / "report.json", result)
     return result
+
+
+def _search(
+    project: ProjectSpec, rows: Mapping[str, int], folder: Path, config: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """What the search would vary. Raises SpecError where its trials could not be measured."""
+    if project.tune is None or (project.tune.folds is None and not rows["dev"]):
+        raise SpecError(
+            "a search measures its trials on dev, and the dev split is empty",
+            hint="set data.split.dev above 0, or tune.folds to cross-validate",
+        )
+    found = facts(project.task, project.train, int(rows["train"]), config, int(inspect(folder)["parameters"]))
+    return [{"key": one.key, "choice": one.text(), "why": one.why} for one in resolve(project.tune, found)]
 
 
 def _profiled(data: DataSpec, task: TaskSpec, source: Mapping[str, Any], ctx: Context) -> dict[str, Any]:
