@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from llmo.specs import CompressSpec, DataSpec, DeploySpec, ProjectSpec, TaskSpec, TrainSpec
+from llmo.specs import CompressSpec, DataSpec, DeploySpec, ProjectSpec, TaskSpec, TrainSpec, TuneSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "specification.md"
 SECTIONS = {
@@ -16,6 +16,7 @@ SECTIONS = {
     "task": TaskSpec,
     "data": DataSpec,
     "train": TrainSpec,
+    "tune": TuneSpec,
     "compress": CompressSpec,
     "deploy": DeploySpec,
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmo.types import Device, Result
+from llmo.types import Device, Needs, Result
 
 
 class Context(Protocol):
@@ -38,11 +38,24 @@ class Context(Protocol):
     def ready(self, address: str) -> None:
         """Services only: the replica answers at `address` now."""
 
-    def spawn(self, key: str, op: str, spec: Mapping[str, Any], inputs: Mapping[str, str], name: str = "") -> None:
+    def spawn(
+        self,
+        key: str,
+        op: str,
+        spec: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        name: str = "",
+        needs: Needs | None = None,
+    ) -> None:
         """Ask for a child job; asking again with the same key changes nothing.
 
-        `inputs` maps names to artifact digests; `name` is what its output is called.
+        `inputs` maps names to artifact digests, or to `input:NAME` for what this job was given by that name; `name` is
+        what its output is called; `needs` is what it asks of the machine, where that is not what its operation usually
+        does.
         """
+
+    def stop(self, key: str) -> None:
+        """Ask a child to stop; it ends as `stopped`, unless it ended before."""
 
     def result(self, key: str) -> Result | None:
         """The child's result once it has ended (or, for a service, once it is ready); else None."""
@@ -87,8 +100,19 @@ class NullContext:
     def ready(self, address: str) -> None:
         return
 
-    def spawn(self, key: str, op: str, spec: Mapping[str, Any], inputs: Mapping[str, str], name: str = "") -> None:
+    def spawn(
+        self,
+        key: str,
+        op: str,
+        spec: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        name: str = "",
+        needs: Needs | None = None,
+    ) -> None:
         raise RuntimeError("a NullContext has no system behind it, so it cannot start child jobs")
+
+    def stop(self, key: str) -> None:
+        return
 
     def result(self, key: str) -> Result | None:
         return None

@@ -17,6 +17,13 @@ SCRATCH_MODEL = Operation(
 PLAIN = Operation("plain", "llmo.training.plain:run", produces=Kind.MODEL, needs=Needs(memory=2 * _GIB))
 ADAPTER = Operation("adapter", "llmo.training.adapter:run", produces=Kind.MODEL, needs=Needs(memory=_GIB))
 TRAIN = Operation("train", "llmo.training.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB), revision=4)
+TRIAL = Operation("trial", "llmo.training.trial:run", needs=Needs(memory=3 * _GIB))
+TUNE = Operation(
+    "tune",
+    "llmo.tuning.operation:run",
+    produces=Kind.REPORT,
+    needs=Needs(cores=0, cores_max=0, memory=_GIB // 2),
+)
 EVALUATE = Operation(
     "evaluate", "llmo.training.evaluate:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB), revision=3
 )

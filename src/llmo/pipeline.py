@@ -16,6 +16,7 @@ from llmo import scratch
 from llmo.context import Context, Stopped
 from llmo.errors import JobFailed
 from llmo.errors import from_json as error_from_json
+from llmo.searchspec import merged
 from llmo.types import JobState, Result, from_json
 
 POLL_SECONDS = 0.02
@@ -24,7 +25,8 @@ EVALUATION = {"split": "test", "answers": 0}  # as EvaluateSpec writes it, so th
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One child job. `inputs` maps a name to `step:KEY` or to an artifact's digest."""
+    """One child job. `inputs` maps a name to `step:KEY` or to an artifact's digest; `tuned` names the search whose
+    result says what of `spec` is to be otherwise."""
 
     key: str
     op: str
@@ -32,6 +34,14 @@ class Step:
     spec: Mapping[str, Any]
     inputs: Mapping[str, str]
     title: str
+    tuned: str = ""
+
+    def settled(self, results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any] | None:
+        """The specification, or None while the search it waits for has no result yet."""
+        if not self.tuned:
+            return self.spec
+        found = results.get(self.tuned)
+        return None if found is None else merged(self.spec, found["settings"])
 
     def resolved(self, outputs: Mapping[str, str]) -> dict[str, str] | None:
         """The inputs as digests, or None while a step it needs has no output yet."""
@@ -64,9 +74,15 @@ def plan(project: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -
     elif "artifact" not in model:
         title = f"fetch the base model {project['model']}"
         steps.append(Step("base", "base-model", base_name(project["model"]), _source(model), {}, title))
-    train = project["train"]
+    train, tune = project["train"], project["tune"]
     title = f"train ({train['method']}, {train['epochs']:g} epochs)"
-    steps.append(Step("train", "train", name, {**train, "task": task}, inputs, title))
+    if tune is not None:
+        spec = {**tune, "task": task, "train": train}
+        steps.append(Step("tune", "tune", f"{name}-search", spec, inputs, _searching(tune)))
+        title = f"train ({train['method']}) with the best settings"
+    steps.append(
+        Step("train", "train", name, {**train, "task": task}, inputs, title, tuned="" if tune is None else "tune")
+    )
     final = "step:train"
     if project["compress"] is not None:
         title = f"compress (lose at most {project['compress']['max_drop']:g})"
@@ -91,6 +107,13 @@ def deployment(model: str, reference: str | None, deploy: Mapping[str, Any]) -> 
         Step("verify", "verify", f"{endpoint}-verify", {}, inputs, "verify it against the training graph"),
         Step("deploy", "serve", endpoint, deploy, {"model": model}, f"serve as '{endpoint}'"),
     ]
+
+
+def _searching(tune: Mapping[str, Any]) -> str:
+    """What a search is called in a plan."""
+    most = f"{tune['trials'] or 20} trials" if tune["trials"] or not tune["budget"] else "trials"
+    within = f" within {tune['budget']:g} s" if tune["budget"] else ""
+    return f"search for settings ({tune['sampler']}, {most}{within})"
 
 
 def _source(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,8 +144,9 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     while waiting or running:
         for step in [s for s in waiting.values() if _may_start(s, waiting, running)]:
             digests = step.resolved(outputs)
-            if digests is not None:
-                ctx.spawn(step.key, step.op, step.spec, digests, step.name)
+            settled = step.settled({key: result.result for key, result in finished.items()})
+            if digests is not None and settled is not None:
+                ctx.spawn(step.key, step.op, settled, digests, step.name)
                 running[step.key] = waiting.pop(step.key)
         for key in list(running):
             result = ctx.result(key)

@@ -19,6 +19,7 @@ from llmo.context import Context
 from llmo.data import gold
 from llmo.data.dataset import Dataset
 from llmo.data.profile import profile
+from llmo.errors import SpecError
 from llmo.files import publish_json
 from llmo.specfile import validate
 from llmo.specs import DataSpec, ProjectSpec, ScratchSpec, TaskSpec, TrainSpec
@@ -33,6 +34,7 @@ from llmo.training.correction import correct
 from llmo.training.fitting import fit, refuse
 from llmo.training.forecast import Rows as Lengths
 from llmo.training.forecast import forecast
+from llmo.tuning.space import facts, resolve
 
 SAMPLED = 20_000  # texts tokenised: enough for a share with an error under one percent, in about a second
 CONVERSATIONS = 2_000  # the same of conversations, each of which the template writes several times
@@ -52,7 +54,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
     rows = found.pop("records")
     base = _base(spec["sources"]["model"], inputs.get("model"), project.task, train, rows[: found["rows"]["train"]])
-    with base as (described, config):
+    with base as (described, config, weights):
         kind.of_base(described)
         seen = _SEEN.get(project.task.name, _texts)
         lengths, samples = seen(described, project.task, rows, found["samples"])
@@ -80,6 +82,8 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         },
         "forecast": need,
     }
+    if project.tune is not None:
+        result["tune"] = _search(project, result["rows"], weights or parameters, config)
     publish_json(out / "report.json", result)
     return result
 
@@ -87,21 +91,35 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
 @contextmanager
 def _base(
     source: Mapping[str, Any], stored: Path | None, task: TaskSpec, train: TrainSpec, rows: Rows
-) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """The base model's folder as the run will see it, weights aside, and its config; one from scratch is made here, of
-    the training rows, but for its weights."""
+) -> Iterator[tuple[Path, Mapping[str, Any], int | None]]:
+    """The base model's folder as the run will see it, weights aside, its config and how many weights it has; one from
+    scratch is made here, of the training rows, but for its weights."""
     check = partial(methods.check_length, train.method, train.virtual_tokens, task.max_length)
     if "scratch" in source:
         with TemporaryDirectory() as name:
             made = validate(dict(source["scratch"]), ScratchSpec)
             check(scratch.POSITIONS[made.architecture])
-            yield Path(name), scratch.describe(made, task.name, scratch.texts_of(rows), Path(name))
+            yield Path(name), scratch.describe(made, task.name, scratch.texts_of(rows), Path(name)), None
         return
     folder = stored or _resolved(source)
-    check(inspect(folder)["max_positions"])
+    known = inspect(folder)
+    check(known["max_positions"])
     config = config_of(folder)
     with _described(folder, config) as described:
-        yield described, config
+        yield described, config, int(known["parameters"])
+
+
+def _search(
+    project: ProjectSpec, rows: Mapping[str, int], weights: int, config: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """What the search would vary. Raises SpecError where its trials could not be measured."""
+    if project.tune is None or (project.tune.folds is None and not rows["dev"]):
+        raise SpecError(
+            "a search measures its trials on dev, and the dev split is empty",
+            hint="set data.split.dev above 0, or tune.folds to cross-validate",
+        )
+    found = facts(project.task, project.train, int(rows["train"]), config, weights)
+    return [{"key": one.key, "choice": one.text(), "why": one.why} for one in resolve(project.tune, found)]
 
 
 def _profiled(data: DataSpec, task: TaskSpec, source: Mapping[str, Any], ctx: Context) -> dict[str, Any]:

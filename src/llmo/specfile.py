@@ -136,7 +136,7 @@ def _problem(error: Any, lines: Lines, file: str, model: type[S]) -> SpecError:
     if error["type"] == "extra_forbidden":
         known = _known(model, path[:-1])
         what = f"unknown key '{path[-1]}'{nearest(path[-1], known)}"
-        return SpecError(what, where=where, hint=f"known here: {', '.join(known)}")
+        return SpecError(what, where=where, hint=f"known here: {', '.join(known)}" if known else "")
     if error["type"] == "missing":
         return SpecError(f"the key '{key}' is missing", where=where, hint=f"add '{path[-1]}: ...'")
     told = error["msg"].removeprefix("Value error, ")

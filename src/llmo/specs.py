@@ -3,51 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from llmo import plugins
 from llmo.errors import nearest
 from llmo.methods import MethodName, OptimiserName
+from llmo.searchspec import parsed, space_of
+from llmo.specbase import Fraction, Name, Number, Positive, Seconds, Spec
 from llmo.types import ENCODER_ADAPTER_BYTES, GENERATOR_ADAPTER_BYTES
-
-
-class Spec(BaseModel):
-    """Strict: an unknown key is an error; a value is never bent into another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON values, with every default written out: what jobs carry and digests are taken of."""
-        return self.model_dump(mode="json")
-
-
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-Positive = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-
-
-def _float(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as text; a number is what was meant."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_float)]
 
 
 def _known_task(name: str) -> str:
@@ -224,6 +190,70 @@ class TrainSpec(Spec):
     seed: int = Field(13, description="of initialisation, order and dropout")
 
 
+# What no search varies: the run's own bookkeeping, and what would change what the metric means.
+FIXED = ("seed", "checkpoint_seconds", "evaluate_every", "objective", "beta")
+
+
+@cache
+def space() -> type[Spec]:
+    """What a search may vary."""
+    return space_of(TrainSpec, FIXED, {"max_length": TaskSpec.model_fields["max_length"].rebuild_annotation()})
+
+
+def _space(value: Any) -> Any:
+    return value if value is None else parsed(space(), value)
+
+
+class TuneSpec(Spec):
+    """A search for the settings of `train`, before the training itself. See docs/tune.md."""
+
+    trials: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="settings tried at most; default: 20, with a budget as many as it allows"
+    )
+    budget: Seconds | None = Field(
+        None, description="time for all trials together (90s, 10m, 2h); those that still run then are stopped"
+    )
+    sampler: Literal["tpe", "random", "grid", "nsga2"] = Field(
+        "tpe", description="how settings are chosen; grid: a range counts as its ends and its middle"
+    )
+    pruner: Literal["asha", "hyperband", "none"] | None = Field(
+        None, description="how weak trials are ended early; default: asha, with several objectives none"
+    )
+    folds: Annotated[int, Field(ge=2, le=20)] | None = Field(
+        None, description="cross-validate over train and dev rows together; default: one training, measured on dev"
+    )
+    objectives: Annotated[list[Literal["quality", "seconds", "memory", "latency"]], Field(min_length=1)] = Field(
+        ["quality"], description="what is made good together; with several the result is a Pareto front"
+    )
+    parallel: Positive | None = Field(
+        None, description="trials at once; default: as many as the machine runs, one where time is an objective"
+    )
+    space: Annotated[dict[str, Any] | None, BeforeValidator(_space)] = Field(
+        None,
+        description="key of `train`, or `max_length` -> list of values, or {low, high, log, step}; default: by task",
+    )
+    warm_start: bool = Field(True, description="begin with the best settings of earlier searches, same task and base")
+    seed: int = Field(13, description="of the sampler and of the folds")
+
+    @model_validator(mode="after")
+    def _together(self) -> TuneSpec:
+        if "quality" not in self.objectives or len(set(self.objectives)) < len(self.objectives):
+            raise ValueError("the objectives name quality, and each at most once")
+        if len(self.objectives) > 1 and self.pruner not in (None, "none"):
+            raise ValueError(f"the pruner {self.pruner} compares one figure, and there are several objectives")
+        return self
+
+    @property
+    def most(self) -> int:
+        """Trials at most."""
+        return self.trials or (20 if self.budget is None else 1000)
+
+    @property
+    def prunes(self) -> str:
+        """The pruner that is meant."""
+        return self.pruner or ("asha" if len(self.objectives) == 1 else "none")
+
+
 Variant = Literal[
     "onnx-fp32", "onnx-int8", "native-int8", "torch-bf16", "torch-int8", "openvino-bf16", "openvino-int8", "llamacpp-q8"
 ]
@@ -285,7 +315,7 @@ def _task(value: Any) -> Any:
 
 
 class ProjectSpec(Spec):
-    """The whole way from text to endpoint. `compress` and `deploy` are left out when not written."""
+    """The whole way from text to endpoint. `tune`, `compress` and `deploy` are left out when not written."""
 
     name: Name = Field(description="what the data sets and models are called in the store")
     task: Annotated[TaskSpec, BeforeValidator(_task)] = Field(description="what is learnt")
@@ -295,6 +325,7 @@ class ProjectSpec(Spec):
         "for the data: scratch:NAME"
     )
     train: TrainSpec = Field(default_factory=TrainSpec, description="how the model is trained")
+    tune: TuneSpec | None = Field(None, description="search for the settings of `train` first")
     compress: CompressSpec | None = Field(None, description="make it smaller and faster within a quality budget")
     deploy: DeploySpec | None = Field(None, description="serve it")
 
@@ -353,6 +384,39 @@ class TrainJobSpec(TrainSpec):
     task: Annotated[TaskSpec, BeforeValidator(_task)] = Field(description="what is learnt")
 
 
+class FoldSpec(Spec):
+    """Part `index` of `of`, from 0: its rows of train and dev together are dev, all others train."""
+
+    index: Annotated[int, Field(ge=0)]
+    of: Annotated[int, Field(ge=2)]
+    seed: int
+
+
+class RungSpec(Spec):
+    """After this share of the steps dev is measured; a trial that is worse than `bar`, if there is one, ends."""
+
+    share: Annotated[Number, Field(gt=0, lt=1)]
+    bar: Number | None = None
+
+
+class TrialSpec(TrainJobSpec):
+    """The operation `trial`: a training of which only the figures are kept."""
+
+    fold: FoldSpec | None = None
+    rungs: list[RungSpec] = Field(default_factory=list)
+    latency: bool = False
+
+
+class TuneJobSpec(TuneSpec):
+    """The operation `tune`. `width` trials run at once, each on at most `cores` cores; whoever submits it knows the
+    machine, and says so when nobody else did."""
+
+    task: Annotated[TaskSpec, BeforeValidator(_task)] = Field(description="what is learnt")
+    train: TrainSpec = Field(default_factory=TrainSpec, description="what the search does not vary")
+    width: Positive = 1
+    cores: Positive = 1
+
+
 class EvaluateSpec(Spec):
     """The operation `evaluate`."""
 
@@ -366,7 +430,7 @@ class HeardSpec(Spec):
     """What an endpoint answered to one golden text: logits `[labels]` or `[tokens, labels]`, or the tokens it wrote."""
 
     input_ids: list[int]
-    logits: list[Number] | list[list[Number]] = []
+    logits: list[Number] | list[list[Number]] = Field(default_factory=list)
     tokens: list[int] | None = None
 
 
@@ -383,6 +447,7 @@ INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plain": (("model",), ()),
     "adapter": (("model",), ()),
     "train": (("data", "model"), ()),
+    "tune": (("data", "model"), ()),
     "evaluate": (("data", "model"), ("against",)),
     "compress": (("data", "model"), ()),
     "verify": (("model",), ("reference",)),
@@ -396,6 +461,7 @@ OPERATIONS: dict[str, type[Spec]] = {
     "plain": PlainSpec,
     "adapter": ForeignAdapterSpec,
     "train": TrainJobSpec,
+    "tune": TuneJobSpec,
     "evaluate": EvaluateSpec,
     "compress": CompressSpec,
     "verify": VerifySpec,

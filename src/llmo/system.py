@@ -12,15 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llmo import naming, pipeline, scratch, sources
+from llmo import naming, pipeline, scratch, searches, sources
 from llmo.errors import InputError, ModelError, NotFoundError, SpecError, UnreachableError
 from llmo.kernel import service
 from llmo.kernel.devices import detect
 from llmo.kernel.driver import Driver
 from llmo.kernel.paging import Usage
 from llmo.kernel.scheduler import Holder, SchedulerLock
-from llmo.kernel.submit import cache_key, submit
-from llmo.plugins import operation
+from llmo.kernel.submit import submit
+from llmo.searches import known
 from llmo.serve.adapters import AdapterTable, Ready, bases, check_base, folder_of, missing, trained
 from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
@@ -82,15 +82,11 @@ class System:
         return self._start("check", known, inputs, name=f"{spec.name}-check")
 
     def plan(self, project: Mapping[str, Any]) -> list[dict[str, Any]]:
-        outputs: dict[str, str] = {}
         shown = []
-        for step in self._steps(validate(dict(project), ProjectSpec)):
-            inputs = step.resolved(outputs)
-            done = None
-            if inputs is not None and operation(step.op).cached and not operation(step.op).service:
-                done = self.store.jobs.find_done(cache_key(operation(step.op), step.spec, inputs))
-            if done is not None and done.output is not None:
-                outputs[step.key] = done.output
+        steps = self._steps(validate(dict(project), ProjectSpec))
+        found = known(self.store, steps)
+        for step in steps:
+            done = found.get(step.key)
             ref = self._ref(done.output) if done else None
             state = "done" if done else "to do"
             shown.append({"key": step.key, "op": step.op, "title": step.title, "state": state, "ref": ref})
@@ -119,6 +115,8 @@ class System:
         if isinstance(parsed, DeploySpec):
             return self._deploy(parsed, digests["model"])
         plain = parsed.plain()
+        if op == "tune":
+            plain, digests = searches.complete(self.store, self._devices, plain, digests)
         if "source_digest" in plain:
             plain |= self._fingerprint(plain["source"])
         return self._start(op, plain, digests, name=name or op, needs=needs, fresh=fresh)
@@ -376,7 +374,7 @@ class System:
         return found
 
     def _steps(self, project: ProjectSpec) -> list[pipeline.Step]:
-        return pipeline.plan(project.plain(), self._sources(project))
+        return searches.settle(self.store, self._devices, pipeline.plan(project.plain(), self._sources(project)))
 
     def _sources(self, project: ProjectSpec) -> dict[str, dict[str, Any]]:
         found = {"data": self._source("data", project.data.source)}

@@ -253,6 +253,7 @@ class Result:
     ref: str | None
     result: Mapping[str, Any]
     error: Mapping[str, Any] | None = None
+    reason: Reason | None = None
 
 
 def to_json(value: Any) -> Any:

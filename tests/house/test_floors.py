@@ -17,6 +17,7 @@ PACKAGE = SRC / "llmo"
 FLOORS = {
     "doors": 60,
     "system": 50,
+    "searches": 45,
     "serve": 40,
     "guard": 30,
     "watch": 30,
@@ -25,6 +26,7 @@ FLOORS = {
     "classic": 19,
     "verify": 18,
     "compression": 17,
+    "tuning": 17,
     "training": 16,
     "engines": 15,
     "tasks": 14,
@@ -34,9 +36,11 @@ FLOORS = {
 }
 GROUND = {
     "": 0, "errors": 0, "types": 0, "settings": 0, "context": 0, "plugins": 0, "operations": 0, "files": 0, "naming": 0,
-    "sources": 0, "specs": 0, "methods": 0, "specfile": 0, "api": 0, "code": 0, "scratch": 0,
+    "sources": 0, "specs": 0, "specbase": 0, "searchspec": 0, "methods": 0, "specfile": 0, "api": 0, "code": 0, "scratch": 0,
 }  # fmt: skip
-WORKSHOPS = {"data", "tasks", "engines", "training", "compression", "verify", "preflight", "classic", "pipeline"}
+WORKSHOPS = {
+    *("data", "tasks", "engines", "training", "tuning", "compression", "verify", "preflight", "classic", "pipeline"),
+}
 HEAVY = {"torch", "transformers", "pyarrow", "polars", "onnxruntime", "onnx", "peft"}
 LIGHT = {"store", "kernel", "guard", "watch", "system", "pipeline", *GROUND}
 

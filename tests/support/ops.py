@@ -168,6 +168,20 @@ def parent(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: 
     return results
 
 
+def choose(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
+    """Spawn `keep` and `drop` over its own input, stop `drop`, and gather both."""
+    needs = Needs(cores=1, cores_max=1, memory=MIB)
+    ctx.spawn("drop", "wait", {}, {"model": "input:model"}, needs=needs)
+    ctx.spawn("keep", "write", {"text": "kept"}, {"model": "input:model"}, "kept", needs=needs)
+    while ctx.result("keep") is None:
+        pause(0.005)
+    for key in ("drop", "drop", "keep", "nobody"):
+        ctx.stop(key)
+    while (dropped := ctx.result("drop")) is None:
+        pause(0.005)
+    return {"dropped": dropped.state, "why": dropped.reason}
+
+
 def serve(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     """A service that says where it is and stays until it is stopped or the file `die` appears."""
     if spec.get("log"):
@@ -198,6 +212,7 @@ OPERATIONS = {
         _op("fail"),
         _op("babble"),
         _op("parent", cached=False, needs=Needs(cores=0, cores_max=0, memory=MIB)),
+        _op("choose", cached=False, needs=Needs(cores=0, cores_max=0, memory=MIB)),
         _op("serve", service=True),
         Operation("short", "support.ops:write", produces=Kind.MODEL, needs=Needs(memory=MIB), makes_room=True),
         Operation("missing", "support.no_such_module:run", needs=Needs(memory=MIB)),

@@ -213,6 +213,12 @@ def goes_on(api: Api) -> bool:
     return holder is not None and holder.url is not None
 
 
+def page(api: Api, search: str) -> str | None:
+    """Where the report of a search can be opened, when its store is this process's own."""
+    found = getattr(api, "path", None)
+    return None if found is None else f"{found(search)}/report.html"
+
+
 def reference(model: Artifact) -> dict[str, str]:
     """The input `reference` of a verification: the model a compressed one was made from."""
     return {"reference": model.inputs["model"]} if "reference" in model.card and "model" in model.inputs else {}

@@ -10,7 +10,7 @@ from llmo.errors import LLMOError, StorageError
 from llmo.kernel import staging
 from llmo.kernel.submit import Lookup, submit
 from llmo.store import Store
-from llmo.types import Device, Job, JobState, Needs, Reason
+from llmo.types import Device, Job, JobState, Needs, Reason, from_json
 
 # Children change state in this process, which says so; only a stop of a queued one comes from elsewhere.
 _LOOK_SECONDS = 0.5
@@ -42,6 +42,13 @@ class Family:
         self.adopted.add(child.id)
         self.changed = True
 
+    def stop(self, parent: Job, key: str) -> None:
+        """A parent wants no more of a child that it still waits for."""
+        child = self._awaited.get(parent.id, {}).get(key)
+        if child is not None:
+            self._store.jobs.request_stop(child)
+            self.changed = True
+
     def end(self, job: Job, *, stop: bool) -> None:
         """An attempt of a job ended, and its own parent may hear of it; `stop`: nobody waits for its children now."""
         self.changed = True
@@ -66,11 +73,13 @@ class Family:
                     del awaited[key]
 
     def _submit(self, parent: Job, data: Mapping[str, Any]) -> Job:
-        asked: dict[str, Any] = {"op": data["op"], "spec": data["spec"], "inputs": data["inputs"], "name": data["name"]}
+        inputs = {name: _own(parent, value) for name, value in data["inputs"].items()}
+        asked: dict[str, Any] = {"op": data["op"], "spec": data["spec"], "inputs": inputs, "name": data["name"]}
         kin: dict[str, Any] = {"parent": parent.id, "child_key": data["key"], "owner": parent.owner}
         try:
-            fresh = bool(parent.spec.get("fresh"))
-            return submit(self._store, self._devices, **asked, **kin, fresh=fresh, lookup=self._lookup)
+            needs = from_json(Needs, data["needs"]) if data.get("needs") else None
+            made: dict[str, Any] = {"needs": needs, "fresh": self._fresh(parent), "lookup": self._lookup}
+            return submit(self._store, self._devices, **asked, **kin, **made)
         except StorageError:
             raise  # the disk's fault, not the child's: the event is read again
         except LLMOError as error:
@@ -78,3 +87,14 @@ class Family:
             child = self._store.jobs.insert(**asked, **kin, needs=Needs(cores=0, memory=0), **ended)
             self._store.jobs.update(child.id, child.attempt, error=error.to_json())
             return self._store.jobs.get(child.id)
+
+    def _fresh(self, parent: Job) -> bool:
+        """Whether what the whole family belongs to was asked to do everything again."""
+        root = parent if parent.root is None else self._store.jobs.get(parent.root)
+        return bool(root.spec.get("fresh"))
+
+
+def _own(parent: Job, value: Any) -> Any:
+    """`input:NAME` is what the parent itself was given by that name."""
+    given = isinstance(value, str) and value.startswith("input:")
+    return parent.inputs.get(value.removeprefix("input:"), value) if given else value

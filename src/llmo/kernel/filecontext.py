@@ -13,7 +13,7 @@ from typing import Any
 
 from llmo.errors import SpecError
 from llmo.kernel import jobdir
-from llmo.types import Device, Result, from_json, to_json
+from llmo.types import Device, Needs, Result, from_json, to_json
 
 PROGRESS_SECONDS = 0.1
 HEARTBEAT_SECONDS = 2.0
@@ -69,10 +69,22 @@ class FileContext:
     def ready(self, address: str) -> None:
         self._say("ready", {"address": address})
 
-    def spawn(self, key: str, op: str, spec: Mapping[str, Any], inputs: Mapping[str, str], name: str = "") -> None:
+    def spawn(
+        self,
+        key: str,
+        op: str,
+        spec: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        name: str = "",
+        needs: Needs | None = None,
+    ) -> None:
         if not key or len(key) > 200:
             raise SpecError(f"a child's key has 1 to 200 characters, not {len(key)}")
-        self._say("spawn", {"key": key, "op": op, "spec": to_json(spec), "inputs": dict(inputs), "name": name})
+        asked = {"key": key, "op": op, "spec": to_json(spec), "inputs": dict(inputs), "name": name}
+        self._say("spawn", asked | ({"needs": to_json(needs)} if needs is not None else {}))
+
+    def stop(self, key: str) -> None:
+        self._say("stop", {"key": key})
 
     def result(self, key: str) -> Result | None:
         body = jobdir.read_json(jobdir.child_file(self._folder, key))

@@ -179,6 +179,8 @@ class Scheduler:
         for _, kind, data in lines:
             if kind == "spawn":
                 self._family.spawn(live.job, data)
+            elif kind == "stop":
+                self._family.stop(live.job, data["key"])
             elif kind == "ready" and live.job.service and not live.stopping:
                 live.ready = live.ready or time.monotonic()
                 live.job = self._books.running(live.job, data["address"])

@@ -105,6 +105,7 @@ def result_of(store: Store, job: Job) -> Result:
         ref=ref,
         result=job.result or ({"endpoint": job.spec.get("endpoint")} if job.service else {}),
         error=job.error,
+        reason=job.reason,
     )
 
 

@@ -19,6 +19,7 @@ _SHAPES: dict[str, dict[str, type]] = {
     "note": {"text": str},
     "ready": {"address": str},
     "spawn": {"key": str, "op": str, "spec": dict, "inputs": dict, "name": str},
+    "stop": {"key": str},
 }
 
 

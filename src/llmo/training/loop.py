@@ -45,7 +45,8 @@ class State:
 class Loop:
     """One run. `evaluate` gives the objective's metrics on dev, or is None where there is no dev split.
 
-    `state.extra` is the caller's, kept in checkpoints (what was measured before training, for one).
+    `state.extra` is the caller's, kept in checkpoints (what was measured before training, for one). `after_step` may
+    end the run by raising.
     """
 
     def __init__(
@@ -58,9 +59,11 @@ class Loop:
         evaluate: Callable[[], dict[str, float]] | None,
         ctx: Context,
         precision: Precision,
+        after_step: Callable[[], None] | None = None,
     ) -> None:
         self.built, self.task, self.spec, self.data, self.ctx = built, task, spec, data, ctx
         self._objective, self._evaluate_on_dev, self._precision = objective, evaluate, precision
+        self._after_step = after_step
         self._named: dict[str, nn.Parameter] = dict(built.trainable())
         self._optimiser = optimiser.build(list(self._named.items()), spec)
         self._per_epoch = -(-len(data) // spec.batch_size)
@@ -111,6 +114,8 @@ class Loop:
             if self._evaluation_is_due():
                 with self._along.measured():
                     self._evaluate()
+            if self._after_step is not None:
+                self._after_step()
             if self.ctx.should_stop():
                 self._save()
                 raise Stopped
@@ -174,6 +179,15 @@ class Loop:
             epoch=self.state.step / self._per_epoch,
         )
 
+    def on_dev(self) -> dict[str, float]:
+        """The metrics on dev, which there must be, of the weights as they would be saved now."""
+        with self._along.measured():
+            return self._on_dev()
+
+    def _on_dev(self) -> dict[str, float]:
+        assert self._evaluate_on_dev is not None  # noqa: S101 (as the caller knows)
+        return self._evaluate_on_dev()
+
     def _evaluation_is_due(self) -> bool:
         last = self.state.step == self.total
         if self._evaluate_on_dev is None or (last and self.spec.early_stopping is None):
@@ -181,8 +195,7 @@ class Loop:
         return last or self.state.step % self._every == 0
 
     def _evaluate(self) -> None:
-        assert self._evaluate_on_dev is not None  # noqa: S101 (as `_evaluation_is_due` found)
-        metrics = self._evaluate_on_dev()
+        metrics = self._on_dev()
         value, state = metrics[self._objective.metric], self.state
         mean = sum(state.losses) / max(1, len(state.losses))
         state.losses = []

@@ -64,44 +64,87 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             torch.cuda.empty_cache()
 
 
-def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    started = time.monotonic()
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything before the first step. `chosen` is the precision of training, `exact` that of the evidence; `need` is
+    the forecast of the peak in bytes, None on a GPU."""
+
+    request: TrainJobSpec
+    data: Dataset
+    course: Course
+    chosen: precision.Precision
+    exact: precision.Precision
+    need: int | None
+    joined: lowrank.Joined
+
+    @property
+    def has_dev(self) -> bool:
+        return len(self.data.split("dev")) > 0
+
+    def loop(self, ctx: Context, after_step: Callable[[], None] | None = None) -> Loop:
+        """The run itself, not begun. Raises SpecError where it would look at a dev split that is empty."""
+        if self.request.early_stopping is not None and not self.has_dev:
+            raise SpecError("early_stopping needs a dev split, and it is empty", hint="set data.split.dev above 0")
+        course = self.course
+        on_dev = self._on_dev if self.has_dev else None
+        about = (course.objective, self.request, course.encoded, on_dev, ctx, self.chosen, after_step)
+        return Loop(course.built, course.task, *about)
+
+    def fit(self) -> None:
+        """Make the model ready to be measured, where its head is made of where the trunk puts texts."""
+        if self.course.fit is not None:
+            self.course.fit()
+
+    def trained(self) -> None:
+        """The steps are over: make the model ready for its final figures."""
+        if self.course.measured.name != self.chosen.name:
+            self.joined.undo()
+        self.fit()
+
+    def _on_dev(self) -> dict[str, float]:
+        self.fit()
+        return self.course.figures.plain("dev", "dev", self.chosen)
+
+
+def prepare(request: TrainJobSpec, data: Dataset, base: Path, ctx: Context) -> Prepared:
+    """Build the model and encode the rows, with threads and random numbers set. Raises NeedsError when the machine
+    surely has not the memory."""
     torch.set_num_threads(max(1, ctx.device.cores))
     chosen = precision.choose(request.precision, ctx.device)
-    data = Dataset.open(inputs["data"])
-    task, request = _task(request, data, inputs["model"])
-    tokenizer = load_tokenizer(inputs["model"])
+    task, request = _task(request, data, base)
+    tokenizer = load_tokenizer(base)
     checkpoint.seed_everything(request.seed)
-    built = build(inputs["model"], task, request, on_cpu=chosen.device.type == "cpu")
+    built = build(base, task, request, on_cpu=chosen.device.type == "cpu")
     built.model.to(chosen.device)
     exact = precision.exact(chosen)
     course = plan(task, tokenizer, data, built, request, chosen, exact, ctx)
     _say(ctx, built, course, chosen)
-    need = _room(request, course, inputs["model"], chosen, ctx)
-    joined = lowrank.join(built, chosen)
+    need = _room(request, course, base, chosen, ctx)
+    return Prepared(request, data, course, chosen, exact, need, lowrank.join(built, chosen))
 
-    has_dev = len(data.split("dev")) > 0
-    on_dev = (lambda: _on_dev(course, chosen)) if has_dev else None
-    if on_dev is None and request.early_stopping is not None:
-        raise SpecError("early_stopping needs a dev split, and it is empty", hint="set data.split.dev above 0")
+
+def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
+    started = time.monotonic()
+    ready = prepare(request, Dataset.open(inputs["data"]), inputs["model"], ctx)
     with memory_errors(StepTooLarge):
-        done = _learn(course, request, on_dev, chosen, ctx) if built.trained else _untrained(course)
+        done = _learn(ready, ctx) if ready.course.built.trained else Done()
+    ready.trained()
+    request, data, course, chosen = ready.request, ready.data, ready.course, ready.chosen
+    built = course.built
 
-    if course.measured.name != chosen.name:
-        joined.undo()
     held = {split: course.figures.measured(split, split, course.measured) for split in ("dev", "test")}
     after = held["test"].metrics
     metrics = {
         "dev": held["dev"].metrics,
         "test": {"before": after if done.before is None else done.before, "after": after},
     }
-    joined.undo()
+    ready.joined.undo()
     shown = next(rows for rows in (data.split(name) for name in ("dev", "train", "test")) if len(rows))
-    write_golden(out, course.evidence(shown, exact))
-    folder.write(out, built, inputs["model"], task)
+    write_golden(out, course.evidence(shown, ready.exact))
+    folder.write(out, built, inputs["model"], course.task)
     write_card(out, _card(request, course, metrics, data, inputs["model"], done))
     speed = {"samples_per_second": done.samples_per_second, "tokens_per_second": done.tokens_per_second}
-    memory = {"peak_bytes": peak.peak(chosen.device), **({"forecast_bytes": need} if need else {})}
+    memory = {"peak_bytes": peak.peak(chosen.device), **({"forecast_bytes": ready.need} if ready.need else {})}
     _report(out, course, held, metrics, speed, memory, inputs["model"])
     checkpoint.clear(ctx.checkpoint())
     relief.forget(ctx)
@@ -133,39 +176,17 @@ class Done:
     tokens_per_second: float = 0.0
 
 
-def _learn(
-    course: Course,
-    request: TrainJobSpec,
-    on_dev: Callable[[], dict[str, float]] | None,
-    chosen: precision.Precision,
-    ctx: Context,
-) -> Done:
+def _learn(ready: Prepared, ctx: Context) -> Done:
     """Run the loop, from its checkpoint if there is one."""
-    loop = Loop(course.built, course.task, course.objective, request, course.encoded, on_dev, ctx, chosen)
+    loop = ready.loop(ctx)
     if loop.resume():
         ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
     else:
-        _fit(course)
-        loop.state.extra["before"] = course.figures.full("test", "test before training", chosen)
+        ready.fit()
+        loop.state.extra["before"] = ready.course.figures.full("test", "test before training", ready.chosen)
     loop.run()
-    _fit(course)
     state = loop.state
     return Done(state.step, state.history, state.extra["before"], loop.samples_per_second, loop.tokens_per_second)
-
-
-def _untrained(course: Course) -> Done:
-    _fit(course)
-    return Done()
-
-
-def _on_dev(course: Course, chosen: precision.Precision) -> dict[str, float]:
-    _fit(course)
-    return course.figures.plain("dev", "dev", chosen)
-
-
-def _fit(course: Course) -> None:
-    if course.fit is not None:
-        course.fit()
 
 
 def _task(request: TrainJobSpec, data: Dataset, base: Path) -> tuple[Task, TrainJobSpec]:

@@ -187,6 +187,27 @@ def test_a_parent_hears_of_its_children(kernel: Kernel) -> None:
     assert heard["huge"]["error"]["code"] == "not_found"
 
 
+def test_a_parent_hands_on_its_input_says_what_children_need_and_stops_one(kernel: Kernel) -> None:
+    base = kernel.ended(kernel.submit("write", {"text": "base "}, name="base"))
+    job = kernel.ended(kernel.submit("choose", {}, {"model": base.output or ""}))
+    assert job.result == {"dropped": "stopped", "why": "user"}
+    children = {child.child_key: child for child in kernel.store.jobs.list(parent=job.id)}
+    assert {key: child.inputs["model"] for key, child in children.items()} == dict.fromkeys(
+        ("keep", "drop"), base.output
+    )
+    assert {child.placement.cores for child in children.values() if child.placement} == {1}, "not all that are free"
+    assert (kernel.store.catalog.path(children["keep"].output or "") / "text.txt").read_text() == "base kept"
+    assert children["keep"].state is JobState.DONE, "what has ended is not stopped"
+
+
+def test_a_whole_family_is_fresh_where_its_root_is(kernel: Kernel, tmp_path: Path) -> None:
+    letter = {"op": "write", "spec": {"text": "a", "log": str(tmp_path / "log")}, "name": "a"}
+    inner = {"op": "parent", "spec": {"children": {"letter": letter}}}
+    for fresh in (False, False, True):
+        kernel.ended(kernel.submit("parent", {"children": {"inner": inner}, "fresh": fresh}))
+    assert (tmp_path / "log").read_text().split() == ["a", "a"]
+
+
 def test_a_restarted_parent_finds_its_children_again(kernel: Kernel, tmp_path: Path) -> None:
     log = str(tmp_path / "log")
     children = {k: {"op": "write", "spec": {"text": k, "log": log}, "name": k} for k in "abc"}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -24,6 +26,7 @@ from rich.text import Text
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.doors.cli.show import console, seconds
+from llmo.doors.cli.trials import Trials
 from llmo.doors.flow import News
 from llmo.types import Event, Job, JobState, Reason
 
@@ -33,8 +36,11 @@ SHOWN = {
     "samples_per_second": "samples/s",
     "texts_per_second": "texts/s",
     "learning_rate": "lr",
+    "best": "best",
 }
 DEV_SHOWN = 2  # of the metrics that an evaluation on dev measured
+LOOK_SECONDS = 0.5  # between two looks at the trials of a search
+TRIALS = 1000
 QUIET_SECONDS = 5.0  # at least so long between two lines about dev
 
 
@@ -55,6 +61,20 @@ class _Metrics(ProgressColumn):
         return Text(str(task.fields["metrics"]), style="dim", no_wrap=True, overflow="ellipsis")
 
 
+class _Progress(Progress):
+    """Bars, and above them the trials of a search."""
+
+    def __init__(self, trials: Trials, *columns: ProgressColumn, **options: Any) -> None:
+        self._trials = trials
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        trials = self._trials.table()
+        if trials is not None:
+            yield trials
+        yield from super().get_renderables()
+
+
 class Live:
     """Pass an instance's `hear` to `flow.wait`. Quiet in `--json` mode."""
 
@@ -68,7 +88,10 @@ class Live:
         self._states: dict[int, str] = {}
         self._waiting: dict[int, str] = {}
         fixed = Column(no_wrap=True)
-        self._progress = Progress(
+        self._trials = Trials()
+        self._looked = 0.0
+        self._progress = _Progress(
+            self._trials,
             SpinnerColumn(finished_text=" ", table_column=fixed),
             TextColumn("{task.description}", table_column=fixed),
             BarColumn(bar_width=16, table_column=fixed),
@@ -95,14 +118,26 @@ class Live:
         if self._quiet:
             return
         jobs = news.children | {news.root.id: news.root}
+        self._look_at_trials(jobs.values())
         for event in news.events:
             job = jobs.get(event.job)
+            if job is None and self._trials.event(event):
+                continue
             if job is not None and job.op != "pipeline":
                 self._event(job, event)
         for job in jobs.values():
             self._waits(job)
             if job.op != "pipeline":
                 self._state(job)
+
+    def _look_at_trials(self, jobs: Iterable[Job]) -> None:
+        """The jobs of a search are children of one of ours."""
+        search = next((job for job in jobs if job.op == "tune" and not job.state.ended), None)
+        if search is None:
+            self._trials.hear([])
+        elif time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._looked = time.monotonic()
+            self._trials.hear(self._api.jobs(parent=search.id, limit=TRIALS), sorted(search.spec.get("space") or {}))
 
     def _event(self, job: Job, event: Event) -> None:
         if event.kind == "progress":

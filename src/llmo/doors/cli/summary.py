@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from llmo.doors.cli.report import calibrated, run_of
 from llmo.doors.cli.show import console, figure, shorten, size, table
+from llmo.doors.cli.trials import show_search
 from llmo.doors.gateway import Door
 from llmo.specfile import Resolved
 from llmo.specs import ProjectSpec
@@ -120,6 +121,8 @@ def show_run(
     console.print()
     if "data" in steps:
         _show_data(steps["data"])
+    if "tune" in steps:
+        show_search(steps["tune"]["result"])
     _show_quality(steps)
     if "compress" in steps:
         show_variants(steps["compress"]["result"])

