@@ -1,7 +1,7 @@
 """Fine-tuning a text classifier: LLMO against transformers' Trainer, with its defaults and tuned by hand.
 
-Two sets are made of the BBC news articles, five topics each: `sentences` (mean 28 tokens) and `paragraphs` (long-tailed:
-median 68, longest 559 tokens). All sides train the same encoder on the same rows for one epoch at the same batch and
+Two sets are made of the BBC news articles, five topics each: `sentences` (mean 28 tokens) and `paragraphs`
+(long-tailed: median 68, longest 559 tokens). All sides train the same encoder on the same rows for one epoch at the same batch and
 learning rate, each in a fresh process, alternately; every round has a seed of its own. Printed: training samples a
 second, accuracy on 1000 held-out rows with the 95% interval of the difference over rounds, and peak memory.
 Run: python benchmarks/train_classifier.py [--rounds 5] [--sets sentences paragraphs] [--sides llmo trainer tuned]
@@ -157,8 +157,9 @@ def compare(kind: str, sides: list[str], rounds: int, seed: int) -> None:
         rates, memory = [a["rate"] / b["rate"] for a, b in both], [a["memory"] / b["memory"] for a, b in both]
         gains = [a["accuracy"] - b["accuracy"] for a, b in both]
         spread = 1.96 * statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+        speed = f"{statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})"
         print(
-            f"{kind}, {sides[0]} to {other}: speed {statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f}), "
+            f"{kind}, {sides[0]} to {other}: speed {speed}, "
             f"accuracy {statistics.mean(gains):+.3f} +- {spread:.3f}, memory {statistics.median(memory):.2f}",
             flush=True,
         )

@@ -19,7 +19,7 @@ from llmo.methods import LABELS_ONLY
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Row, Task
 from llmo.tasks.generation import Generation
-from llmo.training import batches, folder, golden, preference, scoring, shots
+from llmo.training import above, batches, folder, golden, preference, scoring, shots
 from llmo.training.batches import Encoded
 from llmo.training.causal import Speaker
 from llmo.training.figures import Figures, Splits, TaskFigures
@@ -99,9 +99,12 @@ def plan(
     rows = data.split("train")
     encoded = batches.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"))
     goal: Objective
+    predictor: Callable[[Precision], scoring.Predict]
     if speaker is None:
-        predictor = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
-        goal = Labels(built.model, task, encoded, spec, built.pad_id, chosen.device)
+        labels = Labels(built.model, task, encoded, spec, built.pad_id, chosen.device)
+        plain = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
+        lifted = above.lift(built, task, tokenizer, splits["dev"], encoded, labels, spec, chosen, ctx)
+        goal, predictor = lifted or (labels, plain)
     else:
         predictor = functools.partial(scoring.speaker_predictor, built.model, speaker, task, built.pad_id)
         goal = Likelihood(speaker, task, encoded, spec, built.pad_id)

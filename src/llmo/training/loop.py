@@ -19,7 +19,7 @@ from llmo.errors import JobFailed
 from llmo.files import digest_of_value
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Task
-from llmo.training import batches, checkpoint, optimiser
+from llmo.training import batches, checkpoint, optimiser, vocabulary
 from llmo.training.along import Along
 from llmo.training.batches import Encoded
 from llmo.training.model import Built, set_training
@@ -64,12 +64,14 @@ class Loop:
         self.built, self.task, self.spec, self.data, self.ctx = built, task, spec, data, ctx
         self._objective, self._evaluate_on_dev, self._precision = objective, evaluate, precision
         self._after_step = after_step
+        self._narrowed = vocabulary.narrow(built, data.ids, spec)
         self._named: dict[str, nn.Parameter] = dict(built.trainable())
         self._optimiser = optimiser.build(list(self._named.items()), spec)
         self._per_epoch = -(-len(data) // spec.batch_size)
         self.total = max(1, round(self._per_epoch * spec.epochs))
         self._along = Along(built, spec, self._named, self.total)
         self._every = spec.evaluate_every or self._per_epoch
+        self._lengths = data.lengths
         self._sizes = np.diff(data.starts).reshape(-1, data.group).sum(1)
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
         self._best: dict[str, torch.Tensor] = {}
@@ -123,6 +125,9 @@ class Loop:
                 self._save()
         if self._best:
             self._restore_best()
+        if self._narrowed is not None:
+            self._settle(self.state.best_step if self._best else self.state.step)
+            vocabulary.restore(self.built, self._narrowed)
         self._along.finish(best=bool(self._best))
 
     def _step(self) -> float:
@@ -147,7 +152,8 @@ class Loop:
 
     def _backward(self, batch: NDArray[np.int64]) -> float:
         """Gradients of the mean loss of the whole batch, however many parts it is computed in."""
-        pieces = [p for p in np.array_split(batch, self.spec.gradient_accumulation_steps) if len(p)]
+        count, tokens = self.spec.gradient_accumulation_steps, self._objective.part_tokens
+        pieces = batches.parts(self._lengths, batch, count, tokens)
         parts = [self._objective.batch(piece) for piece in pieces]
         masses = [self._objective.mass(targets) for _, targets in parts]
         whole = sum(masses) or 1.0
@@ -185,6 +191,7 @@ class Loop:
 
     def _on_dev(self) -> dict[str, float]:
         assert self._evaluate_on_dev is not None  # noqa: S101 (as the caller knows)
+        self._settle(self.state.step)
         return self._evaluate_on_dev()
 
     def _evaluation_is_due(self) -> bool:
@@ -207,6 +214,11 @@ class Loop:
         state.best, state.best_step, state.stale = value, state.step, 0
         if self.spec.early_stopping is not None:
             self._best = {name: p.detach().cpu().clone() for name, p in self._named.items()}
+
+    def _settle(self, step: int) -> None:
+        """Embeddings that no row uses are those of this step, when the model is looked at."""
+        if self._narrowed is not None:
+            self._narrowed.shrink = vocabulary.shrunk(self.spec, step, self.total)
 
     def _better(self, value: float, best: float) -> bool:
         return value > best if self._objective.higher_is_better else value < best

@@ -20,7 +20,19 @@ from llmo.specs import TrainJobSpec
 from llmo.tasks.base import Row, Task
 from llmo.tasks.card import load_tokenizer, write_card, write_golden
 from llmo.tasks.generation import Generation
-from llmo.training import checkpoint, folder, lineage, lowrank, optimiser, peak, pictures, precision, relief, report
+from llmo.training import (
+    checkpoint,
+    folder,
+    lineage,
+    lowrank,
+    optimiser,
+    peak,
+    pictures,
+    precision,
+    relief,
+    report,
+    vocabulary,
+)
 from llmo.training.architecture import check_config
 from llmo.training.course import Course, plan, resolve
 from llmo.training.failures import StepTooLarge, memory_errors

@@ -47,7 +47,7 @@ def build(named: list[tuple[str, nn.Parameter]], spec: TrainSpec) -> torch.optim
 
 def leaves_unused_rows(spec: TrainSpec) -> bool:
     """Whether a weight whose gradient has always been zero does nothing but shrink by the decoupled decay."""
-    return spec.optimizer == "adamw"
+    return spec.optimizer in ("adamw", "lion") and spec.ema is None
 
 
 def rate(spec: TrainSpec, step: int, total: int) -> float:

@@ -41,7 +41,7 @@ class States:
     def __init__(self, path: Path, texts: Sequence[Ids], trunk: Trunk, precision: Precision) -> None:
         lengths = [1 if trunk.first_only else len(ids) for ids in texts]
         self.precision = precision
-        self._trunk = trunk
+        self.trunk = trunk
         self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         kind, self._kind = KINDS[precision.name]
         self._data = np.memmap(path, kind, "r", shape=(int(self._starts[-1]), trunk.width))
@@ -58,10 +58,6 @@ class States:
         for row, (place, size) in enumerate(zip(places, sizes, strict=True)):
             found[row, :size] = self._data[self._starts[place] : self._starts[place] + size]
         return torch.from_numpy(found).view(self._kind)
-
-    def logits(self, texts: Sequence[Ids], mask: torch.Tensor) -> torch.Tensor:
-        """What the model says of them; the mask is on the device. With gradients where the caller wants them."""
-        return self._trunk.above(self.batch(texts).to(mask.device), mask)
 
 
 def distinct(texts: Iterable[Ids]) -> list[Ids]:
@@ -125,8 +121,7 @@ def _write(
             aside.mkdir(parents=True)
             with (aside / FILE).open("wb") as file:
                 for batch in of_like_length([len(ids) for ids in texts]):
-                    if ctx.should_stop():
-                        raise Stopped
+                    _heed(ctx)
                     inputs = padded([texts[i] for i in batch], trunk.pad_id, limit)
                     states = compute({k: v.to(precision.device) for k, v in inputs.items()})
                     plain = states.to(tensor_kind).cpu().contiguous().view(getattr(torch, np.dtype(kind).name)).numpy()
@@ -169,7 +164,11 @@ def _alone(path: Path, ctx: Context) -> Iterator[None]:
             with suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            if ctx.should_stop():
-                raise Stopped
+            _heed(ctx)
             time.sleep(POLL_SECONDS)
         yield
+
+
+def _heed(ctx: Context) -> None:
+    if ctx.should_stop():
+        raise Stopped

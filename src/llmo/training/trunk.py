@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmo.engines.heads import logits_of
 from llmo.training.model import Built
 
 CLOSE = 1e-4
@@ -82,8 +83,7 @@ class Trunk:
         """The logits, from what `below` gave and the attention mask `[rows, tokens]`."""
         mask = mask[:, : states.shape[1]]
         with self._divided(self._upper, states):
-            logits: torch.Tensor = self._network(input_ids=torch.zeros_like(mask), attention_mask=mask).logits
-        return logits
+            return logits_of(self._network(input_ids=torch.zeros_like(mask), attention_mask=mask), mask)
 
     def digest(self) -> str:
         """Names the frozen part: its weights, and how far it goes."""
@@ -116,7 +116,7 @@ class Trunk:
         mask[1, PROBE // 2 :] = 0
         inputs = {"input_ids": ids, "attention_mask": mask}
         try:
-            expected = self._network(**inputs).logits
+            expected = logits_of(self._network(**inputs), mask)
             states = self.below(inputs)
             proved = _same(self.above(states, mask), expected, mask)
             self.first_only = proved and not len(self._upper) and self._reads_first(states, mask, expected)

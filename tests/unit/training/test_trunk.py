@@ -69,7 +69,7 @@ def test_the_divided_model_says_the_same(
     inputs = padded(TEXTS, 0, 32)
     with torch.no_grad():
         whole = built.model(**inputs).logits
-        kept = made.logits(TEXTS, inputs["attention_mask"])
+        kept = trunk.above(made.batch(TEXTS), inputs["attention_mask"])
     real = inputs["attention_mask"].bool()[:, : kept.shape[1]]
     assert torch.allclose(
         *((whole[:, : kept.shape[1]][real], kept[real]) if whole.ndim == 3 else (whole, kept)), atol=1e-6
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_whole_model(tmp_path: Path) -> None:
     made, _ = states.open_states(tmp_path, trunk, states.distinct(TEXTS), computing(trunk), 32, FP32, NullContext())
     inputs = padded(TEXTS, 0, 32)
     found = []
-    for run in (lambda: built.model(**inputs).logits, lambda: made.logits(TEXTS, inputs["attention_mask"])):
+    for run in (lambda: built.model(**inputs).logits, lambda: trunk.above(made.batch(TEXTS), inputs["attention_mask"])):
         built.model.zero_grad()
         run().pow(2).sum().backward()
         found.append({name: p.grad.clone() for name, p in built.trainable() if p.grad is not None})
