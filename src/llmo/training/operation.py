@@ -31,7 +31,6 @@ from llmo.training import (
     precision,
     relief,
     report,
-    vocabulary,
 )
 from llmo.training.architecture import check_config
 from llmo.training.course import Course, plan, resolve
