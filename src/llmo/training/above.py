@@ -34,6 +34,10 @@ class Above:
         self.metric, self.higher_is_better, self.part_tokens = inner.metric, inner.higher_is_better, inner.part_tokens
         self._inner, self._data, self._states = inner, data, states
 
+    @property
+    def trunk(self) -> Trunk:
+        return self._states.trunk
+
     def batch(self, rows: NDArray[np.int64]) -> tuple[Inputs, torch.Tensor]:
         inputs, targets = self._inner.batch(rows)
         texts = [self._data.sequence(i) for i in self._data.sequences(rows)]

@@ -62,9 +62,9 @@ class Loop:
         after_step: Callable[[], None] | None = None,
     ) -> None:
         self.built, self.task, self.spec, self.data, self.ctx = built, task, spec, data, ctx
-        self._objective, self._evaluate_on_dev, self._precision = objective, evaluate, precision
+        self._objective, self._evaluate_on_dev, self.precision = objective, evaluate, precision
         self._after_step = after_step
-        self._narrowed = vocabulary.narrow(built, data.ids, spec)
+        self.narrowed = vocabulary.narrow(built, data.ids, spec)
         self._named: dict[str, nn.Parameter] = dict(built.trainable())
         self._optimiser = optimiser.build(list(self._named.items()), spec)
         self._per_epoch = -(-len(data) // spec.batch_size)
@@ -112,7 +112,7 @@ class Loop:
         """Train to the end. Raises Stopped (after a checkpoint) when asked to, JobFailed when the loss is lost."""
         set_training(self.built.model)
         while self.state.step < self.total and not self._gave_up():
-            self._report(self._step())
+            self._report(self.step())
             if self._evaluation_is_due():
                 with self._along.measured():
                     self._evaluate()
@@ -125,17 +125,18 @@ class Loop:
                 self._save()
         if self._best:
             self._restore_best()
-        if self._narrowed is not None:
+        if self.narrowed is not None:
             self._settle(self.state.best_step if self._best else self.state.step)
-            vocabulary.restore(self.built, self._narrowed)
+            vocabulary.restore(self.built, self.narrowed)
         self._along.finish(best=bool(self._best))
 
-    def _step(self) -> float:
+    def step(self) -> float:
+        """One step of the optimiser; its loss. Raises JobFailed when that is lost."""
         started = time.monotonic()
-        batch = self._batch()
+        batch = self.batch()
         for group in self._optimiser.param_groups:
             group["lr"] = optimiser.rate(self.spec, self.state.step, self.total)
-        loss = self._backward(batch)
+        loss = self.backward(batch)
         self._along.before()
         norm = nn.utils.clip_grad_norm_(self._named.values(), self.spec.max_grad_norm)
         self.state.step += 1
@@ -143,14 +144,14 @@ class Loop:
             raise self._lost("loss" if not math.isfinite(loss) else "gradient")
         self._optimiser.step()
         self._along.after(self.state.step)
-        self._optimiser.zero_grad()
+        self.forget_gradients()
         self.state.losses.append(loss)
         self._seconds += time.monotonic() - started
         self._samples += len(batch)
         self._tokens += int(self._sizes[batch].sum())
         return loss
 
-    def _backward(self, batch: NDArray[np.int64]) -> float:
+    def backward(self, batch: NDArray[np.int64]) -> float:
         """Gradients of the mean loss of the whole batch, however many parts it is computed in."""
         count, tokens = self.spec.gradient_accumulation_steps, self._objective.part_tokens
         pieces = batches.parts(self._lengths, batch, count, tokens)
@@ -159,18 +160,26 @@ class Loop:
         whole = sum(masses) or 1.0
         loss = 0.0
         for piece, (inputs, targets), mass in zip(pieces, parts, masses, strict=True):
-            there = {k: v.to(self._precision.device) for k, v in inputs.items()}
-            with self._precision.autocast():
-                part = self._objective.loss(there, targets.to(self._precision.device), piece) * (mass / whole)
+            there = {k: v.to(self.precision.device) for k, v in inputs.items()}
+            with self.precision.autocast():
+                part = self._objective.loss(there, targets.to(self.precision.device), piece) * (mass / whole)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
         return loss
 
-    def _batch(self) -> NDArray[np.int64]:
+    def batch(self) -> NDArray[np.int64]:
+        """The rows of the step that is next."""
         epoch, index = divmod(self.state.step, self._per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, batches.order(self.data.lengths, self.spec.batch_size, self.spec.seed, epoch))
         return self._order[1][index]
+
+    def forget_gradients(self) -> None:
+        self._optimiser.zero_grad()
+
+    @property
+    def batch_size(self) -> int:
+        return self.spec.batch_size
 
     def _report(self, loss: float) -> None:
         before = self._shown_loss
@@ -217,8 +226,8 @@ class Loop:
 
     def _settle(self, step: int) -> None:
         """Embeddings that no row uses are those of this step, when the model is looked at."""
-        if self._narrowed is not None:
-            self._narrowed.shrink = vocabulary.shrunk(self.spec, step, self.total)
+        if self.narrowed is not None:
+            self.narrowed.shrink = vocabulary.shrunk(self.spec, step, self.total)
 
     def _better(self, value: float, best: float) -> bool:
         return value > best if self._objective.higher_is_better else value < best
@@ -260,7 +269,7 @@ class Loop:
         for name in ("checkpoint_seconds", "gradient_accumulation_steps"):
             spec.pop(name)
         weights = {name: list(p.shape) for name, p in self._named.items()}
-        return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self._precision.name])
+        return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self.precision.name])
 
     def _lost(self, what: str) -> JobFailed:
         return JobFailed(
