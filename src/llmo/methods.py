@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
 }
 VIRTUAL = ("prefix", "prompt")  # they put tokens of their own before a text
 VIRTUAL_TASKS = ("text-classification", "token-classification", "generation")
+PREFERENCE = 0.1  # of a learning rate: preferences move whole answers, and go astray at those that teach answers
 LABELS_ONLY = ("few-shot", "zero-shot")  # they compare whole texts, so they are of task text-classification
 
 

@@ -83,22 +83,23 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         "forecast": need,
     }
     if project.tune is not None:
-        result["tune"] = _search(project, result["rows"], folder, config)
+        result["tune"] = _search(project, found, config, parameters)
     publish_json(out / "report.json", result)
     return result
 
 
 def _search(
-    project: ProjectSpec, rows: Mapping[str, int], folder: Path, config: Mapping[str, Any]
+    project: ProjectSpec, found: Mapping[str, Any], config: Mapping[str, Any], parameters: int
 ) -> list[dict[str, str]]:
     """What the search would vary. Raises SpecError where its trials could not be measured."""
-    if project.tune is None or (project.tune.folds is None and not rows["dev"]):
+    if project.tune is None or (project.tune.folds is None and not found["rows"]["dev"]):
         raise SpecError(
             "a search measures its trials on dev, and the dev split is empty",
             hint="set data.split.dev above 0, or tune.folds to cross-validate",
         )
-    found = facts(project.task, project.train, int(rows["train"]), config, int(inspect(folder)["parameters"]))
-    return [{"key": one.key, "choice": one.text(), "why": one.why} for one in resolve(project.tune, found)]
+    rows, shape = int(found["rows"]["train"]), str(found["shape"])
+    known = facts(project.task, project.train, rows, config, parameters, shape)
+    return [{"key": one.key, "choice": one.text(), "why": one.why} for one in resolve(project.tune, known)]
 
 
 def _profiled(data: DataSpec, task: TaskSpec, source: Mapping[str, Any], ctx: Context) -> dict[str, Any]:

@@ -7,11 +7,9 @@ import math
 import torch
 from torch import nn
 
-from llmo.methods import METHODS, OPTIMISERS
+from llmo.methods import METHODS, OPTIMISERS, PREFERENCE
 from llmo.specs import TrainSpec
 from llmo.training.lion import Lion
-
-PREFERENCE = 0.1  # of them: preferences move whole answers, and go astray at the rates that teach answers
 
 
 def peak(spec: TrainSpec) -> float:
