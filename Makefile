@@ -40,7 +40,7 @@ chaos: $(READY) ## Kill training, groups and servers at 30 random moments
 
 bench: $(READY) ## The figures of the README: serving and training against the usual choices
 	$(BIN)/python benchmarks/serving.py
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/train_classifier.py
 
 clean: ## Remove .venv, caches and the demo's store
 	rm -rf $(VENV) .llmo .mypy_cache .ruff_cache .pytest_cache .hypothesis

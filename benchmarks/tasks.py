@@ -1,6 +1,6 @@
 """Every task on real text, above what needs no learning: the figures of docs/tasks.md.
 
-One sub-command a task; each imports, trains and measures as `llmo run` does, in under two minutes on two cores.
+One sub-command a task; each imports, trains and measures as `llmo run` does, in a minute or two on two free cores.
 Run: python benchmarks/tasks.py extractive-qa [--cores 2]; or all of them: python benchmarks/tasks.py all
 """
 

@@ -35,6 +35,9 @@ class Context(Protocol):
     def checkpoint(self) -> Path:
         """A folder that survives attempts of this job."""
 
+    def cache(self) -> Path:
+        """A folder that the jobs of this store share, for what can be computed again; it may vanish between jobs."""
+
     def ready(self, address: str) -> None:
         """Services only: the replica answers at `address` now."""
 
@@ -83,6 +86,11 @@ class NullContext:
     def report(self, step: int, total: int | None = None, **metrics: float | str) -> None:
         if self._on_report is not None:
             self._on_report(step, total, dict(metrics))
+
+    def cache(self) -> Path:
+        folder = self.checkpoint() / "cache"
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def note(self, message: str) -> None:
         return

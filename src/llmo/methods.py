@@ -60,9 +60,9 @@ METHODS: dict[str, Method] = {
     "lora": Method("low-rank", 5e-4, source="Hu et al. 2021, arXiv:2106.09685"),
     "rslora": Method("low-rank", 2e-4, source="Kalajdzievski 2023, arXiv:2312.03732"),
     "dora": Method("low-rank", 5e-4, source="Liu et al. 2024, arXiv:2402.09353", measures=True),
-    "adalora": Method("low-rank", 2e-3, source="Zhang et al. 2023, arXiv:2303.10512"),
-    "ia3": Method("scales", 5e-3, source="Liu et al. 2022, arXiv:2205.05638"),
-    "prefix": Method("beside", 5e-3, source="Li and Liang 2021, arXiv:2101.00190"),
+    "adalora": Method("low-rank", 5e-3, source="Zhang et al. 2023, arXiv:2303.10512"),
+    "ia3": Method("scales", 2e-2, source="Liu et al. 2022, arXiv:2205.05638"),
+    "prefix": Method("beside", 2e-2, source="Li and Liang 2021, arXiv:2101.00190"),
     "prompt": Method("beside", 5e-3, source="Lester et al. 2021, arXiv:2104.08691"),
     "bottleneck": Method("beside", 1e-3, source="Houlsby et al. 2019, arXiv:1902.00751; Pfeiffer et al. 2021"),
     "few-shot": Method("weights", 2e-5, writes=False, source="Tunstall et al. 2022 (SetFit), arXiv:2209.11055"),
@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
 }
 VIRTUAL = ("prefix", "prompt")  # they put tokens of their own before a text
 VIRTUAL_TASKS = ("text-classification", "token-classification", "generation")
+PREFERENCE = 0.1  # of a learning rate: preferences move whole answers, and go astray at those that teach answers
 LABELS_ONLY = ("few-shot", "zero-shot")  # they compare whole texts, so they are of task text-classification
 
 

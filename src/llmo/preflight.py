@@ -54,7 +54,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
     rows = found.pop("records")
     base = _base(spec["sources"]["model"], inputs.get("model"), project.task, train, rows[: found["rows"]["train"]])
-    with base as (described, config, weights):
+    with base as (described, config):
         kind.of_base(described)
         seen = _SEEN.get(project.task.name, _texts)
         lengths, samples = seen(described, project.task, rows, found["samples"])
@@ -83,7 +83,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         "forecast": need,
     }
     if project.tune is not None:
-        result["tune"] = _search(project, result["rows"], weights or parameters, config)
+        result["tune"] = _search(project, found, config, parameters)
     publish_json(out / "report.json", result)
     return result
 
@@ -91,35 +91,35 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
 @contextmanager
 def _base(
     source: Mapping[str, Any], stored: Path | None, task: TaskSpec, train: TrainSpec, rows: Rows
-) -> Iterator[tuple[Path, Mapping[str, Any], int | None]]:
-    """The base model's folder as the run will see it, weights aside, its config and how many weights it has; one from
-    scratch is made here, of the training rows, but for its weights."""
+) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """The base model's folder as the run will see it, weights aside, and its config; one from scratch is made here, of
+    the training rows, but for its weights."""
     check = partial(methods.check_length, train.method, train.virtual_tokens, task.max_length)
     if "scratch" in source:
         with TemporaryDirectory() as name:
             made = validate(dict(source["scratch"]), ScratchSpec)
             check(scratch.POSITIONS[made.architecture])
-            yield Path(name), scratch.describe(made, task.name, scratch.texts_of(rows), Path(name)), None
+            yield Path(name), scratch.describe(made, task.name, scratch.texts_of(rows), Path(name))
         return
     folder = stored or _resolved(source)
-    known = inspect(folder)
-    check(known["max_positions"])
+    check(inspect(folder)["max_positions"])
     config = config_of(folder)
     with _described(folder, config) as described:
-        yield described, config, int(known["parameters"])
+        yield described, config
 
 
 def _search(
-    project: ProjectSpec, rows: Mapping[str, int], weights: int, config: Mapping[str, Any]
+    project: ProjectSpec, found: Mapping[str, Any], config: Mapping[str, Any], parameters: int
 ) -> list[dict[str, str]]:
     """What the search would vary. Raises SpecError where its trials could not be measured."""
-    if project.tune is None or (project.tune.folds is None and not rows["dev"]):
+    if project.tune is None or (project.tune.folds is None and not found["rows"]["dev"]):
         raise SpecError(
             "a search measures its trials on dev, and the dev split is empty",
             hint="set data.split.dev above 0, or tune.folds to cross-validate",
         )
-    found = facts(project.task, project.train, int(rows["train"]), config, weights)
-    return [{"key": one.key, "choice": one.text(), "why": one.why} for one in resolve(project.tune, found)]
+    rows, shape = int(found["rows"]["train"]), str(found["shape"])
+    known = facts(project.task, project.train, rows, config, parameters, shape)
+    return [{"key": one.key, "choice": one.text(), "why": one.why} for one in resolve(project.tune, known)]
 
 
 def _profiled(data: DataSpec, task: TaskSpec, source: Mapping[str, Any], ctx: Context) -> dict[str, Any]:

@@ -140,6 +140,13 @@ class TrainSpec(Spec):
     )
     batch_size: Positive = Field(16, description="texts per optimiser step")
     gradient_accumulation_steps: Positive = Field(1, description="micro-batches per step")
+    part_tokens: Positive | None = Field(
+        None, description="padded tokens computed at once in one pass over texts; default: by device"
+    )
+    keep_states: bool = Field(
+        True,
+        description="what frozen layers say of each text is computed once and kept on disk, for later trainings too",
+    )
     activation_checkpointing: bool = Field(
         False,
         description="keep a layer's input only and compute the rest again on the way back: less memory, more time",
@@ -447,6 +454,7 @@ INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "plain": (("model",), ()),
     "adapter": (("model",), ()),
     "train": (("data", "model"), ()),
+    "explain": (("data", "model"), ()),
     "tune": (("data", "model"), ()),
     "evaluate": (("data", "model"), ("against",)),
     "compress": (("data", "model"), ()),
@@ -461,6 +469,7 @@ OPERATIONS: dict[str, type[Spec]] = {
     "plain": PlainSpec,
     "adapter": ForeignAdapterSpec,
     "train": TrainJobSpec,
+    "explain": TrainJobSpec,
     "tune": TuneJobSpec,
     "evaluate": EvaluateSpec,
     "compress": CompressSpec,

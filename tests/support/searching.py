@@ -46,8 +46,8 @@ def done(value: float, rungs: Any = (), pruned: Any = None, steps: int = STEPS, 
     return Result(JobState.DONE, 1, False, None, None, said | figures | more)
 
 
-def failed(what: str, reason: Reason = Reason.ERROR) -> Result:
-    error = {"code": "job_failed", "what": what, "hint": "lower it"}
+def failed(what: str, reason: Reason = Reason.ERROR, code: str = "job_failed") -> Result:
+    error = {"code": code, "what": what, "hint": "lower it"}
     return Result(JobState.FAILED, 1, False, None, None, {}, error, reason)
 
 

@@ -43,6 +43,16 @@ def test_a_raw_source_is_told_of_before_anything_is_made(tmp_path: Path) -> None
     assert (tmp_path / "out" / "report.json").exists()
 
 
+def test_what_a_search_would_vary_is_told_and_what_it_cannot_measure_refused(tmp_path: Path) -> None:
+    file = project(tmp_path, rows=120, extra="tune: {trials: 3}\n")
+    assert [one["key"] for one in checked(tmp_path)["tune"]] == ["warmup", "weight_decay", "dropout"]
+    file.write_text(file.read_text().replace("dev: 0.2", "dev: 0.0"))
+    (tmp_path / "out" / "report.json").unlink()
+    (tmp_path / "out").rmdir()
+    with pytest.raises(SpecError, match="the dev split is empty"):
+        checked(tmp_path)
+
+
 def test_a_stored_data_set_is_told_of_too(tmp_path: Path) -> None:
     project(tmp_path)
     stored = tiny_dataset(tmp_path / "stored")

@@ -66,6 +66,11 @@ class FileContext:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def cache(self) -> Path:
+        folder = self._folder.parents[1] / jobdir.CACHE  # beside the folder of all jobs
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def ready(self, address: str) -> None:
         self._say("ready", {"address": address})
 

@@ -22,6 +22,7 @@ LOCK = "lock"
 OUT = "out"
 CHILDREN = "children"
 CHECKPOINT = "checkpoint"
+CACHE = "cache"
 
 
 def job_dir(home: Path, id: int) -> Path:

@@ -105,6 +105,7 @@ class Task(ABC):
     has_classes: ClassVar[bool] = True  # whether `labels` are classes, which can be weighted and smoothed
     has_head: ClassVar[bool] = True  # whether something of the task's own stands on the trunk
     whole: ClassVar[bool] = False  # whether a row is measured among all rows of its split, not by itself
+    hides: ClassVar[bool] = False  # whether training shows tokens that the rows do not hold
     unlearnt: ClassVar[str] = "hold nothing to learn"  # why `lessons` may leave out a row
 
     def __init__(self, labels: Sequence[str], max_length: int = 128) -> None:

@@ -43,6 +43,7 @@ class MaskedLm(Task):
     auto_class: ClassVar[str] = "AutoModelForMaskedLM"
     higher_is_better: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
+    hides: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -43,6 +43,10 @@ class Encoded:
         """Of each row's longest sequence, in tokens."""
         return np.asarray(np.diff(self.starts).reshape(-1, self.group).max(1))
 
+    def sequence(self, i: int) -> NDArray[np.int32]:
+        """The token ids of sequence `i`."""
+        return self.ids[self.starts[i] : self.starts[i + 1]]
+
     def sequences(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """The numbers of the rows' sequences."""
         return (rows[:, None] * self.group + np.arange(self.group)).ravel()
@@ -101,6 +105,23 @@ def order(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) ->
 def width(longest: int, limit: int) -> int:
     """The columns of a batch whose longest sequence has `longest` tokens."""
     return max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, limit))
+
+
+def parts(
+    lengths: NDArray[np.int64], batch: NDArray[np.int64], count: int, tokens: int | None
+) -> list[NDArray[np.int64]]:
+    """A batch's rows in parts of like length that are computed one after another: `count` of them at least, and each of
+    `tokens` tokens at most when padded (or of one row). Their gradients add up to those of the whole batch."""
+    ordered = batch[np.argsort(-lengths[batch], kind="stable")]
+    found = [part for part in np.array_split(ordered, count) if len(part)]
+    if tokens is None:
+        return found
+    return [
+        part[first : first + rows]
+        for part in found
+        for rows in [max(1, tokens // max(1, int(lengths[part[0]])))]
+        for first in range(0, len(part), rows)
+    ]
 
 
 def padded(sequences: Sequence[Sequence[int] | NDArray[np.int32]], pad_id: int, limit: int) -> dict[str, torch.Tensor]:

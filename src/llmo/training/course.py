@@ -21,7 +21,7 @@ from llmo.tasks.base import Row, Task
 from llmo.tasks.generation import Generation
 from llmo.tasks.masked_lm import MaskedLm
 from llmo.tasks.next_item import NextItem
-from llmo.training import batches, folder, golden, places, preference, scoring, shots
+from llmo.training import above, batches, folder, golden, places, preference, scoring, shots
 from llmo.training.batches import Encoded
 from llmo.training.causal import Speaker
 from llmo.training.figures import Figures, Splits, TaskFigures
@@ -105,8 +105,10 @@ def plan(
     if isinstance(task, MaskedLm | NextItem):
         goal, predictor = _places(task, encoded, built, spec, ctx)
     elif speaker is None:
-        predictor = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
-        goal = Labels(built.model, task, encoded, spec, built.pad_id, chosen.device)
+        labels = Labels(built.model, task, encoded, spec, built.pad_id, chosen.device)
+        plain = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
+        lifted = above.lift(built, task, tokenizer, splits["dev"], encoded, labels, spec, chosen, ctx)
+        goal, predictor = lifted or (labels, plain)
     else:
         predictor = functools.partial(scoring.speaker_predictor, built.model, speaker, task, built.pad_id)
         goal = Likelihood(speaker, task, encoded, spec, built.pad_id)

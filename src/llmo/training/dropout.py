@@ -14,21 +14,49 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 ATTENTION = "llmo-plain"
+WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Families whose own plain attention is exactly the function below; the others keep transformers' code.
 SAME_ATTENTION = {"bert", "roberta", "xlm-roberta", "electra", "camembert"}
 
 
 def drop(x: torch.Tensor, probability: float) -> torch.Tensor:
     """Zero elements with `probability` (in steps of 1/256) and scale the rest so that the mean stays."""
+    kept, scale = thin(x, probability)
+    return kept if scale == 1.0 else kept * scale
+
+
+def thin(x: torch.Tensor, probability: float) -> tuple[torch.Tensor, float]:
+    """As `drop`, with the scale left to the caller, who may have a smaller tensor to apply it to."""
     threshold = round(probability * 256)
     if threshold == 0:
-        return x
+        return x, 1.0
     if threshold == 256:
-        return x * 0.0
-    count = x.numel()
-    words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.uint8)[:count].view(x.shape) >= threshold
-    return x * kept.to(x.dtype).mul_(256 / (256 - threshold))
+        return x * 0.0, 1.0
+    kept: torch.Tensor = _Thin.apply(x, threshold)  # type: ignore[no-untyped-call]
+    return kept, 256 / (256 - threshold)
+
+
+class _Thin(torch.autograd.Function):
+    """Elements times 0 or 1, as whole numbers: the bits of what stays are not touched, and a mask is one byte an
+    element, where a product of floats would convert it first and keep it converted."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, threshold: int) -> torch.Tensor:
+        count = x.numel()
+        words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        mask = (words.view(torch.uint8)[:count].view(x.shape) >= threshold).view(torch.uint8)
+        ctx.save_for_backward(mask)
+        return _times(x, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Any) -> Any:
+        (mask,) = ctx.saved_tensors
+        return _times(outer[0], mask), None
+
+
+def _times(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    whole = WHOLE[x.element_size()]
+    return (x.contiguous().view(whole) * mask).view(x.dtype)
 
 
 class ByteDropout(nn.Module):
@@ -71,9 +99,9 @@ def attention(
         lowest = torch.finfo(scores.dtype).min
         scores = scores + attention_mask.to(scores.dtype).clamp(min=lowest)  # else all would be computed in fp32
     weights = torch.softmax(scores, -1)
-    if module.training:
-        weights = drop(weights, dropout)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+    weights, scale = thin(weights, dropout) if module.training else (weights, 1.0)
+    said = torch.matmul(weights, value)
+    return (said if scale == 1.0 else said * scale).transpose(1, 2).contiguous(), weights
 
 
 AttentionInterface.register(ATTENTION, attention)

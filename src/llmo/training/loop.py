@@ -19,7 +19,7 @@ from llmo.errors import JobFailed
 from llmo.files import digest_of_value
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Task
-from llmo.training import batches, checkpoint, optimiser
+from llmo.training import batches, checkpoint, optimiser, vocabulary
 from llmo.training.along import Along
 from llmo.training.batches import Encoded
 from llmo.training.model import Built, set_training
@@ -62,14 +62,16 @@ class Loop:
         after_step: Callable[[], None] | None = None,
     ) -> None:
         self.built, self.task, self.spec, self.data, self.ctx = built, task, spec, data, ctx
-        self._objective, self._evaluate_on_dev, self._precision = objective, evaluate, precision
+        self._objective, self._evaluate_on_dev, self.precision = objective, evaluate, precision
         self._after_step = after_step
+        self.narrowed = None if task.hides else vocabulary.narrow(built, data.ids, spec)
         self._named: dict[str, nn.Parameter] = dict(built.trainable())
         self._optimiser = optimiser.build(list(self._named.items()), spec)
         self._per_epoch = -(-len(data) // spec.batch_size)
         self.total = max(1, round(self._per_epoch * spec.epochs))
         self._along = Along(built, spec, self._named, self.total)
         self._every = spec.evaluate_every or self._per_epoch
+        self._lengths = data.lengths
         self._sizes = np.diff(data.starts).reshape(-1, data.group).sum(1)
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
         self._best: dict[str, torch.Tensor] = {}
@@ -110,7 +112,7 @@ class Loop:
         """Train to the end. Raises Stopped (after a checkpoint) when asked to, JobFailed when the loss is lost."""
         set_training(self.built.model)
         while self.state.step < self.total and not self._gave_up():
-            self._report(self._step())
+            self._report(self.step())
             if self._evaluation_is_due():
                 with self._along.measured():
                     self._evaluate()
@@ -123,14 +125,18 @@ class Loop:
                 self._save()
         if self._best:
             self._restore_best()
+        if self.narrowed is not None:
+            self._settle(self.state.best_step if self._best else self.state.step)
+            vocabulary.restore(self.built, self.narrowed)
         self._along.finish(best=bool(self._best))
 
-    def _step(self) -> float:
+    def step(self) -> float:
+        """One step of the optimiser; its loss. Raises JobFailed when that is lost."""
         started = time.monotonic()
-        batch = self._batch()
+        batch = self.batch()
         for group in self._optimiser.param_groups:
             group["lr"] = optimiser.rate(self.spec, self.state.step, self.total)
-        loss = self._backward(batch)
+        loss = self.backward(batch)
         self._along.before()
         norm = nn.utils.clip_grad_norm_(self._named.values(), self.spec.max_grad_norm)
         self.state.step += 1
@@ -138,34 +144,43 @@ class Loop:
             raise self._lost("loss" if not math.isfinite(loss) else "gradient")
         self._optimiser.step()
         self._along.after(self.state.step)
-        self._optimiser.zero_grad()
+        self.forget_gradients()
         self.state.losses.append(loss)
         self._seconds += time.monotonic() - started
         self._samples += len(batch)
         self._tokens += int(self._sizes[batch].sum())
         return loss
 
-    def _backward(self, batch: NDArray[np.int64]) -> float:
+    def backward(self, batch: NDArray[np.int64]) -> float:
         """Gradients of the mean loss of the whole batch, however many parts it is computed in."""
-        pieces = [p for p in np.array_split(batch, self.spec.gradient_accumulation_steps) if len(p)]
+        count, tokens = self.spec.gradient_accumulation_steps, self._objective.part_tokens
+        pieces = batches.parts(self._lengths, batch, count, tokens)
         epoch = self.state.step // self._per_epoch
         parts = [self._objective.batch(piece, epoch) for piece in pieces]
         masses = [self._objective.mass(targets) for _, targets in parts]
         whole = sum(masses) or 1.0
         loss = 0.0
         for piece, (inputs, targets), mass in zip(pieces, parts, masses, strict=True):
-            there = {k: v.to(self._precision.device) for k, v in inputs.items()}
-            with self._precision.autocast():
-                part = self._objective.loss(there, targets.to(self._precision.device), piece) * (mass / whole)
+            there = {k: v.to(self.precision.device) for k, v in inputs.items()}
+            with self.precision.autocast():
+                part = self._objective.loss(there, targets.to(self.precision.device), piece) * (mass / whole)
             part.backward()  # type: ignore[no-untyped-call]
             loss += part.item()
         return loss
 
-    def _batch(self) -> NDArray[np.int64]:
+    def batch(self) -> NDArray[np.int64]:
+        """The rows of the step that is next."""
         epoch, index = divmod(self.state.step, self._per_epoch)
         if self._order[0] != epoch:
             self._order = (epoch, batches.order(self.data.lengths, self.spec.batch_size, self.spec.seed, epoch))
         return self._order[1][index]
+
+    def forget_gradients(self) -> None:
+        self._optimiser.zero_grad()
+
+    @property
+    def batch_size(self) -> int:
+        return self.spec.batch_size
 
     def _report(self, loss: float) -> None:
         before = self._shown_loss
@@ -186,6 +201,7 @@ class Loop:
 
     def _on_dev(self) -> dict[str, float]:
         assert self._evaluate_on_dev is not None  # noqa: S101 (as the caller knows)
+        self._settle(self.state.step)
         return self._evaluate_on_dev()
 
     def _evaluation_is_due(self) -> bool:
@@ -208,6 +224,11 @@ class Loop:
         state.best, state.best_step, state.stale = value, state.step, 0
         if self.spec.early_stopping is not None:
             self._best = {name: p.detach().cpu().clone() for name, p in self._named.items()}
+
+    def _settle(self, step: int) -> None:
+        """Embeddings that no row uses are those of this step, when the model is looked at."""
+        if self.narrowed is not None:
+            self.narrowed.shrink = vocabulary.shrunk(self.spec, step, self.total)
 
     def _better(self, value: float, best: float) -> bool:
         return value > best if self._objective.higher_is_better else value < best
@@ -249,7 +270,7 @@ class Loop:
         for name in ("checkpoint_seconds", "gradient_accumulation_steps"):
             spec.pop(name)
         weights = {name: list(p.shape) for name, p in self._named.items()}
-        return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self._precision.name])
+        return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self.precision.name])
 
     def _lost(self, what: str) -> JobFailed:
         return JobFailed(

@@ -72,7 +72,7 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
         for module in _pooler(model):
             module.requires_grad_(False)  # vectors are made before it
     if spec.activation_checkpointing:
-        _checkpoint_activations(model)
+        _checkpoint_activations(model, spec)
     total = sum(p.numel() for p in model.parameters())
     wrapped = adapters.Wrapped(model)
     if spec.base_weights != "fp32":
@@ -194,8 +194,13 @@ def _load(base: Path, task: Task, config: Any, attention: str) -> tuple[Any, dic
     return model, dict(info)
 
 
-def _checkpoint_activations(model: Any) -> None:
+def _checkpoint_activations(model: Any, spec: TrainSpec) -> None:
     """Chen et al. 2016. The second pass has the first one's random numbers and precision: the gradients are equal."""
+    if spec.method == "prefix":
+        raise SpecError(
+            "transformers leaves out what comes before a text when it computes activations again, and a prefix is that",
+            hint="leave train.activation_checkpointing out, or set train.method to prompt or lora",
+        )
     if not model.supports_gradient_checkpointing:
         raise SpecError(
             f"transformers has no activation checkpointing for the architecture '{model.config.model_type}'",

@@ -52,11 +52,17 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     Stopped (after a checkpoint) when asked to stop, StorageError and MemoryError when there is no room; a step that
     finds no memory is tried once more in smaller parts of its batch.
     """
-    request = relief.resume(validate(dict(spec), TrainJobSpec), ctx)
+    request = validate(dict(spec), TrainJobSpec)
+    return relieved(request, ctx, lambda smaller: _run(smaller, inputs, out, ctx))
+
+
+def relieved(request: TrainJobSpec, ctx: Context, work: Callable[[TrainJobSpec], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` makes of the request; when a step finds no memory, of one whose batch comes in smaller parts."""
+    request = relief.resume(request, ctx)
     while True:
         try:
             with memory_errors():
-                return _run(request, inputs, out, ctx)
+                return work(request)
         except StepTooLarge:
             request = relief.shrink(request, ctx)
         gc.collect()  # what was built hangs together in circles

@@ -7,11 +7,9 @@ import math
 import torch
 from torch import nn
 
-from llmo.methods import METHODS, OPTIMISERS
+from llmo.methods import METHODS, OPTIMISERS, PREFERENCE
 from llmo.specs import TrainSpec
 from llmo.training.lion import Lion
-
-PREFERENCE = 0.1  # of them: preferences move whole answers, and go astray at the rates that teach answers
 
 
 def peak(spec: TrainSpec) -> float:
@@ -43,6 +41,11 @@ def build(named: list[tuple[str, nn.Parameter]], spec: TrainSpec) -> torch.optim
         case "lion":
             return Lion(groups, lr=top)
     return torch.optim.AdamW(groups, lr=top, fused=True)
+
+
+def leaves_unused_rows(spec: TrainSpec) -> bool:
+    """Whether a weight whose gradient has always been zero does nothing but shrink by the decoupled decay."""
+    return spec.optimizer in ("adamw", "lion") and spec.ema is None
 
 
 def rate(spec: TrainSpec, step: int, total: int) -> float:

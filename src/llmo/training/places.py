@@ -115,6 +115,8 @@ class AtPlaces:
     """Cross-entropy at each row's targets that are not -100 (as an `Objective`). Full softmax over all items is what
     makes sequential recommendation as good as larger models (Klenitskiy & Vasilev 2023)."""
 
+    part_tokens: int | None = None
+
     def __init__(self, places: Places, task: Task, data: Encoded, pad_id: int) -> None:
         self.metric, self.higher_is_better = task.metric, task.higher_is_better
         self._places, self._data, self._pad_id = places, data, pad_id

@@ -68,7 +68,7 @@ def forget(ctx: Context) -> None:
 
 def _changes(train: TrainSpec, bf16: bool) -> Iterator[Changes]:
     methods: list[Changes] = [{}, *([{"method": "lora"}] if train.method == "full" else [])]
-    recomputed: list[Changes] = [{}, *([] if train.activation_checkpointing else [{"activation_checkpointing": True}])]
+    recomputed: list[Changes] = [{}, *([{"activation_checkpointing": True}] if _may_recompute(train) else [])]
     precisions: list[Changes] = [{}, *([{"precision": "bf16"}] if bf16 and train.precision == "fp32" else [])]
     for first in itertools.product(methods, recomputed, precisions, _parts(train)):
         changes = {key: value for part in first for key, value in part.items()}
@@ -86,6 +86,10 @@ def _parts(train: TrainSpec) -> list[Changes]:
     return found
 
 
+def _may_recompute(train: TrainSpec) -> bool:
+    return not train.activation_checkpointing and train.method != "prefix"
+
+
 def _last_resorts(train: TrainSpec) -> str:
-    left = [] if train.activation_checkpointing else ["train.activation_checkpointing: true"]
+    left = ["train.activation_checkpointing: true"] if _may_recompute(train) else []
     return " or ".join([*left, *([] if train.method == "lora" else ["train.method: lora"]), "a smaller model"])

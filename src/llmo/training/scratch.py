@@ -15,9 +15,9 @@ from llmo.scratch import SCHEME, is_scratch
 from llmo.specfile import validate
 from llmo.specs import ScratchSpec
 from llmo.tasks.card import TOKENIZER, load_tokenizer
-from llmo.training import vocabulary, weights
+from llmo.training import pieces, weights
 from llmo.training.base import SOURCE, origin
-from llmo.training.vocabulary import CLS, END, FILL, MASK, PAD, SEP, UNKNOWN
+from llmo.training.pieces import CLS, END, FILL, MASK, PAD, SEP, UNKNOWN
 
 POSITIONS = {"transformer-tiny": 512, "lstm": 8192, "causal-tiny": 1024, "sasrec": 512}
 WIDTHS = {"transformer-tiny": 128, "lstm": 256, "causal-tiny": 128, "sasrec": 64}
@@ -73,13 +73,13 @@ def describe(spec: ScratchSpec, task: str, texts: Sequence[str], out: Path) -> d
     if not len(texts):
         raise DataError("there are no training rows", hint="look at what was dropped: llmo data show NAME")
     if spec.architecture == "sasrec":
-        tokenizer = vocabulary.items(texts, spec.vocabulary)
+        tokenizer = pieces.items(texts, spec.vocabulary)
         special = {"pad_token": PAD, "unk_token": UNKNOWN}
     elif spec.architecture == "causal-tiny":
-        tokenizer = vocabulary.byte_bpe(texts, spec.vocabulary)
+        tokenizer = pieces.byte_bpe(texts, spec.vocabulary)
         special = {"pad_token": FILL, "eos_token": END}
     else:
-        tokenizer = vocabulary.wordpiece(texts, spec.vocabulary, cased=task in CASED_TASKS)
+        tokenizer = pieces.wordpiece(texts, spec.vocabulary, cased=task in CASED_TASKS)
         special = {"pad_token": PAD, "unk_token": UNKNOWN, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}
     tokenizer.save(str(out / TOKENIZER))
     settings = {

@@ -68,6 +68,8 @@ def pairs(encodings: Sequence[Encoding], labels: NDArray[np.int64], each: int, s
 class Contrast:
     """The squared distance between the cosine of a pair and its target."""
 
+    part_tokens: int | None = None
+
     def __init__(self, built: Built, task: Task, data: Encoded) -> None:
         self.metric, self.higher_is_better = task.metric, task.higher_is_better
         self._trunk, self._data, self._pad_id = built.network.base_model, data, built.pad_id

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.data.folds import Fold
 from llmo.errors import DataError, JobFailed, SpecError
+from llmo.methods import METHODS
 from llmo.specfile import validate
 from llmo.specs import RungSpec, TrainJobSpec, TrialSpec
-from llmo.training import checkpoint, scoring
-from llmo.training.failures import memory_errors
+from llmo.training import checkpoint, peak, relief, scoring
+from llmo.training.failures import StepTooLarge, memory_errors
 from llmo.training.loop import Loop
-from llmo.training.operation import Prepared, prepare
+from llmo.training.operation import Prepared, prepare, relieved
 
 TIMED_TEXTS, WARM_UP = 32, 3
 
@@ -42,22 +41,33 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     started = time.monotonic()
     asked = validate(dict(spec), TrialSpec)
     request = TrainJobSpec(**{name: getattr(asked, name) for name in TrainJobSpec.model_fields})
+    if METHODS[request.method].trains == "nothing":
+        raise SpecError(f"method {request.method} trains nothing", hint="search for the settings of another method")
+
+    def work(request: TrainJobSpec) -> dict[str, Any]:
+        ready = prepare(request, _data(asked, inputs["data"]), inputs["model"], ctx)
+        _check(ready, asked)
+        with memory_errors(StepTooLarge):
+            return _train(ready, asked, ctx)
+
     try:
-        with memory_errors():
-            ready = prepare(request, _data(asked, inputs["data"]), inputs["model"], ctx)
-            if not ready.has_dev:
-                raise DataError(
-                    "a trial is measured on dev, and the dev split is empty",
-                    hint="set data.split.dev above 0, or tune.folds",
-                )
-            if asked.latency and ready.course.task.generates:
-                raise SpecError("latency is measured of tasks that answer at once", hint="leave it out of objectives")
-            found = _train(ready, asked, ctx)
+        found = relieved(request, ctx, work)
     except (JobFailed, MemoryError):
         checkpoint.clear(ctx.checkpoint())  # nobody goes on from here, and there are many trials
         raise
     checkpoint.clear(ctx.checkpoint())
+    relief.forget(ctx)
     return {**found, "seconds": time.monotonic() - started}
+
+
+def _check(ready: Prepared, asked: TrialSpec) -> None:
+    """Raises what makes a measurement impossible."""
+    if not ready.has_dev:
+        raise DataError(
+            "a trial is measured on dev, and the dev split is empty", hint="set data.split.dev above 0, or tune.folds"
+        )
+    if asked.latency and ready.course.task.generates:
+        raise SpecError("latency is measured of tasks that answer at once", hint="leave it out of tune.objectives")
 
 
 def _data(asked: TrialSpec, folder: Path) -> Dataset:
@@ -95,7 +105,7 @@ def _train(ready: Prepared, asked: TrialSpec, ctx: Context) -> dict[str, Any]:
         "steps": loop.state.step,
         "total": loop.total,
         "samples_per_second": loop.samples_per_second,
-        "memory_bytes": _peak(ready),
+        "memory_bytes": peak.peak(ready.chosen.device),
         "latency_ms": _latency(ready) if asked.latency and pruned is None else None,
         "parameters": ready.course.built.parameters,
         "trained_parameters": ready.course.built.trained,
@@ -127,14 +137,6 @@ class _Climb:
         self.reached.append(found)
         if rung.bar is not None and (value < rung.bar if objective.higher_is_better else value > rung.bar):
             raise _Pruned(found)
-
-
-def _peak(ready: Prepared) -> int:
-    """Bytes: of the process, or on a GPU of what torch took there."""
-    device = ready.chosen.device
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def _latency(ready: Prepared) -> float:

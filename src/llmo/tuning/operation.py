@@ -11,7 +11,8 @@ from typing import Any
 from llmo.context import Context, Stopped
 from llmo.data.dataset import Dataset, Rows
 from llmo.data.folds import held_out
-from llmo.errors import DataError
+from llmo.errors import DataError, SpecError
+from llmo.methods import METHODS
 from llmo.searchspec import merged, nested
 from llmo.specfile import validate
 from llmo.specs import FoldSpec, TrialSpec, TuneJobSpec
@@ -19,7 +20,7 @@ from llmo.training.base import config_of, inspect
 from llmo.tuning import report, space
 from llmo.tuning.clock import Clock
 from llmo.tuning.search import Search, Trial, line
-from llmo.tuning.space import Dimension, Settings
+from llmo.tuning.space import Dimension, Facts, Settings
 from llmo.types import Needs
 
 POLL_SECONDS = 0.05
@@ -39,11 +40,12 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     data, base = Dataset.open(inputs["data"]), inputs["model"]
     check(request, data)
     parameters = int(inspect(base)["parameters"])
-    found = space.facts(request.task, request.train, len(data.split("train")), config_of(base), parameters)
+    rows, shape = len(data.split("train")), str(data.info.get("shape"))
+    found = space.facts(request.task, request.train, rows, config_of(base), parameters, shape)
     dimensions = space.resolve(request, found)
     for one in dimensions:
         ctx.note(f"varies {one.key}: {one.text()} ({one.why})")
-    search = Search(request, dimensions, first(request, dimensions, inputs))
+    search = Search(request, dimensions, first(found, request, dimensions, inputs))
     clock = Clock(ctx.checkpoint(), request.budget)
     _Runner(request, search, clock, ctx).run()
     result = report.gather(request, dimensions, search, clock.seconds)
@@ -52,7 +54,12 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
 
 
 def check(request: TuneJobSpec, data: Dataset) -> None:
-    """Raises DataError for a data set that trials cannot be measured on."""
+    """Raises DataError for a data set that trials cannot be measured on, SpecError for a method without settings."""
+    if METHODS[request.train.method].trains == "nothing" and "method" not in (request.space or {}):
+        raise SpecError(
+            f"method {request.train.method} trains nothing, so there are no settings to search for",
+            hint="set train.method to another, or leave out tune",
+        )
     if request.folds is not None:
         rows = list(Rows.joined([data.split("train"), data.split("dev")]))
         held_out(rows, index=0, of=request.folds, seed=request.seed)
@@ -64,10 +71,10 @@ def check(request: TuneJobSpec, data: Dataset) -> None:
 
 
 def first(
-    request: TuneJobSpec, dimensions: Sequence[Dimension], inputs: Mapping[str, Path]
+    facts: Facts, request: TuneJobSpec, dimensions: Sequence[Dimension], inputs: Mapping[str, Path]
 ) -> list[tuple[Settings, str]]:
     """What is tried before anything is drawn: the usual settings, and the best of each earlier search."""
-    found = [(space.usual(dimensions, request.train, request.task), "usual")]
+    found = [(space.usual(dimensions, facts.train, request.task), "usual")]
     for name in sorted(name for name in inputs if name.startswith(EARLIER)):
         earlier = json.loads((inputs[name] / report.FILE).read_text(encoding="utf-8"))
         done = [trial for trial in earlier["trials"] if trial["state"] == "done"]

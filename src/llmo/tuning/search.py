@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llmo.errors import JobFailed, LLMOError
+from llmo.errors import JobFailed, LLMOError, NeedsError
 from llmo.errors import from_json as error_from_json
 from llmo.specs import RungSpec, TuneJobSpec
 from llmo.tuning import pruner, space
@@ -81,7 +81,10 @@ class Trial:
         elif bad and bad[0].reason is Reason.OUT_OF_MEMORY:
             self.state, self.reason = "pruned", "out of memory"
         elif bad:
-            self.state, self.reason = "failed", str((bad[0].error or {}).get("what") or "no reason given")
+            error = bad[0].error or {}
+            # What surely would run out of memory is refused before it begins.
+            self.state = "pruned" if error.get("code") == NeedsError.code else "failed"
+            self.reason = str(error.get("what") or "no reason given")
         elif end is not None:
             self.state, self.value = "pruned", end["value"]
             self.reason = f"{end['value']:.4g} after {end['share']:.0%} of its steps; the bar was {end['bar']:.4g}"

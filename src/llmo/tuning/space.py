@@ -8,15 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmo.methods import METHODS, OPTIMISERS, PREFERENCE
 from llmo.specs import TaskSpec, TrainSpec, TuneSpec
 
 Settings = dict[str, Any]
 
-# The middle of the learning rates that are tried, for AdamW; those of a method that moves all weights shrink with size.
-RATES = {"full": 1e-4, "last-n": 1e-4, "lora": 5e-4, "head": 5e-3}
-RATE_SPAN = 5.0  # times lower and higher
-WEIGHTS = ("full", "last-n")
-LOW_RANK = ("lora", "rslora", "dora", "adalora")
+RATE_SPAN = 5.0  # times lower and higher than the usual learning rate
+WEIGHTS = ("full", "last-n")  # methods that move the trunk's own weights, by less the larger the model is
 MOST_COMBINATIONS = 10_000
 
 
@@ -91,8 +89,10 @@ class Facts:
         return self.task == "generation"
 
 
-def facts(task: TaskSpec, train: TrainSpec, rows: int, config: Mapping[str, Any], parameters: int) -> Facts:
-    """`rows` to train on, and the base model's config.json and number of parameters."""
+def facts(task: TaskSpec, train: TrainSpec, rows: int, config: Mapping[str, Any], parameters: int, shape: str) -> Facts:
+    """`rows` to train on and what they are (`shape`), and the base model's config.json and number of parameters."""
+    if train.objective == "auto" and shape == "preference":
+        train = train.model_copy(update={"objective": "preference"})
     layers = next((config[name] for name in ("num_hidden_layers", "n_layers", "n_layer") if name in config), 0)
     return Facts(task.name, train, rows, parameters, int(layers))
 
@@ -106,11 +106,17 @@ def _always(facts: Facts) -> bool:
 
 def _rate(facts: Facts) -> Dimension:
     method = facts.train.method
-    middle, why = RATES.get(method, 1e-3), f"{RATE_SPAN:g} times around what method {method} usually takes"
+    middle, why = usual_rate(facts.train), f"{RATE_SPAN:g} times around what method {method} usually takes"
     if method in WEIGHTS and facts.parameters > 100e6:
         middle *= 0.5 if facts.parameters < 1e9 else 0.2
         why += f", lowered for {facts.parameters / 1e6:.0f}M parameters"
     return Dimension("learning_rate", None, tidy(middle / RATE_SPAN), tidy(middle * RATE_SPAN), log=True, why=why)
+
+
+def usual_rate(train: TrainSpec) -> float:
+    """The peak that is taken where none is written, size aside."""
+    rate = METHODS[train.method].learning_rate * OPTIMISERS[train.optimizer].factor
+    return rate * (PREFERENCE if train.objective == "preference" else 1.0)
 
 
 def _epochs(facts: Facts) -> Dimension:
@@ -147,7 +153,7 @@ TABLE: tuple[Rule, ...] = (
     ),
     (
         "lora.rank",
-        lambda facts: facts.train.method in LOW_RANK,
+        lambda facts: METHODS[facts.train.method].trains == "low-rank",
         lambda facts: Dimension("lora.rank", (4, 8, 16, 32), why=f"method {facts.train.method}"),
     ),
     ("last_n", lambda facts: facts.train.method == "last-n", _last),
@@ -170,7 +176,7 @@ def usual(dimensions: Sequence[Dimension], train: TrainSpec, task: TaskSpec) -> 
     """The settings that would be trained without a search, as far as the space holds them."""
     plain: Any = {**train.plain(), "max_length": task.max_length}
     if plain["learning_rate"] is None:
-        plain["learning_rate"] = RATES.get(train.method)
+        plain["learning_rate"] = usual_rate(train)
     found: Settings = {}
     for one in dimensions:
         value = plain

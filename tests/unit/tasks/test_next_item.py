@@ -11,11 +11,11 @@ import pytest
 
 from llmo.errors import InputError, ModelError
 from llmo.tasks.next_item import NextItem
-from llmo.training import vocabulary
+from llmo.training import pieces
 from support.tiny import tiny_model
 
 HISTORIES = ["a b c d", "c b a", "b a"]
-TOKENIZER = vocabulary.items(HISTORIES, None)
+TOKENIZER = pieces.items(HISTORIES, None)
 ITEMS = ("a", "b", "c", "d")  # the commonest first
 
 

@@ -182,6 +182,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str, str]] = [
     ({"method": "adalora", "lora": LoraSpec(rank=40)}, SpecError, "rank 40", "train.lora.rank"),
     ({"method": "prefix", "virtual_tokens": 97}, SpecError, "more than the 128 tokens", "to 31 or less"),
     ({"method": "prompt", "virtual_tokens": 200}, SpecError, "200 virtual tokens", "virtual_tokens lower"),
+    (
+        {"method": "prefix", "activation_checkpointing": True},
+        SpecError,
+        "leaves out what comes before",
+        "prompt or lora",
+    ),
     ({"method": "ia3", "lora": LoraSpec(target_modules=["q"])}, SpecError, "no linear layer is called q", "query"),
     ({"method": "full", "base_weights": "int8"}, SpecError, "full does not train so", "lora, rslora"),
     ({"method": "dora", "base_weights": "int4"}, SpecError, "dora measures them", "rslora"),

@@ -21,7 +21,7 @@ from llmo.errors import DataError, ModelError, SpecError
 from llmo.files import sha256_file
 from llmo.specs import DataSpec, TaskSpec
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden
-from llmo.training import scratch, vocabulary
+from llmo.training import pieces, scratch
 from llmo.verify import operation as verify
 from support.tiny import history_rows, text_rows
 
@@ -72,7 +72,7 @@ def visits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_same_text_in_another_order_and_process_makes_the_same_tokeniser(tmp_path: Path) -> None:
     code = (
-        "import json, sys; from llmo.training import vocabulary as v; texts = json.load(sys.stdin); "
+        "import json, sys; from llmo.training import pieces as v; texts = json.load(sys.stdin); "
         "print(v.wordpiece(texts, None, cased=False).to_str() + v.byte_bpe(texts, 400).to_str())"
     )
     shuffled = random.Random(1).sample(TEXTS, len(TEXTS))
@@ -86,29 +86,29 @@ def test_the_same_text_in_another_order_and_process_makes_the_same_tokeniser(tmp
 
 
 def test_a_tokeniser_reads_what_it_was_made_of() -> None:
-    words = vocabulary.wordpiece([*TEXTS, "Café 北京 £5 naïve"] * 2, None, cased=False)
+    words = pieces.wordpiece([*TEXTS, "Café 北京 £5 naïve"] * 2, None, cased=False)
     assert words.encode("Café 北京 £5").tokens[0] == "[CLS]"
     assert "[UNK]" not in words.encode("café naïve 北京 £5 market").tokens
     assert "[UNK]" in words.encode("ж").tokens
-    bytes_ = vocabulary.byte_bpe(TEXTS, None)
+    bytes_ = pieces.byte_bpe(TEXTS, None)
     assert bytes_.decode(bytes_.encode("Ж market <|endoftext|>").ids, skip_special_tokens=False).startswith("Ж market")
 
 
 def test_more_text_has_a_larger_vocabulary_within_bounds() -> None:
-    sizes = [vocabulary.size_for(["one two three four"] * times) for times in (60, 10_000, 40_000, 700_000)]
-    assert sizes == [vocabulary.SMALLEST, 1984, 3968, vocabulary.LARGEST]
-    assert vocabulary.size_for(["我在北京" * 60]) == vocabulary.SMALLEST  # each character counts, as each word does
+    sizes = [pieces.size_for(["one two three four"] * times) for times in (60, 10_000, 40_000, 700_000)]
+    assert sizes == [pieces.SMALLEST, 1984, 3968, pieces.LARGEST]
+    assert pieces.size_for(["我在北京" * 60]) == pieces.SMALLEST  # each character counts, as each word does
 
 
 def test_too_little_text_and_too_large_a_vocabulary_are_said() -> None:
     with pytest.raises(DataError, match="hold 2 words, too few"):
-        vocabulary.wordpiece(["two words"], None, cased=False)
+        pieces.wordpiece(["two words"], None, cased=False)
     with pytest.raises(SpecError, match="a vocabulary of 5000 was asked for, and the training rows give no more than"):
-        vocabulary.wordpiece(TEXTS, 5000, cased=False)
+        pieces.wordpiece(TEXTS, 5000, cased=False)
     with pytest.raises(SpecError, match="a vocabulary of 5000 was asked for"):
-        vocabulary.byte_bpe(TEXTS, 5000)
+        pieces.byte_bpe(TEXTS, 5000)
     with pytest.raises(SpecError, match="there are 3 items"):
-        vocabulary.items(["a b", "b c"], 300)
+        pieces.items(["a b", "b c"], 300)
 
 
 @pytest.mark.parametrize("name", ["transformer-tiny", "lstm"])

@@ -85,14 +85,17 @@ def test_a_trial_without_memory_is_pruned_and_one_that_fails_is_shown() -> None:
     def outcome(trial: Trial, part: int) -> Result:
         if trial.settings["batch_size"] == 32:
             return failed("the job ran out of memory", Reason.OUT_OF_MEMORY)
+        if trial.settings["batch_size"] == 16:
+            return failed("needs 90 GiB of memory", code="needs")
         return failed("the loss became NaN") if trial.settings["learning_rate"] > 3e-3 else learnt(trial, part)
 
     search = drive(made(trials=20, sampler="random"), outcome)
     states = {trial.number: (trial.state, trial.reason) for trial in search.trials}
     assert ("pruned", "out of memory") in states.values()
+    assert ("pruned", "needs 90 GiB of memory") in states.values()
     assert ("failed", "the loss became NaN") in states.values()
     assert len(search.trials) == 20, "the search went on"
-    assert search.best().settings["batch_size"] < 32
+    assert search.best().settings["batch_size"] < 16
 
 
 def test_a_fold_that_goes_wrong_dooms_its_trial_whichever_comes_first() -> None:

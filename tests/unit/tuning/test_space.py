@@ -87,3 +87,13 @@ def test_a_grid_takes_the_ends_and_the_middle_of_a_range() -> None:
     assert Dimension.of("x", {"low": 1e-4, "high": 1e-2, "log": True}, "").grid() == (1e-4, 1e-3, 1e-2)
     assert Dimension.of("x", {"low": 1, "high": 4}, "").grid() == (1, 2, 4)
     assert Dimension.of("x", {"low": 0.0, "high": 1.0, "step": 0.25}, "").grid() == (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def test_the_learning_rate_goes_by_optimiser_and_by_what_the_rows_are() -> None:
+    assert default(optimizer="sgd")["learning_rate"] == "0.002 to 0.05, by logarithm"
+    task = TaskSpec(name="generation")
+    rates = {}
+    for shape in ("messages", "preference"):
+        known = space.facts(task, TrainSpec(method="lora"), 500, {}, 10**6, shape)
+        rates[shape] = next(one.text() for one in space.resolve(TuneSpec(), known) if one.key == "learning_rate")
+    assert rates == {"messages": "0.0001 to 0.0025, by logarithm", "preference": "1e-05 to 0.00025, by logarithm"}

@@ -18,7 +18,7 @@ from llmo.doors import flow
 from llmo.doors.cli import report, summary
 from llmo.doors.cli.given import Cores, Data, Fresh, Gpus, Memory, Set, assignments, needs_of
 from llmo.doors.cli.live import Live, follow
-from llmo.doors.cli.show import Json, console, emit, figure, shorten, table
+from llmo.doors.cli.show import Json, console, emit, figure, seconds, shorten, table
 from llmo.errors import InputError
 from llmo.types import Artifact, Asked, Kind
 
@@ -40,7 +40,9 @@ def register(app: typer.Typer) -> None:
 def train(
     data: Annotated[str, typer.Option(help="A stored data set: NAME or NAME@VERSION.")],
     model: Annotated[str, typer.Option(help="The base: package:NAME, a folder, hf:NAME, scratch:NAME, a stored one.")],
-    name: Annotated[str, typer.Option(help="What the trained model is called in the store.")],
+    name: Annotated[
+        str | None, typer.Option(help="What the model is called in the store; default: as the data.")
+    ] = None,
     method: Annotated[str, typer.Option(help="full, head, last-n, lora ... zero-shot: see docs/methods.md.")] = "full",
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a text is cut to.")] = None,
@@ -48,6 +50,9 @@ def train(
     cores: Cores = None,
     memory: Memory = None,
     gpus: Gpus = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say how it would be trained and why; train nothing.")
+    ] = False,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
@@ -67,12 +72,31 @@ def train(
         flow.check("train", spec)
         base = flow.ensure_model(api, model, live.hear, data=artifact, seed=spec.get("seed"))
         inputs = {"data": artifact.digest, "model": base}
-        job = api.submit("train", spec, inputs, name=name, needs=needs_of("train", cores, memory, gpus), fresh=fresh)
+        op = "explain" if explain else "train"
+        named = f"{artifact.name}-plan" if explain else name or artifact.name
+        job = api.submit(op, spec, inputs, name=named, needs=needs_of(op, cores, memory, gpus), fresh=fresh)
         job = flow.wait(api, job, live.hear)
+        if explain:
+            emit(flow.result(job), as_json, lambda: _explain(flow.result(job)))
+            return
         found = flow.output(api, job)
         told = flow.report(api, found)
     everything = {"ref": found.ref, "digest": found.digest, **flow.result(job), "report": told}
     emit(everything, as_json, lambda: _show_trained(found, told))
+
+
+def _explain(found: Mapping[str, Any]) -> None:
+    rows = [
+        (
+            one["what"],
+            one["choice"],
+            f"{one['gain']:.2f}x {one['against']}{'' if one['measured'] else ' (counted)'}" if one["gain"] else "",
+            one["why"],
+        )
+        for one in found["choices"]
+    ]
+    table("how it would be trained", ["", "choice", "speed, to", "why"], rows)
+    console.print(f"\n{found['steps']} steps, about {seconds(found['seconds'])}", soft_wrap=True)
 
 
 def _show_trained(model: Artifact, told: Mapping[str, Any] | None) -> None:
