@@ -20,7 +20,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput, TokenClassifierOutput
 
 
-class LstmConfig(PreTrainedConfig):  # type: ignore[misc]
+class LstmConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """`hidden_size` is that of both directions together, and of the embeddings."""
 
     model_type = "llmo-lstm"
@@ -51,21 +51,23 @@ class Bidirectional(nn.Module):
         return torch.cat([there, back.gather(1, mirror.expand(back.shape))], -1)
 
 
-class _Lstm(PreTrainedModel):  # type: ignore[misc]
+class _Lstm(PreTrainedModel):  # type: ignore[no-untyped-call]
     config_class = LstmConfig
     base_model_prefix = "lstm"
     _supports_sdpa = True  # there is no attention, so any will do
 
 
-class LstmModel(_Lstm):
+class LstmModel(_Lstm):  # type: ignore[no-untyped-call]
     """Embeddings and layers, with dropout before each layer and after the last."""
 
     def __init__(self, config: LstmConfig) -> None:
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.embeddings: nn.Module = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
         self.layers = nn.ModuleList(Bidirectional(config.hidden_size) for _ in range(config.num_hidden_layers))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
@@ -87,14 +89,14 @@ class LstmModel(_Lstm):
         return BaseModelOutput(last_hidden_state=self.dropout(hidden))
 
 
-class LstmForSequenceClassification(_Lstm):
+class LstmForSequenceClassification(_Lstm):  # type: ignore[no-untyped-call]
     """The largest value of each unit over the text's tokens (Conneau et al. 2017), and a linear layer on it."""
 
     def __init__(self, config: LstmConfig) -> None:
         super().__init__(config)
         self.lstm = LstmModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -110,14 +112,14 @@ class LstmForSequenceClassification(_Lstm):
         return SequenceClassifierOutput(logits=self.classifier(pooled))
 
 
-class LstmForTokenClassification(_Lstm):
+class LstmForTokenClassification(_Lstm):  # type: ignore[no-untyped-call]
     """A linear layer on each token."""
 
     def __init__(self, config: LstmConfig) -> None:
         super().__init__(config)
         self.lstm = LstmModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self,

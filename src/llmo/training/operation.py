@@ -206,7 +206,9 @@ def _task(request: TrainJobSpec, data: Dataset, base: Path) -> tuple[Task, Train
     cls: type[Task] = plugins.load("llmo.tasks", name)
     objective = resolve(request, cls, data.info.get("shape"))
     multi_label = request.task.multi_label
-    options = {"multi_label": bool(data.info.get("multi_label")) if multi_label is None else multi_label}
+    options: dict[str, Any] = {
+        "multi_label": bool(data.info.get("multi_label")) if multi_label is None else multi_label
+    }
     repeats = data.info.get("repeats") if request.task.repeats is None else request.task.repeats
     options |= {"repeats": repeats} | cls.of_base(base)
     options |= {"learns": objective} if objective in ("answers", "text") else {}
