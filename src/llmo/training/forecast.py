@@ -13,6 +13,7 @@ from typing import Any
 from llmo.methods import METHODS
 from llmo.specs import TaskSpec, TrainSpec
 from llmo.training import trained
+from llmo.training.trained import USED, leaves_unused_rows
 
 # Of `causal` and `scoring`, which bring torch.
 CHUNK_BYTES = 64 << 20  # of fp32 logits at once
@@ -30,6 +31,7 @@ TOKEN_BYTES = 12  # of a token in it: its id, and where every token has a target
 ENCODING_BYTES = 200  # of a token of a text whose answer is to be read off it
 LISTED_BYTES = 40  # of a token until all rows are encoded
 MULTIPLE = 8  # batches are padded to
+HEAPS = 16.0, 0.55  # different tokens of a text of n: 16 n^0.55 (Heaps' law; fitted to BBC news)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,12 @@ def forecast(
     """`model_config` is the base's config.json; `bf16` whether the training computes in it."""
     writes = task.name == "generation"
     shape = _Shape.of(model_config, writes)
-    run = _Run(train, shape, writes, bf16, _padded(rows.longest, task.max_length), rows.count)
-    phases = run.phases(rows, min(rows.mean, task.max_length))
+    mean = min(rows.mean, task.max_length)
+    # Rows that are told apart from each other are computed together.
+    whole = writes or task.name == "sentence-embedding" or train.method == "few-shot"
+    unused = 0 if writes else _unused(train, shape, rows.count * mean)
+    run = _Run(train, shape, writes, whole, bf16, _padded(rows.longest, task.max_length), rows.count, unused)
+    phases = run.phases(rows, mean)
     phase = max(phases, key=lambda name: phases[name])
     kept = run.state_bytes + 4 * run.learning
     adapter = 4 * run.learning if METHODS[train.method].trains in ("low-rank", "scales", "beside") else 0
@@ -71,6 +77,13 @@ def forecast(
         phase=phase,
         parameters=shape.parameters,
     )
+
+
+def _unused(train: TrainSpec, shape: _Shape, tokens: float) -> int:
+    """Numbers of the embedding that need no gradient, as no text uses them (see `vocabulary`)."""
+    used = round(HEAPS[0] * tokens ** HEAPS[1])
+    learns = train.method in ("full", "few-shot") and leaves_unused_rows(train)
+    return (shape.vocabulary - used) * shape.width if learns and used <= USED * shape.vocabulary else 0
 
 
 def micro_batch(train: TrainSpec) -> int:
@@ -88,14 +101,16 @@ class _Run:
     train: TrainSpec
     shape: _Shape
     writes: bool
+    whole: bool  # whether a micro-batch is computed in one
     bf16: bool
     length: int  # tokens of the widest batch's rows
     rows: int  # that there are
+    unused: int  # numbers of the embedding that do not learn
 
     @property
     def learning(self) -> int:
         """Numbers that change."""
-        return trained.numbers(self.train, self.shape, self.writes)
+        return trained.numbers(self.train, self.shape, self.writes) - self.unused
 
     @property
     def deep(self) -> int:
@@ -117,7 +132,8 @@ class _Run:
         encoded = round(min(rows.count, EVALUATED_ROWS) * mean) * ENCODING_BYTES
         gradients = 4 * self.learning
         # Those of the parts before, and one matrix's that is to be added.
-        summed = gradients + 4 * shape.width * shape.vocabulary if train.gradient_accumulation_steps > 1 else 0
+        several = self._tokens < min(train.batch_size, self.rows) * self.length
+        summed = gradients + 4 * shape.width * shape.vocabulary - 4 * self.unused if several else 0
         return {
             "loading": 8 * shape.parameters,
             "tokenising": weights + data + round(rows.count * mean) * LISTED_BYTES,
@@ -135,7 +151,12 @@ class _Run:
     def _tokens(self) -> int:
         parts = self.train.gradient_accumulation_steps
         rows = min(micro_batch(self.train), -(-self.rows // parts))
-        return rows * self.length * (2 if self.train.objective == "preference" else 1)
+        tokens = rows * self.length * (2 if self.train.objective == "preference" else 1)
+        return tokens if self.whole else min(tokens, max(self.length, self._most // self.length * self.length))
+
+    @property
+    def _most(self) -> int:
+        return self.train.part_tokens or trained.PART_TOKENS["cpu"]
 
     @property
     def _layer(self) -> int:

@@ -267,7 +267,7 @@ class Loop:
         for target in self.data.targets:
             rows.update(target.tobytes())
         spec = self.spec.plain()
-        for name in ("checkpoint_seconds", "gradient_accumulation_steps"):
+        for name in ("checkpoint_seconds", "gradient_accumulation_steps", "part_tokens"):
             spec.pop(name)
         weights = {name: list(p.shape) for name, p in self._named.items()}
         return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self.precision.name])

@@ -16,9 +16,9 @@ from llmo.tasks.base import Task
 from llmo.training import batches
 from llmo.training.batches import IGNORED, Encoded
 from llmo.training.causal import Speaker
+from llmo.training.trained import PART_TOKENS
 
 Inputs = dict[str, torch.Tensor]
-PART_TOKENS = {"cpu": 2048, "cuda": 16_384}  # measured: enough for products at full speed, little enough for the caches
 
 
 class Objective(Protocol):

@@ -43,11 +43,6 @@ def build(named: list[tuple[str, nn.Parameter]], spec: TrainSpec) -> torch.optim
     return torch.optim.AdamW(groups, lr=top, fused=True)
 
 
-def leaves_unused_rows(spec: TrainSpec) -> bool:
-    """Whether a weight whose gradient has always been zero does nothing but shrink by the decoupled decay."""
-    return spec.optimizer in ("adamw", "lion") and spec.ema is None
-
-
 def rate(spec: TrainSpec, step: int, total: int) -> float:
     """The learning rate of step `step` (from 0) of `total`: a linear warm-up, then the schedule down to 0."""
     warm = round(spec.warmup * total)

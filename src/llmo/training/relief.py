@@ -11,6 +11,7 @@ from llmo.context import Context
 from llmo.files import publish_json
 from llmo.specs import TrainSpec
 from llmo.training.forecast import micro_batch
+from llmo.training.trained import PART_TOKENS
 from llmo.types import Reason
 
 FILE = "relief.json"  # beside the checkpoints, so that later attempts go on with it
@@ -52,7 +53,8 @@ def shrink(train: Train, ctx: Context) -> Train:
         what = "in smaller parts too" if path.is_file() else "with one row at a time"
         raise MemoryError(f"it ran out {what}: lower task.max_length, or try {_last_resorts(train)}")
     parts = -(-train.batch_size // max(1, now // PART))
-    changes = {"gradient_accumulation_steps": parts}
+    tokens = train.part_tokens or PART_TOKENS[ctx.device.kind]
+    changes = {"gradient_accumulation_steps": parts, "part_tokens": max(1, tokens // PART)}
     publish_json(path, changes)
     ctx.note(
         f"ran out of memory with {now} rows at a time; trying once more in smaller parts of the same batch, as with "

@@ -14,10 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from llmo.specs import TrainSpec
-from llmo.training import optimiser
+from llmo.training import optimiser, trained
 from llmo.training.model import Built
-
-WORTH = 0.75  # of the vocabulary: when more of it is used there is little to gain
 
 
 class UsedEmbedding(nn.Module):
@@ -75,10 +73,10 @@ def narrow(built: Built, ids: NDArray[np.int32], spec: TrainSpec) -> UsedEmbeddi
     if type(whole) is not nn.Embedding or not whole.weight.requires_grad or whole.max_norm is not None or whole.sparse:
         return None
     tied = sum(p is whole.weight for _, p in network.named_parameters(remove_duplicate=False)) > 1
-    if tied or not optimiser.leaves_unused_rows(spec):
+    if tied or not trained.leaves_unused_rows(spec):
         return None
     used = np.union1d(ids, [built.pad_id]).astype(np.int64)
-    if len(used) > WORTH * whole.num_embeddings:
+    if len(used) > trained.USED * whole.num_embeddings:
         return None
     narrowed = UsedEmbedding(whole, used)
     narrowed.train(whole.training)

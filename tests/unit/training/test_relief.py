@@ -34,17 +34,18 @@ TASK = TaskSpec(name="text-classification", max_length=512)
 ROWS = Rows(1000, 300.0, 512)
 PARTS = {"gradient_accumulation_steps": 4}
 ONE: dict[str, Any] = {"batch_size": 1, "method": "lora"}
+WHOLE = 1 << 20  # tokens: batches are divided by steps alone
 PLAIN = correct([], "full", 0)
 
 
 def needs(**keys: Any) -> int:
-    plan = TrainSpec(**keys)
+    plan = TrainSpec(part_tokens=WHOLE, **keys)
     return forecast(plan, TASK, LARGE, ROWS, bf16=plan.precision != "fp32").memory_bytes
 
 
 def instead(memory: int, **keys: Any) -> dict[str, Any]:
     """What is told of a plan on a machine of so many bytes."""
-    return fit(TrainSpec(**keys), TASK, LARGE, ROWS, PLAIN, bf16=True, memory=memory)
+    return fit(TrainSpec(part_tokens=WHOLE, **keys), TASK, LARGE, ROWS, PLAIN, bf16=True, memory=memory)
 
 
 def test_a_plan_that_fits_is_left_alone() -> None:
@@ -127,7 +128,7 @@ def plan(**keys: Any) -> TrainJobSpec:
 def test_an_attempt_after_the_kernel_killed_one_for_memory_is_smaller(tmp_path: Path) -> None:
     first = Again(tmp_path, "out_of_memory")
     assert relief.resume(plan(), first).gradient_accumulation_steps == 4
-    assert "`train: {gradient_accumulation_steps: 4}`" in first.notes[0]
+    assert "`train: {gradient_accumulation_steps: 4, part_tokens: 512}`" in first.notes[0]
     # Killed by something else after that: it stays small, and says nothing.
     second = Again(tmp_path, "lost")
     assert relief.resume(plan(), second).gradient_accumulation_steps == 4
@@ -148,7 +149,14 @@ def test_one_row_at_a_time_cannot_be_smaller(tmp_path: Path) -> None:
         relief.shrink(plan(batch_size=4, gradient_accumulation_steps=4), Again(tmp_path, ""))
 
 
-WIDE = {"batch_size": 256, "epochs": 2.0, "dropout": 0.0, "precision": "fp32", "learning_rate": 1e-3}
+WIDE: dict[str, Any] = {
+    "batch_size": 256,
+    "part_tokens": WHOLE,
+    "epochs": 2.0,
+    "dropout": 0.0,
+    "precision": "fp32",
+    "learning_rate": 1e-3,
+}
 
 
 @pytest.fixture(scope="module")
