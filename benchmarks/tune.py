@@ -68,11 +68,12 @@ def train_grid(inputs: dict[str, Path], keep: Path | None) -> Grid:
     dimensions = space.resolve(asked, space.Facts(asked.task.name, asked.train, 0, 0))
     plain = {**asked.train.plain(), "task": asked.task.plain()}
     rungs = {"rungs": [RungSpec(share=share).plain() for share in pruner.SHARES]}
+    ctx = NullContext(1, inputs["data"].parent / "checkpoint")
     found: Grid = json.loads(keep.read_text()) if keep and keep.exists() else {}
     for settings in (point for point in space.grid(dimensions) if canonical(point) not in found):
         spec = TrialSpec(**merged(plain, nested(settings)) | rungs).plain()
-        with tempfile.TemporaryDirectory() as aside:
-            found[canonical(settings)] = trial.run(spec, inputs, Path(aside), NullContext(1))
+        # One context, so that what the frozen layers say of each text is computed once for all points.
+        found[canonical(settings)] = trial.run(spec, inputs, inputs["data"].parent, ctx)
         sys.stderr.write(f"{len(found)} {settings} {found[canonical(settings)]['value']:.4f}\n")
         if keep:
             keep.write_text(json.dumps(found))
