@@ -60,20 +60,23 @@ def request(seed: int, trials: int) -> TuneJobSpec:
     return TuneJobSpec(task=task, train=train, space=SPACE, trials=trials, seed=seed)
 
 
-def train_grid(inputs: dict[str, Path]) -> Grid:
-    """Every point, trained to its end."""
+def train_grid(inputs: dict[str, Path], keep: Path | None) -> Grid:
+    """Every point, trained to its end; those that are kept already are not trained again."""
     from llmo.training import trial
 
     asked = request(0, 1)
     dimensions = space.resolve(asked, space.Facts(asked.task.name, asked.train, 0, 0))
     plain = {**asked.train.plain(), "task": asked.task.plain()}
     rungs = {"rungs": [RungSpec(share=share).plain() for share in pruner.SHARES]}
-    found: Grid = {}
-    for settings in space.grid(dimensions):
+    ctx = NullContext(1, inputs["data"].parent / "checkpoint")
+    found: Grid = json.loads(keep.read_text()) if keep and keep.exists() else {}
+    for settings in (point for point in space.grid(dimensions) if canonical(point) not in found):
         spec = TrialSpec(**merged(plain, nested(settings)) | rungs).plain()
-        with tempfile.TemporaryDirectory() as aside:
-            found[canonical(settings)] = trial.run(spec, inputs, Path(aside), NullContext(1))
+        # One context, so that what the frozen layers say of each text is computed once for all points.
+        found[canonical(settings)] = trial.run(spec, inputs, inputs["data"].parent, ctx)
         sys.stderr.write(f"{len(found)} {settings} {found[canonical(settings)]['value']:.4f}\n")
+        if keep:
+            keep.write_text(json.dumps(found))
     return found
 
 
@@ -108,13 +111,8 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
-    if given.grid and given.grid.exists():
-        grid: Grid = json.loads(given.grid.read_text())
-    else:
-        with tempfile.TemporaryDirectory() as name:
-            grid = train_grid(prepare(Path(name), given.rows))
-        if given.grid:
-            given.grid.write_text(json.dumps(grid))
+    with tempfile.TemporaryDirectory() as name:
+        grid = train_grid(prepare(Path(name), given.rows), given.grid)
     best, steps = max(one["value"] for one in grid.values()), sum(one["steps"] for one in grid.values())
     print(f"grid: {len(grid)} trainings, {steps} steps, best dev accuracy {best:.4f}, {time.monotonic() - began:.0f} s")
     held = True
