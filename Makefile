@@ -31,7 +31,7 @@ types: $(READY) ## Static types, strict
 	$(BIN)/mypy
 
 unit: $(READY) ## The tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test: lint types unit ## Lint, types and all tests
 

@@ -22,7 +22,7 @@ def quoted(cells, sign):
 
 
 def test_every_format_has_a_reader():
-    known = ["chatterbot", "conll", "csv", "folders", "json", "jsonl", "parquet", "text", "tsv"]
+    known = ["chatterbot", "conll", "csv", "folders", "inter", "json", "jsonl", "parquet", "text", "tsv"]
     assert plugins.names("llmo.readers") == known
 
 
