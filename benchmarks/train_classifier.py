@@ -1,9 +1,9 @@
 """Fine-tuning a text classifier: LLMO against transformers' Trainer, with its defaults and tuned by hand.
 
 Three sets are made of the BBC news articles, five topics each: `sentences` (mean 28 tokens), `paragraphs`
-(long-tailed: median 68, longest 559 tokens) and whole `articles`, cut to 128 tokens. All sides train the same encoder on
-the same rows for one epoch at the same batch and learning rate, each in a fresh process, alternately; every round has a
-seed of its own. Printed: training samples a second, accuracy on 800 held-out rows with the 95% interval of the
+(long-tailed: median 68, longest 559 tokens) and whole `articles`, cut to 128 tokens. All sides train the same encoder
+on the same rows for one epoch at the same batch and learning rate, each in a fresh process, alternately; every round
+has a seed of its own. Printed: training samples a second, accuracy on 800 held-out rows with the 95% interval of the
 difference over rounds, and peak memory.
 Run: python benchmarks/train_classifier.py [--rounds 5] [--sets sentences paragraphs articles]
 """
