@@ -162,11 +162,24 @@ class _Run:
     def _layer(self) -> int:
         """What one layer keeps of all tokens for the backward pass."""
         shape = self.shape
-        if self.writes:
+        if self._joined:
+            wide, inner, square = 20, 7, 0
+        elif self.writes:
             wide, inner, square = (32, 8, 8) if self.bf16 else (40, 12, 4)
         else:
             wide, inner, square = (28, 4, 6) if self.bf16 else (40, 8, 12)
         return self._tokens * (wide * shape.width + inner * shape.inner + square * shape.heads * self.length)
+
+    @property
+    def _joined(self) -> bool:
+        """Whether rows are packed and adapters joined: attention goes by blocks, and nothing is padded."""
+        return (
+            self.writes
+            and self.bf16
+            and self.train.method in ("lora", "rslora")
+            and self.train.base_weights == "fp32"
+            and not self.train.activation_checkpointing
+        )
 
     @property
     def _activations(self) -> int:
@@ -184,7 +197,8 @@ class _Run:
         if not self.writes:
             return 0
         whole = 4 * self.shape.width * self.shape.vocabulary
-        return LOGITS * CHUNK_BYTES + (2 * whole if self.train.method == "full" else whole // 2 if self.bf16 else 0)
+        chunks = 1 if self._joined else LOGITS
+        return chunks * CHUNK_BYTES + (2 * whole if self.train.method == "full" else whole // 2 if self.bf16 else 0)
 
     @property
     def _measuring(self) -> int:
