@@ -59,7 +59,7 @@ class Joined:
 def join(built: Built, precision: Precision) -> Joined:
     """Where it was measured: on a CPU, the plain LoRA layers; others stay as they are."""
     # With activation checkpointing it was measured to keep more than is saved.
-    here = precision.device.type == "cpu" and not getattr(built.network, "is_gradient_checkpointing", False)
+    here = precision.device.type == "cpu" and not getattr(built.network, "is_activation_checkpointing", False)
     members = list(_members(built)) if built.adapted and here else []
     dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
     return Joined([_Group(group, dtype) for group in _siblings(built, members)] if members else [])
