@@ -177,6 +177,15 @@ def test_a_split_measured_in_parts_is_the_split_measured_whole(case: Case) -> No
     assert case.task.intervals(parts, seed=4) == case.task.intervals(whole, seed=4)
 
 
+def test_the_counts_of_single_rows_are_those_of_the_split(case: Case) -> None:
+    """Two models are compared by them."""
+    logits = [wrong(case.task, x) if i % 3 == 0 else x for i, x in enumerate(said(case))]
+    whole = case.task.tally(logits, case.rows, case.encodings)
+    alone = Tally.of_sums(np.stack(case.task.counted(logits, case.rows, case.encodings)))
+    assert (alone.counts == whole.counts).all()
+    assert (alone.times == whole.times).all()
+
+
 def test_agreement_is_reflexive_and_sees_a_change(case: Case) -> None:
     for logits, encoding in zip(said(case), case.encodings, strict=True):
         if not logits.any():

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from llmo.errors import InputError
-from llmo.tasks.metrics import Floats, Tally, Totals, with_intervals
+from llmo.tasks.metrics import Counts, Floats, Tally, Totals, with_intervals
 from llmo.tasks.verdict import Verdict
 from llmo.types import Asked
 
@@ -237,6 +237,11 @@ class Task(ABC):
     def tally(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> Tally:
         """Counts per row that add up. `logits[i]` is `[labels]`, or `[tokens, labels]` without padding, or of several
         sequences as `gathered` makes them; for a task that generates, what its docstring says."""
+
+    def counted(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> list[Counts]:
+        """What `tally` adds up, of each row in their order: two models are compared row by row."""
+        alone = zip(logits, rows, encodings, strict=True)
+        return [self.tally([one], [row], [encoding]).counts[0] for one, row, encoding in alone]
 
     @abstractmethod
     def scores(self, totals: Totals) -> dict[str, Floats]:

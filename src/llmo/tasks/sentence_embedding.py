@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from llmo.errors import DataError
 from llmo.tasks.base import Encoding, Logits, Row, Task, seen
-from llmo.tasks.metrics import MICRO, Floats, Tally, Totals, correlation, ratio, spearman
+from llmo.tasks.metrics import MICRO, Counts, Floats, Tally, Totals, correlation, ratio, spearman
 from llmo.types import Asked
 
 if TYPE_CHECKING:
@@ -138,12 +138,19 @@ class SentenceEmbedding(Task):
     def tally(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> Tally:
         """Of scored rows cosine and score; else whether the pair is the nearest, one of the ten nearest, and the
         reciprocal of its rank among the pairs of all rows (those of the same text, and equal ones, left out)."""
+        return Tally.of_sums(self._columns(logits, rows))
+
+    def counted(self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> list[Counts]:
+        """A row alone would always be the nearest, so all of them are ranked together."""
+        return list(self._columns(logits, rows))
+
+    def _columns(self, logits: Sequence[Logits], rows: Sequence[Row]) -> Counts:
         texts, pairs = np.stack(list(logits)).astype(np.float64).transpose(1, 0, 2)
         if self.scored:
             scores = [(row["score"] - self.low) / (self.high - self.low) for row in rows]
-            return Tally.of_sums(_parts([(texts * pairs).sum(1), np.array(scores)]))
+            return _parts([(texts * pairs).sum(1), np.array(scores)])
         rank = _ranks(texts, pairs, rows)
-        return Tally.of_sums(_parts([rank <= 1, rank <= 10, 1 / rank]))
+        return _parts([rank <= 1, rank <= 10, 1 / rank])
 
     def scores(self, totals: Totals) -> dict[str, Floats]:
         if self.scored:
@@ -198,7 +205,7 @@ def _ranks(texts: NDArray[np.float64], pairs: NDArray[np.float64], rows: Sequenc
     return np.concatenate(found)
 
 
-def _parts(columns: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+def _parts(columns: Sequence[NDArray[Any]]) -> Counts:
     return np.rint(np.stack(columns, axis=1).astype(np.float64) * MICRO).astype(np.int64)
 
 

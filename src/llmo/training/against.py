@@ -27,8 +27,8 @@ def differences(first: Side, second: Side, seed: int = 0) -> dict[str, dict[str,
     and Tibshirani 1993; both models see the same drawn rows): chance alone is unlikely where it leaves out 0."""
     width = len(first[1][0])
     pairs = Tally.of_sums(np.concatenate([np.stack(first[1]), np.stack(second[1])], axis=1))
-    values = _difference(pairs.totals(), first[0], second[0], width)
-    resampled = [_difference(pairs.summed(times), first[0], second[0], width) for times in pairs.draws(seed)]
+    values = _difference(pairs, pairs.times.astype(np.float64), first[0], second[0], width)
+    resampled = [_difference(pairs, times, first[0], second[0], width) for times in pairs.draws(seed)]
     found = {}
     for name, value in values.items():
         low, high = np.percentile(np.concatenate([part[name] for part in resampled]), [2.5, 97.5])
@@ -36,7 +36,12 @@ def differences(first: Side, second: Side, seed: int = 0) -> dict[str, dict[str,
     return found
 
 
-def _difference(totals: Totals, first: Task, second: Task, width: int) -> dict[str, Floats]:
-    ours = first.scores(Totals(totals.sums[..., :width], totals.rows))
-    theirs = second.scores(Totals(totals.sums[..., width:], totals.rows))
+def _difference(pairs: Tally, times: Floats, first: Task, second: Task, width: int) -> dict[str, Floats]:
+    """Of the distinct rows, each of them taken `times` `[..., distinct]`."""
+    totals = pairs.summed(times)
+    ours, theirs = (
+        task.scores(Totals(totals.sums[..., side], totals.rows))
+        | task.ranked(Tally(pairs.counts[:, side], pairs.times), times)
+        for task, side in ((first, slice(width)), (second, slice(width, None)))
+    )
     return {name: value - theirs[name] for name, value in ours.items() if name in theirs}

@@ -25,8 +25,7 @@ class Findings:
 
     def add(self, task: Task, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]) -> None:
         if self._each is not None:
-            alone = zip(logits, rows, encodings, strict=True)
-            self._each += [task.tally([one], [row], [encoding]).counts[0] for one, row, encoding in alone]
+            self._each += task.counted(logits, rows, encodings)
         for row, verdict in zip(rows, task.verdicts(logits, rows, encodings), strict=True):
             self._rows += 1
             if verdict is None:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from llmo.errors import DataError
 from llmo.tasks.sentence_embedding import SCALE, SentenceEmbedding
+from llmo.training.against import differences
 from support.tiny import pair_rows, tiny_tokenizer
 
 PAIRS = [("how are you", "fine"), ("what is this", "a lamp"), ("who are you", "fine"), ("how are you", "well")]
@@ -70,6 +71,20 @@ def test_ranks_leave_out_what_is_right_too() -> None:
     vectors += [np.stack([basis[2], basis[0]]), np.stack([basis[3], basis[0] * 0.9])]
     found = task.tally(vectors, rows(PAIRS), []).totals()
     assert found.sums[0] / 1e6 == 2  # rows 0 and 1; rows 2 and 3 have the others before them
+
+
+@pytest.mark.parametrize("kind", ["pairs", "scored"])
+def test_two_models_differ_by_what_each_is_measured_with(kind: str) -> None:
+    """By ranks among all rows and by rank correlation, neither of which a row has by itself."""
+    some = pair_rows(30, seed=2, kind=kind)
+    task = SentenceEmbedding.from_rows(some, max_length=16, options={})
+    said = [list(unit(60, seed).reshape(30, 2, 8)) for seed in (3, 4)]
+    found = differences(*((task, task.counted(one, some, [])) for one in said))
+    measured = [task.measure(one, some, []) for one in said]
+    assert {name: one["value"] for name, one in found.items()} == pytest.approx(
+        {name: measured[0][name] - measured[1][name] for name in measured[0]}
+    )
+    assert found[task.metric]["low"] < found[task.metric]["value"] < found[task.metric]["high"]
 
 
 def test_scores_of_any_scale_become_cosines() -> None:
