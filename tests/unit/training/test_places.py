@@ -51,6 +51,14 @@ def test_loss_and_gradients_are_those_of_all_logits(
         assert a is None or torch.allclose(a, b, atol=1e-4)
 
 
+def test_a_batch_in_which_nothing_is_to_be_found_changes_nothing(network: torch.nn.Module) -> None:
+    inputs, targets = some(network)
+    lost = Places(network).losses(inputs, torch.full_like(targets, IGNORED))
+    lost.backward()
+    assert lost.item() == 0.0
+    assert not any(p.grad.any() for p in network.parameters() if p.grad is not None)
+
+
 def test_what_is_judged_is_what_is_lost(network: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "CHUNK_BYTES", 1)
     inputs, targets = some(network)
