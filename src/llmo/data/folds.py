@@ -29,8 +29,9 @@ class Fold(Dataset):
 def held_out(rows: Sequence[Mapping[str, Any]], *, index: int, of: int, seed: int) -> list[int]:
     """The numbers of the rows of part `index` of `of`, a function of content and seed alone.
 
-    Rows of one text are in one part; of each label every part has its share, to one row. What holds a label that no
-    other part has is held out in none, so that whatever is asked for was learnt. Raises DataError for too few rows.
+    Rows of one text, and questions on one context, are in one part; of each label every part has its share, to one
+    row. What holds a label that no other part has is held out in none, so that whatever is asked for was learnt.
+    Raises DataError for too few rows.
     """
     units: dict[str, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
@@ -53,6 +54,8 @@ def held_out(rows: Sequence[Mapping[str, Any]], *, index: int, of: int, seed: in
 
 
 def _key(row: Mapping[str, Any]) -> str:
+    if "answers" in row:
+        return str(row["pair"])
     return str(row.get("text") or row.get("messages") or row.get("id"))
 
 

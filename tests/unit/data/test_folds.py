@@ -46,6 +46,12 @@ def test_equal_texts_stay_together() -> None:
         assert not {rows[n]["text"] for n in part} & {rows[n]["text"] for n in set(range(40)) - set(part)}
 
 
+def test_questions_on_one_context_stay_together() -> None:
+    rows = [{"text": f"question {n}", "pair": f"context {n % 8}", "answers": [], "id": str(n)} for n in range(40)]
+    for part in parts(rows, 3):
+        assert not {rows[n]["pair"] for n in part} & {rows[n]["pair"] for n in set(range(40)) - set(part)}
+
+
 def test_a_label_of_one_row_is_always_learnt_and_several_labels_too() -> None:
     rows: list[dict[str, Any]] = [{"text": f"t{n}", "labels": ["a"] if n % 2 else ["a", "b"]} for n in range(20)]
     rows += [{"text": "odd", "labels": ["b", "rare"]}]
