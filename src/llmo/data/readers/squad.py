@@ -7,11 +7,15 @@ from typing import Any
 
 from llmo.errors import DataError
 
+_ARTICLE = {"id", "title", "paragraphs"}
 _HINT = 'write {"paragraphs": [{"context": "...", "qas": [{"question": "...", "answers": [...]}]}]}'
 
 
-def is_article(row: Any) -> bool:
-    return isinstance(row, Mapping) and "paragraphs" in row
+def is_article(row: Mapping[str, Any]) -> bool:
+    """Rows of other kinds may have a column of this name: an article's hold `qas`, or there is little else in it."""
+    paragraphs = row.get("paragraphs")
+    asked = isinstance(paragraphs, list) and any(isinstance(one, Mapping) and "qas" in one for one in paragraphs)
+    return asked or ("paragraphs" in row and row.keys() <= _ARTICLE)
 
 
 def questions(article: Mapping[str, Any], place: str) -> Iterator[tuple[dict[str, Any], str]]:
