@@ -22,6 +22,7 @@ from llmo.errors import DataError, SpecError
 from llmo.specs import DataSpec, TaskSpec
 
 NEXT_ITEM = "next-item"  # learns of users' histories, and of no text
+TWO_TEXTS = ("extractive-qa", "sentence-embedding")
 _SAMPLE_CHARACTERS = 300
 
 
@@ -42,13 +43,13 @@ def build(source: Path, data: DataSpec, task: TaskSpec, ctx: Context) -> Built:
 
 def _check_columns(data: DataSpec, task: TaskSpec) -> None:
     """Raises SpecError for a column that is told and would not be looked at."""
-    roles = {True: ("user", "item", "time"), False: ("text", "pair", "label", "id", "split_column", "label_separator")}
-    acts = task.name == NEXT_ITEM
-    idle = next((role for role in roles[not acts] if getattr(data, role) is not None), None)
+    acts, texts = ("user", "item", "time"), ("text", "label", "id", "split_column", "label_separator")
+    known = acts if task.name == NEXT_ITEM else (*texts, "pair") if task.name in TWO_TEXTS else texts
+    idle = next((r for r in (*acts, *texts, "pair") if r not in known and getattr(data, r) is not None), None)
     if idle is not None:
         raise SpecError(
             f"data.{idle} says nothing to {task.name}",
-            hint=f"leave it out; {task.name} knows: {', '.join(f'data.{role}' for role in roles[acts])}",
+            hint=f"leave it out; {task.name} knows: {', '.join(f'data.{role}' for role in known)}",
         )
 
 

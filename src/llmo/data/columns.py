@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmo.data.named import Columns, listed, named, needed, row_columns, told, unless
+from llmo.data.named import Columns, listed, named, needed, once, row_columns, told, unless
 from llmo.errors import DataError
 from llmo.specs import DataSpec
 
@@ -38,12 +38,7 @@ def for_labels(names: Sequence[str], spec: DataSpec, where: str) -> Columns:
         )
     text = told(names, spec.text, "text", where) or _needed(names, "text", TEXT, where)
     label = told(names, spec.label, "label", where) or _needed(names, "label", LABEL, where, text)
-    if text == label:
-        raise DataError(
-            f"the column '{text}' cannot be both text and label",
-            where=where,
-            hint=f"the columns are: {listed(names)}; change data.text or data.label",
-        )
+    once(names, where, text=text, label=label)
     return Columns(text=text, label=label, **unless(rest, text, label))
 
 

@@ -80,6 +80,28 @@ def needed(names: Sequence[str], key: str, words: str, where: str, *taken: str) 
     )
 
 
+def two_texts(names: Sequence[str], spec: DataSpec, texts: str, pairs: str, where: str) -> tuple[str, str, str]:
+    """The columns of a text, of its pair, and of the label where one is told. Raises DataError as `needed`."""
+    label = told(names, spec.label, "label", where)
+    pair = told(names, spec.pair, "pair", where)
+    text = told(names, spec.text, "text", where) or needed(names, "text", texts, where, label, pair)
+    pair = pair or needed(names, "pair", pairs, where, text, label)
+    once(names, where, text=text, pair=pair, label=label)
+    return text, pair, label
+
+
+def once(names: Sequence[str], where: str, **roles: str) -> None:
+    """Raises DataError for a column in two roles."""
+    seen: dict[str, str] = {}
+    for role, name in roles.items():
+        if name and seen.setdefault(name, role) != role:
+            raise DataError(
+                f"the column '{name}' cannot be both {seen[name]} and {role}",
+                where=where,
+                hint=f"the columns are: {listed(names)}; change data.{seen[name]} or data.{role}",
+            )
+
+
 def row_columns(names: Sequence[str], spec: DataSpec, where: str) -> dict[str, str]:
     """The columns that identify a row and name its split, whatever the task."""
     return {

@@ -115,7 +115,9 @@ def test_what_nothing_can_be_learnt_from(tmp_path: Path, import_: Import, text: 
         import_(tmp_path / "x.csv", "next-item")
 
 
-@pytest.mark.parametrize(("task", "key"), [("next-item", "label"), ("text-classification", "user")])
+@pytest.mark.parametrize(
+    ("task", "key"), [("next-item", "label"), ("text-classification", "user"), ("regression", "pair")]
+)
 def test_a_column_that_would_not_be_looked_at_is_refused(tmp_path: Path, import_: Import, task: str, key: str) -> None:
     with pytest.raises(SpecError, match=f"data.{key} says nothing to {task}"):
         import_(csv(tmp_path / "x.csv", LINES), task, **{key: "item_id"})

@@ -53,6 +53,12 @@ def test_squad_is_read_and_answers_stay_where_they_are_when_the_context_is_clean
             assert row["pair"][row["answer_start"] :].startswith(answer)
 
 
+@pytest.mark.parametrize("value", [3, ["one", "two"], [], [{"context": "one"}]])
+def test_a_column_that_is_called_paragraphs_makes_no_article(tmp_path, import_, value):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2], "paragraphs": value} for i in range(20)]
+    assert import_(lines(tmp_path, rows)).info["rows"]["read"] == 20
+
+
 def test_questions_on_one_long_context_are_no_copies(tmp_path, import_):
     contexts = [" ".join(f"{side}{i}" for i in range(400)) for side in "abcdef"]
     rows = [
@@ -187,6 +193,19 @@ def test_columns_of_pairs_can_be_told(tmp_path, import_):
     assert found.info["columns"] == told
     with pytest.raises(DataError, match="no column 'rigth'; did you mean 'right'"):
         import_(lines(tmp_path, rows), task="sentence-embedding", **(told | {"pair": "rigth"}))
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "says"),
+    [
+        ("sentence-embedding", {"text": "a", "pair": "a"}, "both text and pair"),
+        ("extractive-qa", {"pair": "b", "label": "b"}, "both pair and label"),
+        ("regression", {"text": "b", "label": "b"}, "both text and label"),
+    ],
+)
+def test_a_column_in_two_roles_is_refused(tmp_path, import_, task, columns, says):
+    with pytest.raises(DataError, match=f"cannot be {says}"):
+        import_(csv(tmp_path, "a,b,text\nt,1,u\n"), task=task, **columns)
 
 
 def test_pairs_of_one_text_stay_on_one_side_and_empty_ones_go(tmp_path, import_):

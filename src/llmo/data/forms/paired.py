@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from llmo.data import checks, stored
 from llmo.data.clean import clean
 from llmo.data.forms.base import text_of
-from llmo.data.named import Columns, named, needed, row_columns, told, unless
+from llmo.data.named import Columns, named, row_columns, two_texts, unless
 from llmo.data.numbers import number
 from llmo.data.prepared import Prepared
 from llmo.data.readers.base import RawRow, ReadLog
@@ -38,11 +38,8 @@ class Paired:
         self.multi_label = False
 
     def choose(self, names: Sequence[str], head: Sequence[RawRow], where: str) -> Columns:
-        spec, rest = self._spec, row_columns(names, self._spec, where)
-        label = told(names, spec.label, "label", where)
-        pair = told(names, spec.pair, "pair", where)
-        text = told(names, spec.text, "text", where) or needed(names, "text", _TEXT, where, label, pair)
-        pair = pair or needed(names, "pair", _PAIR, where, text, label)
+        rest = row_columns(names, self._spec, where)
+        text, pair, label = two_texts(names, self._spec, _TEXT, _PAIR, where)
         negative = named(names, _NEGATIVE, text, pair)
         label = label or ("" if negative else named(names, _SCORE, text, pair))
         return Columns(

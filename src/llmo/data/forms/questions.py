@@ -11,7 +11,7 @@ from llmo.data.chat import groups
 from llmo.data.clean import clean, clean_spans
 from llmo.data.deduplicate import digest, text_key
 from llmo.data.forms.base import text_of
-from llmo.data.named import Columns, named, needed, row_columns, told, unless
+from llmo.data.named import Columns, named, needed, row_columns, two_texts, unless
 from llmo.data.prepared import Prepared
 from llmo.data.readers.base import RawRow, ReadLog
 from llmo.data.row import Drop, Dropped, Row, Span
@@ -38,11 +38,8 @@ class Questions:
         self.multi_label = False
 
     def choose(self, names: Sequence[str], head: Sequence[RawRow], where: str) -> Columns:
-        spec, rest = self._spec, row_columns(names, self._spec, where)
-        answer = told(names, spec.label, "label", where)
-        pair = told(names, spec.pair, "pair", where)
-        text = told(names, spec.text, "text", where) or needed(names, "text", _QUESTION, where, answer, pair)
-        pair = pair or needed(names, "pair", _CONTEXT, where, text, answer)
+        rest = row_columns(names, self._spec, where)
+        text, pair, answer = two_texts(names, self._spec, _QUESTION, _CONTEXT, where)
         answer = answer or needed(names, "label", _ANSWER, where, text, pair)
         start = named(names, _START, text, pair, answer)
         return Columns(text=text, pair=pair, answer=answer, start=start, **unless(rest, text, pair, answer, start))

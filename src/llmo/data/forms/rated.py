@@ -10,7 +10,7 @@ from llmo.data import checks, stored
 from llmo.data.clean import clean
 from llmo.data.columns import TEXT
 from llmo.data.forms.base import text_of
-from llmo.data.named import Columns, needed, row_columns, told, unless
+from llmo.data.named import Columns, needed, once, row_columns, told, unless
 from llmo.data.numbers import number
 from llmo.data.prepared import Prepared
 from llmo.data.readers.base import RawRow, ReadLog
@@ -37,6 +37,7 @@ class Rated:
         label = told(names, spec.label, "label", where)
         text = told(names, spec.text, "text", where) or needed(names, "text", TEXT, where, label)
         label = label or needed(names, "label", _VALUE, where, text)
+        once(names, where, text=text, label=label)
         return Columns(text=text, label=label, **unless(rest, text, label))
 
     def read(self, item: RawRow, columns: Columns, log: ReadLog) -> Row:
