@@ -73,7 +73,7 @@ def items(sequences: Iterable[str], size: int | None) -> Tokenizer:
     """One entry an item, the commonest first, of sequences with spaces between items. Raises SpecError for a size that
     leaves some of them out, or asks for more than there are."""
     counts = Counter(item for sequence in sequences for item in sequence.split())
-    entries = [PAD, UNKNOWN, *sorted(counts, key=lambda item: (-counts[item], item))]
+    entries = [PAD, UNKNOWN, *sorted(counts.keys() - {PAD, UNKNOWN}, key=lambda item: (-counts[item], item))]
     if size is not None and size != len(entries):
         raise SpecError(
             f"a vocabulary of {size} was asked for, and there are {len(counts)} items",
