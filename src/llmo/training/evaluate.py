@@ -52,6 +52,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         raise SpecError(f"a model for {subject.task.name} writes no answers", hint="leave `answers` out")
     ours: list[Counts] = []
     measured, written = subject.measured(rows, asked, ctx, None if other is None else ours)
+    memory = {"peak_bytes": peak.peak(torch_device(ctx.device))}  # before the other model adds its own
     compared: dict[str, Any] = {}
     if other is not None:
         theirs: list[Counts] = []
@@ -64,7 +65,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         asked.split,
         replace(measured, metrics=measured.metrics | written),
         speed={"samples_per_second": measured.rows / measured.seconds, "seconds": measured.seconds},
-        memory={"peak_bytes": peak.peak(torch_device(ctx.device))},
+        memory=memory,
         engine=subject.card["engine"],
         precision=subject.card.get("precision", "fp32"),
         **compared,
