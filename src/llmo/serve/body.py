@@ -14,6 +14,7 @@ MAX_TEXTS = 512
 DEEPEST = 100  # levels of a JSON value
 _KEYS = (*TEXT_NAMES, "texts", "history", "logits", "deadline_seconds")
 _LONGEST_DEADLINE = 3600.0
+_HISTORY = 'send {"history": ["50", "172"]}'
 _EXAMPLE = 'send {"text": "..."} or {"texts": ["...", "..."]}, or {"question": "...", "context": "..."}'
 
 
@@ -91,12 +92,10 @@ def _one(text: Any, where: str) -> str:
 def _history(value: Any) -> str:
     """A list of items as the text that means it: spaces between, and white space within one as `_`."""
     if not isinstance(value, list) or not value:
-        raise InputError(
-            "'history' is a list of at least one item", where="history", hint='send {"history": ["50", "172"]}'
-        )
+        raise InputError("'history' is a list of at least one item", where="history", hint=_HISTORY)
     for index, item in enumerate(value):
         if isinstance(item, bool) or not isinstance(item, str | int) or not str(item).strip():
-            raise InputError("an item is a string or a whole number", where=f"history[{index}]")
+            raise InputError("an item is a string or a whole number", where=f"history[{index}]", hint=_HISTORY)
     return " ".join("_".join(str(item).split()) for item in value)
 
 

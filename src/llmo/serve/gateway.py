@@ -54,6 +54,7 @@ class PredictRequest(BaseModel):
     texts: list[str | dict[str, str]] | None = Field(
         None, description=f"up to {MAX_TEXTS} texts, or objects of texts by these names; or use the names themselves"
     )
+    history: list[str | int] | None = Field(None, description="next-item: a user's items, oldest first")
     logits: bool = Field(False, description="also return each text's logits and token ids")
     deadline_seconds: float | None = Field(None, description="answer 504 after this time; default: the endpoint's")
 
