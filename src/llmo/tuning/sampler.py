@@ -33,7 +33,7 @@ class Sampler:
         objectives: int = 1,
         first: Sequence[tuple[Settings, str]] = (),
     ) -> None:
-        self._dimensions = list(dimensions)
+        self._dimensions = {one.key: one for one in dimensions}
         self._distributions = {one.key: distribution(one) for one in dimensions}
         self._several = objectives > 1
         self._study = optuna.create_study(
@@ -63,7 +63,7 @@ class Sampler:
                 found = self._draw(number)
                 if found is not None:
                     return found, "drawn"
-            self._rest = space.combinations(self._dimensions) or []
+            self._rest = space.combinations(list(self._dimensions.values())) or []
             self._shuffle.shuffle(self._rest)
         while self._rest:
             found = self._draw(number, self._rest.pop())
@@ -93,13 +93,16 @@ class Sampler:
         if fixed is not None:
             self._study.enqueue_trial(fixed)
         trial = self._study.ask(self._distributions)
-        settings = {key: _readable(value) for key, value in trial.params.items()}
+        settings = {key: self._readable(key, value) for key, value in trial.params.items()} | (fixed or {})
         if (name := canonical(settings)) in self._seen:
             self._study.tell(trial, state=TrialState.FAIL)
             return None
         self._seen.add(name)
         self._asked[number] = trial
         return settings
+
+    def _readable(self, key: str, value: Any) -> Any:
+        return self._dimensions[key].readable(value) if self._dimensions[key].values is None else value
 
 
 def distribution(one: Dimension) -> BaseDistribution:
@@ -117,7 +120,3 @@ def _sampler(kind: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:
         begin = min(10, max(3, trials // 4))
         return optuna.samplers.TPESampler(n_startup_trials=begin, multivariate=True, constant_liar=True, seed=seed)
     return optuna.samplers.RandomSampler(seed=seed)
-
-
-def _readable(value: Any) -> Any:
-    return space.tidy(value) if isinstance(value, float) else value

@@ -56,16 +56,24 @@ class Dimension:
         if step is None:
             return None
         count = int((self.high - self.low) / step + 1e-9)
-        found = [self.low + step * number for number in range(count + 1)]
-        return tuple(int(value) if self.whole else tidy(value) for value in found)
+        return tuple(self.readable(self.low + step * number) for number in range(count + 1))
 
     def grid(self) -> tuple[Any, ...]:
         """Its values in a grid: all that are listed or stepped, and of another range the ends and the middle."""
         if self.values is not None or self.step is not None:
             return self.every() or ()
         middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
-        found = (self.low, middle, self.high)
-        return tuple(dict.fromkeys(round(value) if self.whole else tidy(value) for value in found))
+        return tuple(dict.fromkeys(self.readable(value) for value in (self.low, middle, self.high)))
+
+    def readable(self, value: float) -> float:
+        """The same value in fewer digits, still one of the range: three, and no more than tell it from its neighbours
+        (0.9987 of 0.99 to 0.9999). A stepped one only loses what the addition of steps left behind."""
+        if self.whole:
+            return round(value)
+        if self.step is not None:
+            return float(f"{value:.10g}")
+        finest = min(abs(value) or 1.0, self.high - self.low)
+        return min(max(round(value, 2 - math.floor(math.log10(finest))), self.low), self.high)
 
     def text(self) -> str:
         if self.values is not None:
@@ -199,10 +207,6 @@ def combinations(dimensions: Sequence[Dimension]) -> list[Settings] | None:
 def grid(dimensions: Sequence[Dimension]) -> list[Settings]:
     """Every point of the grid."""
     return _products(dimensions, [one.grid() for one in dimensions])
-
-
-def grid_size(dimensions: Sequence[Dimension]) -> int:
-    return math.prod(len(one.grid()) for one in dimensions)
 
 
 def tidy(value: float) -> float:

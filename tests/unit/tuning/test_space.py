@@ -89,6 +89,27 @@ def test_a_grid_takes_the_ends_and_the_middle_of_a_range() -> None:
     assert Dimension.of("x", {"low": 0.0, "high": 1.0, "step": 0.25}, "").grid() == (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("choice", "value", "shown"),
+    [
+        ({"low": 1e-6, "high": 1e-2, "log": True}, 3.14159e-4, 3.14e-4),
+        ({"low": 0.0, "high": 0.2}, 0.123456, 0.123),
+        ({"low": 0.0, "high": 0.2}, 0.0, 0.0),
+        ({"low": 0.99, "high": 0.9999}, 0.99873456, 0.99873),
+        ({"low": 0.99, "high": 0.99994}, 0.99994, 0.99994),
+        ({"low": 1.2345e-5, "high": 1e-3, "log": True}, 1.2345e-5, 1.2345e-5),
+        ({"low": 0.0, "high": 0.5, "step": 0.0625}, 0.3125, 0.3125),
+        ({"low": 0.0, "high": 0.3, "step": 0.1}, 0.1 + 0.1 + 0.1, 0.3),
+        ({"low": 1, "high": 5000}, 4321, 4321),
+    ],
+)
+def test_fewer_digits_of_a_value_are_still_in_its_range(choice: dict[str, Any], value: float, shown: float) -> None:
+    dimension = Dimension.of("x", choice, "")
+    assert dimension.readable(value) == shown
+    assert dimension.holds(shown)
+    assert all(dimension.holds(one) for one in dimension.grid())
+
+
 def test_the_learning_rate_goes_by_optimiser_and_by_what_the_rows_are() -> None:
     assert default(optimizer="sgd")["learning_rate"] == "0.002 to 0.05, by logarithm"
     task = TaskSpec(name="generation")
