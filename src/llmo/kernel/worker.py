@@ -69,8 +69,7 @@ def _attempt(folder: Path, job: Mapping[str, Any], ctx: FileContext) -> int:
     except Exception as error:
         traceback.print_exc()
         if _out_of_memory(error):
-            hint = str(error) if isinstance(error, MemoryError) and str(error) else _LESS_MEMORY
-            return _fail(folder, JobFailed("the job ran out of memory", hint=hint), OUT_OF_MEMORY)
+            return _fail(folder, JobFailed("the job ran out of memory", hint=_less_memory(error)), OUT_OF_MEMORY)
         return _fail(folder, _explained(error, job), FAILED)
     return DONE
 
@@ -114,7 +113,14 @@ def _explained(error: Exception, job: Mapping[str, Any]) -> LLMOError:
     return JobFailed(f"the operation '{job['op']}' failed: {cause}", hint=_see(job))
 
 
+_ALLOCATORS = ("can't allocate memory", "std::bad_alloc", "Failed to allocate memory")
 _LESS_MEMORY = "use a smaller batch_size or max_length, or a smaller model; or free memory on the machine"
+
+
+def _less_memory(error: BaseException) -> str:
+    """What an operation of ours says in its MemoryError; what NumPy or an allocator says there helps nobody."""
+    said = str(error) if isinstance(error, MemoryError) else ""
+    return _LESS_MEMORY if not said or any(words in said for words in (*_ALLOCATORS, "Unable to allocate")) else said
 
 
 def _see(job: Mapping[str, Any]) -> str:
@@ -127,7 +133,7 @@ def _out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(words in text for words in ("can't allocate memory", "std::bad_alloc", "Failed to allocate memory"))
+        or any(words in text for words in _ALLOCATORS)
     )
 
 
