@@ -17,6 +17,7 @@ from llmo.errors import NotFoundError
 from llmo.settings import Settings
 from llmo.specs import ProjectSpec
 from llmo.system import System
+from llmo.types import Kind
 from support.project import llmo, project
 
 
@@ -53,6 +54,22 @@ def test_the_command_shows_it_and_writes_the_page(trained: tuple[Path, Path], tm
     assert llmo("report", "nothing", LLMO_HOME=home).code == 2
     said = llmo("report", "base", LLMO_HOME=home)
     assert (said.code, "llmo evaluate base@1" in said.err) == (2, True)
+
+
+def test_how_it_would_be_trained_is_said_and_nothing_is_trained(trained: tuple[Path, Path]) -> None:
+    home, base = str(trained[1]), str(trained[0].parent / "base")
+    asked = ("train", "--data", "tickets", "--model", base, "--epochs", "2", "--max-length", "32", "--explain")
+    with System(Settings(home=trained[1])) as system:
+        before = [artifact.ref for artifact in system.artifacts(Kind.MODEL)]
+    said = llmo(*asked, LLMO_HOME=home)
+    assert said.code == 0, said.err
+    for words in ("how it would be trained", "threads", "attention", "steps, about"):
+        assert words in said.out
+    with System(Settings(home=trained[1])) as system:
+        assert [artifact.ref for artifact in system.artifacts(Kind.MODEL)] == before
+        assert [job.op for job in system.jobs(all=True)].count("train") == 1
+    kept = llmo("report", "tickets-plan", LLMO_HOME=home)
+    assert (kept.code, "how it would be trained" in kept.out) == (0, True), kept.err
 
 
 def test_evaluating_against_itself(trained: tuple[Path, Path]) -> None:

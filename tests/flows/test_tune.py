@@ -65,6 +65,8 @@ def test_a_search_killed_in_the_middle_repeats_nothing_that_was_finished(tmp_pat
     check_outcome(store, found, after)
     store.close()
 
+    shown = llmo("report", "tickets-search", **env)
+    assert (shown.code, "the best trials" in shown.out) == (0, True), shown.err
     again = llmo("tune", file, "--json", **env)
     assert again.json == found
     with Store.open(home) as looked:

@@ -184,8 +184,8 @@ def _jobs(app: FastAPI, system: System) -> None:
 
     @app.post("/v1/jobs", dependencies=[Depends(require("jobs.submit"))], status_code=202)
     def submit(body: JobBody) -> Any:
-        """Submit one step: import, base-model, scratch-model, plain, adapter, train, evaluate, compress, verify or
-        serve."""
+        """Submit one step: import, base-model, scratch-model, plain, adapter, train, explain, tune, evaluate,
+        compress, verify or serve."""
         _refuse_path(body.spec.get("source"))
         needs = Needs(**body.needs.model_dump()) if body.needs else None
         job = system.submit(body.op, body.spec, body.inputs, name=body.name, needs=needs, fresh=body.fresh)

@@ -10,7 +10,9 @@ import typer
 
 from llmo.doors import flow
 from llmo.doors.cli.outfile import place
-from llmo.doors.cli.show import Json, console, emit, figure, shorten, size, table
+from llmo.doors.cli.show import Json, console, emit, figure, seconds, shorten, size, table
+from llmo.doors.cli.trials import show_search
+from llmo.errors import InputError
 from llmo.files import publish
 
 CLASSES, WORST = 20, 3  # shown at most; the page has all
@@ -21,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    ref: Annotated[str, typer.Argument(help="A trained model, or a report of `llmo evaluate`: NAME or NAME@VERSION.")],
+    ref: Annotated[str, typer.Argument(help="A trained model, or a stored report of `llmo evaluate` or `tune`.")],
     html: Annotated[str | None, typer.Option("--html", metavar="FILE", help="Write it as one page here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -34,7 +36,19 @@ def report(
         found = api.report(ref)
         if file is not None:
             publish(file, api.report_page(ref))
-    emit(found, as_json, lambda: show(found, ref, "" if file is not None else ref))
+    emit(found, as_json, lambda: _show_any(found, ref, "" if file is not None else ref))
+
+
+def _show_any(found: Mapping[str, Any], ref: str, kept: str) -> None:
+    """Searches, plans of `train --explain` and verifications are reports in the store too."""
+    if found.get("kind") == "search":
+        show_search(found)
+    elif "choices" in found:
+        show_choices(found)
+    elif "per_class" in found:
+        show(found, ref, kept)
+    else:
+        raise InputError(f"{ref} is no report of a model or a search", hint=f"read it with: llmo report {ref} --json")
 
 
 def show(found: Mapping[str, Any], ref: str, kept: str) -> None:
@@ -54,6 +68,21 @@ def show(found: Mapping[str, Any], ref: str, kept: str) -> None:
             console.print(line, markup=False, soft_wrap=True)
     if kept:
         console.print(f"[dim]all of it: llmo report {kept} --html report.html[/]", soft_wrap=True)
+
+
+def show_choices(found: Mapping[str, Any]) -> None:
+    """What the operation `explain` found."""
+    rows = [
+        (
+            one["what"],
+            one["choice"],
+            f"{one['gain']:.2f}x {one['against']}{'' if one['measured'] else ' (counted)'}" if one["gain"] else "",
+            one["why"],
+        )
+        for one in found["choices"]
+    ]
+    table("how it would be trained", ["", "choice", "speed, to", "why"], rows)
+    console.print(f"\n{found['steps']} steps, about {seconds(found['seconds'])}", soft_wrap=True)
 
 
 def calibrated(calibration: Mapping[str, Any] | None) -> str:

@@ -18,7 +18,7 @@ from llmo.doors import flow
 from llmo.doors.cli import report, summary
 from llmo.doors.cli.given import Cores, Data, Fresh, Gpus, Memory, Set, assignments, needs_of
 from llmo.doors.cli.live import Live, follow
-from llmo.doors.cli.show import Json, console, emit, figure, seconds, shorten, table
+from llmo.doors.cli.show import Json, console, emit, figure, shorten, table
 from llmo.errors import InputError
 from llmo.types import Artifact, Asked, Kind
 
@@ -77,26 +77,12 @@ def train(
         job = api.submit(op, spec, inputs, name=named, needs=needs_of(op, cores, memory, gpus), fresh=fresh)
         job = flow.wait(api, job, live.hear)
         if explain:
-            emit(flow.result(job), as_json, lambda: _explain(flow.result(job)))
+            emit(flow.result(job), as_json, lambda: report.show_choices(flow.result(job)))
             return
         found = flow.output(api, job)
         told = flow.report(api, found)
     everything = {"ref": found.ref, "digest": found.digest, **flow.result(job), "report": told}
     emit(everything, as_json, lambda: _show_trained(found, told))
-
-
-def _explain(found: Mapping[str, Any]) -> None:
-    rows = [
-        (
-            one["what"],
-            one["choice"],
-            f"{one['gain']:.2f}x {one['against']}{'' if one['measured'] else ' (counted)'}" if one["gain"] else "",
-            one["why"],
-        )
-        for one in found["choices"]
-    ]
-    table("how it would be trained", ["", "choice", "speed, to", "why"], rows)
-    console.print(f"\n{found['steps']} steps, about {seconds(found['seconds'])}", soft_wrap=True)
 
 
 def _show_trained(model: Artifact, told: Mapping[str, Any] | None) -> None:
