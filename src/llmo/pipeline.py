@@ -16,7 +16,7 @@ from llmo import scratch
 from llmo.context import Context, Stopped
 from llmo.errors import JobFailed
 from llmo.errors import from_json as error_from_json
-from llmo.searchspec import merged
+from llmo.searchspec import TRIALS, merged
 from llmo.types import JobState, Result, from_json
 
 POLL_SECONDS = 0.02
@@ -111,7 +111,7 @@ def deployment(model: str, reference: str | None, deploy: Mapping[str, Any]) -> 
 
 def _searching(tune: Mapping[str, Any]) -> str:
     """What a search is called in a plan."""
-    most = f"{tune['trials'] or 20} trials" if tune["trials"] or not tune["budget"] else "trials"
+    most = f"{tune['trials'] or TRIALS} trials" if tune["trials"] or not tune["budget"] else "trials"
     within = f" within {tune['budget']:g} s" if tune["budget"] else ""
     return f"search for settings ({tune['sampler']}, {most}{within})"
 

@@ -9,10 +9,10 @@ from typing import Any
 from llmo.kernel.submit import cache_key
 from llmo.pipeline import Step
 from llmo.plugins import operation
+from llmo.searchspec import EARLIER, TRIALS
 from llmo.store import Store
 from llmo.types import Device, Job, Kind
 
-EARLIER = "earlier-"  # inputs of that name, as the operation `tune` reads them
 LEARNT_FROM = 3
 TIMED = {"seconds", "latency"}  # figures that a neighbour on the same machine changes
 
@@ -67,7 +67,7 @@ def _wide(devices: Sequence[Device], spec: Mapping[str, Any]) -> dict[str, int]:
     """
     cpu = next(device for device in devices if device.kind == "cpu")
     fitting = max(1, min(cpu.cores, cpu.memory // operation("trial").needs.memory))
-    rounds = max(1, (spec["trials"] or 20) // 4)
+    rounds = max(1, (spec["trials"] or TRIALS) // 4)
     usual = 1 if TIMED & set(spec["objectives"]) else min(fitting, rounds)
     width = min(spec["parallel"] or usual, cpu.cores)
     return {"width": width, "cores": max(1, cpu.cores // width)}

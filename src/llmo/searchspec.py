@@ -14,6 +14,9 @@ from llmo.specbase import Spec
 
 T = TypeVar("T")
 MOST_VALUES = 100
+TRIALS = 20  # where neither their number nor a time is given
+EARLIER = "earlier-"  # a search's inputs of that name are reports of earlier ones
+COSTS = {"seconds": "seconds", "memory": "memory_bytes", "latency": "latency_ms"}  # objective -> figure of a trial
 
 
 class Choice(Spec, Generic[T]):

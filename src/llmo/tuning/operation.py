@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from llmo.data.dataset import Dataset, Rows
 from llmo.data.folds import held_out
 from llmo.errors import DataError, SpecError
 from llmo.methods import METHODS
-from llmo.searchspec import merged, nested
+from llmo.plugins import operation
+from llmo.searchspec import EARLIER, merged, nested
 from llmo.specfile import validate
 from llmo.specs import FoldSpec, TrialSpec, TuneJobSpec
 from llmo.training.base import config_of, inspect
@@ -21,12 +23,9 @@ from llmo.tuning import report, space
 from llmo.tuning.clock import Clock
 from llmo.tuning.search import Search, Trial, line
 from llmo.tuning.space import Dimension, Facts, Settings
-from llmo.types import Needs
 
 POLL_SECONDS = 0.05
-EARLIER = "earlier-"  # inputs of that name are reports of earlier searches
 BEST_OF_EARLIER = 3
-TRIAL_MEMORY = 3 << 30
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
@@ -118,7 +117,7 @@ class _Runner:
         for part in trial.parts:
             key = trial.key(part)
             if key not in self._begun:
-                needs = Needs(cores=1, cores_max=self._request.cores, memory=TRIAL_MEMORY)
+                needs = replace(operation("trial").needs, cores_max=self._request.cores)
                 inputs = {name: f"input:{name}" for name in ("data", "model")}
                 self._ctx.spawn(key, "trial", self._spec(trial, part), inputs, needs=needs)
                 self._begun.add(key)
@@ -139,7 +138,7 @@ class _Runner:
 
     def _end(self) -> None:
         """The time is over: nothing begins any more, and what runs is stopped, but for one where nothing is done."""
-        self._search.most = max(self._clock.begun, len(self._search.trials))  # begun by an earlier attempt, perhaps
+        self._search.most = max(1, self._clock.begun, len(self._search.trials))  # by an earlier attempt, perhaps
         running = self._search.running
         for trial in running if self._search.done else running[1:]:
             self._stop(trial)

@@ -9,6 +9,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from llmo.searchspec import COSTS
+
 WIDTH, HEIGHT, DPI = 7.0, 3.6, 110
 BLUE, GREY, RED = "#2563eb", "#9ca3af", "#dc2626"
 COST_LABELS = {"seconds": "seconds of training", "memory": "peak memory, MiB", "latency": "milliseconds a text"}
@@ -71,7 +73,7 @@ def _front(found: Mapping[str, Any]) -> bytes:
 
 
 def _cost(trial: Mapping[str, Any], name: str) -> float:
-    value = {"seconds": trial["seconds"], "latency": trial["latency_ms"], "memory": trial["memory_bytes"]}[name] or 0.0
+    value = trial[COSTS[name]] or 0.0
     return float(value) / (1 << 20) if name == "memory" else float(value)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from llmo.errors import JobFailed, LLMOError, NeedsError
 from llmo.errors import from_json as error_from_json
+from llmo.searchspec import COSTS
 from llmo.specs import RungSpec, TuneJobSpec
 from llmo.tuning import pruner, space
 from llmo.tuning.sampler import Sampler
@@ -23,7 +24,6 @@ from llmo.tuning.space import Dimension, Settings
 from llmo.types import JobState, Reason, Result
 
 ALIKE = 3  # trials that fail for the same reason before any other ends: no settings will help
-COSTS = {"seconds": "seconds", "memory": "memory_bytes", "latency": "latency_ms"}  # objective -> figure of a trial
 
 
 @dataclass(slots=True)
@@ -103,7 +103,8 @@ def _broken(result: Result) -> bool:
 
 
 class Search:
-    """`first` are settings to begin with. The caller runs what `wanted` names, and lets it `hear` the results."""
+    """`first` are settings to begin with. The caller trains the `parts` of what is `running`, and lets each trial
+    `hear` the results."""
 
     def __init__(
         self, spec: TuneJobSpec, dimensions: Sequence[Dimension], first: Sequence[tuple[Settings, str]]

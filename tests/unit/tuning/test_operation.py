@@ -111,6 +111,11 @@ def test_when_the_time_is_over_only_what_was_begun_is_heard(inputs: dict[str, Pa
     assert json.loads(clock.read_text())["told"] == 2
 
 
+def test_the_shortest_time_still_tries_something(inputs: dict[str, Path], tmp_path: Path) -> None:
+    found = run(Machine(tmp_path / "checkpoint", inputs), spec(budget=1e-9, trials=None), tmp_path / "out")
+    assert [trial["state"] for trial in found["trials"]] == ["done"]
+
+
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"seconds": "soon"}', '{"seconds": 1}'])
 def test_a_damaged_clock_costs_its_time_only(inputs: dict[str, Path], tmp_path: Path, damage: str) -> None:
     machine = Machine(tmp_path / "checkpoint", inputs)

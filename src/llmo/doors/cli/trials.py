@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import RenderableType
+from rich.markup import escape
 
 from llmo.doors.cli.show import console, grid_of, seconds, size, table
+from llmo.searchspec import COSTS
 from llmo.types import Event, Job, JobState
 
 SHOWN = 12  # rows of a moving table
-COSTS = {"seconds": "seconds", "memory": "memory_bytes", "latency": "latency_ms"}
 
 
 class Trials:
@@ -83,7 +84,7 @@ def show_search(found: Mapping[str, Any]) -> None:
             console.print(f"trial {trial['number']} failed: {trial['reason']}", markup=False, soft_wrap=True)
     console.print(f"{counts}; {found['steps']} steps in {seconds(found['seconds'])}", soft_wrap=True)
     settings = ", ".join(f"{key}: {_short(value)}" for key, value in best["settings"].items())
-    console.print(f"[bold]best[/] trial {best['number']}: {settings}\n", soft_wrap=True)
+    console.print(f"[bold]best[/] trial {best['number']}: {escape(settings)}\n", soft_wrap=True)
 
 
 def _ranked(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
