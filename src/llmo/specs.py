@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from llmo import plugins
 from llmo.errors import nearest
 from llmo.methods import MethodName, OptimiserName
-from llmo.searchspec import parsed, space_of
+from llmo.searchspec import TRIALS, parsed, space_of
 from llmo.specbase import Fraction, Name, Number, Positive, Seconds, Spec
 from llmo.types import ENCODER_ADAPTER_BYTES, GENERATOR_ADAPTER_BYTES
 
@@ -197,6 +197,7 @@ class TrainSpec(Spec):
     seed: int = Field(13, description="of initialisation, order and dropout")
 
 
+MOST_TRIALS = 1000
 # What no search varies: the run's own bookkeeping, and what would change what the metric means.
 FIXED = ("seed", "checkpoint_seconds", "evaluate_every", "objective", "beta")
 
@@ -214,8 +215,8 @@ def _space(value: Any) -> Any:
 class TuneSpec(Spec):
     """A search for the settings of `train`, before the training itself. See docs/tune.md."""
 
-    trials: Annotated[int, Field(ge=1, le=1000)] | None = Field(
-        None, description="settings tried at most; default: 20, with a budget as many as it allows"
+    trials: Annotated[int, Field(ge=1, le=MOST_TRIALS)] | None = Field(
+        None, description=f"settings tried at most; default: {TRIALS}, with a budget as many as it allows"
     )
     budget: Seconds | None = Field(
         None, description="time for all trials together (90s, 10m, 2h); those that still run then are stopped"
@@ -253,12 +254,22 @@ class TuneSpec(Spec):
     @property
     def most(self) -> int:
         """Trials at most."""
-        return self.trials or (20 if self.budget is None else 1000)
+        return self.trials or (TRIALS if self.budget is None else MOST_TRIALS)
 
     @property
     def prunes(self) -> str:
         """The pruner that is meant."""
         return self.pruner or ("asha" if len(self.objectives) == 1 else "none")
+
+
+def _measurable(task: TaskSpec, tune: TuneSpec) -> None:
+    """Raises ValueError for a search whose trials could not be measured."""
+    if tune.folds is not None and task.name == "next-item":
+        raise ValueError(
+            "what a user did last is held out already, and parts of it would be learnt by others: leave out `folds`"
+        )
+    if "latency" in tune.objectives and task.name == "generation":
+        raise ValueError("latency is measured of tasks that answer at once: leave it out of `objectives`")
 
 
 Variant = Literal[
@@ -344,6 +355,14 @@ class ProjectSpec(Spec):
             raise ValueError(f"a model of {task.name} answers nothing, it is a base for other tasks: leave this out")
         return value
 
+    @field_validator("tune")
+    @classmethod
+    def _searches(cls, value: TuneSpec | None, info: ValidationInfo) -> TuneSpec | None:
+        task = info.data.get("task")
+        if value is not None and task is not None:
+            _measurable(task, value)
+        return value
+
 
 class ImportSpec(DataSpec):
     """The operation `import`: a data section, the task it is for, and the content it had when it was asked for."""
@@ -415,13 +434,18 @@ class TrialSpec(TrainJobSpec):
 
 
 class TuneJobSpec(TuneSpec):
-    """The operation `tune`. `width` trials run at once, each on at most `cores` cores; whoever submits it knows the
-    machine, and says so when nobody else did."""
+    """The operation `tune`. `width` trials run at once, each on at most `cores` cores: set for the machine when it is
+    submitted (`llmo.searches`)."""
 
     task: Annotated[TaskSpec, BeforeValidator(_task)] = Field(description="what is learnt")
     train: TrainSpec = Field(default_factory=TrainSpec, description="what the search does not vary")
     width: Positive = 1
     cores: Positive = 1
+
+    @model_validator(mode="after")
+    def _searches(self) -> TuneJobSpec:
+        _measurable(self.task, self)
+        return self
 
 
 class EvaluateSpec(Spec):

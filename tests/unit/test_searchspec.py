@@ -8,8 +8,9 @@ import pytest
 
 from llmo.errors import SpecError
 from llmo.searchspec import keys_of
+from llmo.specbase import Spec
 from llmo.specfile import parse, validate
-from llmo.specs import ProjectSpec, TuneSpec, space
+from llmo.specs import ProjectSpec, TuneJobSpec, TuneSpec, space
 
 PROJECT = "name: x\ntask: text-classification\ndata: {source: a}\nmodel: b\ntune:\n"
 
@@ -83,6 +84,23 @@ def test_what_is_wrong_is_said_with_its_line(lines: list[str], line: int, words:
         read(*lines)
     assert raised.value.where == f"llmo.yaml:{line}"
     assert words in raised.value.what
+
+
+@pytest.mark.parametrize(
+    ("task", "tune", "words"),
+    [
+        ("next-item", {"folds": 3}, "leave out `folds`"),
+        ("generation", {"objectives": ["quality", "latency"]}, "at once"),
+    ],
+)
+def test_what_cannot_be_measured_of_a_task_is_refused(task: str, tune: dict[str, Any], words: str) -> None:
+    project = {"name": "x", "task": task, "data": {"source": "x.csv"}, "model": "base", "tune": tune}
+    job = {"task": {"name": task}, **tune}
+    kinds: list[tuple[dict[str, Any], type[Spec]]] = [(project, ProjectSpec), (job, TuneJobSpec)]
+    for spec, kind in kinds:
+        with pytest.raises(SpecError, match=words):
+            validate(spec, kind)
+        validate({**spec, "task": {"name": "text-classification"}}, kind)
 
 
 def test_every_plain_key_of_train_can_be_varied_but_what_decides_nothing() -> None:
