@@ -54,9 +54,17 @@ def _parse(line: bytes) -> Line:
     shape = _SHAPES.get(kind)
     if shape is None or not isinstance(at, int | float) or isinstance(at, bool):
         return _bad(line, "an event of no known kind")
-    if not all(isinstance(data.get(key), wanted) for key, wanted in shape.items()):
+    whole = all(isinstance(data.get(key), wanted) for key, wanted in shape.items())
+    if not whole or (kind == "spawn" and not _counts(data.get("needs", {}))):
         return _bad(line, f"a '{kind}' event that lacks something")
     return float(at), kind, data
+
+
+def _counts(needs: Any) -> bool:
+    """Whether a child's needs, where they are said, are whole numbers, of which `cores_max` may be none."""
+    return isinstance(needs, dict) and all(
+        type(count) is int or (count is None and name == "cores_max") for name, count in needs.items()
+    )
 
 
 def _bad(line: bytes, why: str) -> Line:

@@ -57,6 +57,11 @@ def test_any_way_of_cutting_gives_the_same_lines(texts: list[str], cuts: list[in
         b'{"at": 1, "kind": "state", "data": {}}',
         b'{"at": 1, "kind": ["note"], "data": {}}',
         b'{"at": 1, "kind": "spawn", "data": {"key": "a", "op": "b", "spec": [], "inputs": {}, "name": ""}}',
+        *(
+            b'{"at": 1, "kind": "spawn", "data": {"key": "a", "op": "b", "spec": {}, "inputs": {}, "name": "", "needs": %b}}'
+            % needs
+            for needs in (b'"cores"', b"[]", b'{"cores": "2"}', b'{"memory": null}')
+        ),
         b'{"at": 1, "kind": "note", "data": {"text": "\\ud800"}}',
         b"[" * 100_000,
         b"1" * 10_000,
