@@ -20,7 +20,6 @@ from llmo.kernel.driver import Driver
 from llmo.kernel.paging import Usage
 from llmo.kernel.scheduler import Holder, SchedulerLock
 from llmo.kernel.submit import submit
-from llmo.searches import known
 from llmo.serve.adapters import AdapterTable, Ready, bases, check_base, folder_of, missing, trained
 from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
@@ -84,7 +83,7 @@ class System:
     def plan(self, project: Mapping[str, Any]) -> list[dict[str, Any]]:
         shown = []
         steps = self._steps(validate(dict(project), ProjectSpec))
-        found = known(self.store, steps)
+        found = searches.known(self.store, steps)
         for step in steps:
             done = found.get(step.key)
             ref = self._ref(done.output) if done else None
