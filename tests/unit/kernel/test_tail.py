@@ -58,8 +58,8 @@ def test_any_way_of_cutting_gives_the_same_lines(texts: list[str], cuts: list[in
         b'{"at": 1, "kind": ["note"], "data": {}}',
         b'{"at": 1, "kind": "spawn", "data": {"key": "a", "op": "b", "spec": [], "inputs": {}, "name": ""}}',
         *(
-            b'{"at": 1, "kind": "spawn", "data": {"key": "a", "op": "b", "spec": {}, "inputs": {}, "name": "", "needs": %b}}'
-            % needs
+            b'{"at": 1, "kind": "spawn", "data": {"key": "a", "op": "b", "spec": {}, "inputs": {}, "name": "", '
+            b'"needs": %b}}' % needs
             for needs in (b'"cores"', b"[]", b'{"cores": "2"}', b'{"memory": null}')
         ),
         b'{"at": 1, "kind": "note", "data": {"text": "\\ud800"}}',
