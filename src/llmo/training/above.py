@@ -41,7 +41,9 @@ class Above:
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         inputs, targets = self._inner.batch(rows, epoch)
         texts = [self._data.sequence(i) for i in self._data.sequences(rows)]
-        return {"states": self._states.batch(texts), "attention_mask": inputs["attention_mask"]}, targets
+        mask = inputs["attention_mask"]
+        # As wide as the mask, and so as the targets where every token has one.
+        return {"states": self._states.batch(texts, mask.shape[1]), "attention_mask": mask}, targets
 
     def mass(self, targets: torch.Tensor) -> float:
         return self._inner.mass(targets)

@@ -50,11 +50,13 @@ class States:
     def has(self, ids: Ids) -> bool:
         return ids.tobytes() in self._places
 
-    def batch(self, texts: Sequence[Ids]) -> torch.Tensor:
-        """`[texts, tokens, width]`, padded with zeros to the longest. Raises KeyError for a text that is not here."""
+    def batch(self, texts: Sequence[Ids], columns: int = 0) -> torch.Tensor:
+        """`[texts, tokens, width]`, padded with zeros to the longest, or to `columns` where all tokens are kept. Raises
+        KeyError for a text that is not here."""
         places = [self._places[ids.tobytes()] for ids in texts]
         sizes = self._starts[[p + 1 for p in places]] - self._starts[places]
-        found = np.zeros((len(texts), int(sizes.max()), self._data.shape[1]), self._data.dtype)
+        longest = 1 if self.trunk.first_only else max(columns, int(sizes.max()))
+        found = np.zeros((len(texts), longest, self._data.shape[1]), self._data.dtype)
         for row, (place, size) in enumerate(zip(places, sizes, strict=True)):
             found[row, :size] = self._data[self._starts[place] : self._starts[place] + size]
         return torch.from_numpy(found).view(self._kind)

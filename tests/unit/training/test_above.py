@@ -33,11 +33,13 @@ class Sharing(NullContext):
         self.notes.append(message)
 
 
-def trained(base: Path, texts: Path, place: Path, shared: Path, **keys: Any) -> tuple[dict[str, Any], list[str]]:
+def trained(
+    base: Path, texts: Path, place: Path, shared: Path, task: str = "text-classification", **keys: Any
+) -> tuple[dict[str, Any], list[str]]:
     out = place / "out"
     out.mkdir(parents=True)
     ctx = Sharing(place / "checkpoint", shared)
-    task = {"name": "text-classification", "max_length": 32}
+    task = {"name": task, "max_length": 32}
     spec = TrainJobSpec(task=task, epochs=3, learning_rate=1e-2, dropout=0.0, precision="fp32", **keys)
     return run(spec.plain(), {"data": texts, "model": base}, out, ctx), ctx.notes
 
@@ -54,6 +56,16 @@ def test_the_losses_are_those_of_the_whole_model(tmp_path: Path, texts: Path, ke
     assert kept["test"]["after"]["accuracy"]["value"] == pytest.approx(
         whole["test"]["after"]["accuracy"]["value"], abs=0.1
     )
+
+
+def test_labels_of_tokens_are_learnt_where_the_tokens_are(tmp_path: Path, spans: Path) -> None:
+    base = tiny_model(tmp_path / "base", layers=3)
+    about = {"method": "head", "task": "token-classification"}
+    kept, notes = trained(base, spans, tmp_path / "kept", tmp_path / "cache", **about)
+    whole, _ = trained(base, spans, tmp_path / "whole", tmp_path / "cache", keep_states=False, **about)
+    assert any("what they say of each text is kept" in note for note in notes)
+    losses = [[one["loss"] for one in found["history"]] for found in (kept, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_second_training_computes_nothing_below(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
