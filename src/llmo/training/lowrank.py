@@ -58,7 +58,7 @@ class Joined:
 
 def join(built: Built, precision: Precision) -> Joined:
     """Where it was measured: on a CPU, the plain LoRA layers; others stay as they are."""
-    # With activation checkpointing it was measured to keep more than is saved.
+    # With activation checkpointing a whole training was measured only when groups still kept what is computed again.
     here = precision.device.type == "cpu" and not getattr(built.network, "is_activation_checkpointing", False)
     members = list(_members(built)) if built.adapted and here else []
     dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
@@ -149,12 +149,13 @@ class _Group:
         """What a member says of `[..., in]`."""
         if x is not self._input or member not in self._said:
             self._refresh()
-            self._input = x
-            self._said = dict(enumerate(_Product.apply(x, self, *self.parameters())))  # type: ignore[no-untyped-call]
-        said = self._said.pop(member)
+            said = _Product.apply(x, self, *self.parameters())  # type: ignore[no-untyped-call]
+            # Not before: torch ends a checkpointed layer's second pass from within, and `x` would keep all of it alive.
+            self._input, self._said = x, dict(enumerate(said))
+        mine = self._said.pop(member)
         if not self._said:
             self._input = None
-        return said
+        return mine
 
     def undo(self) -> None:
         for member, original in zip(self._members, self._originals, strict=True):
