@@ -27,6 +27,20 @@ def test_the_same_output_and_gradients(dtype: torch.dtype) -> None:
         assert torch.allclose(one.float(), other.float(), atol=1e-5 if dtype == torch.float32 else 5e-2)
 
 
+class Gated(LlamaRMSNorm):
+    """As some state-space models have it: plain where no gate is given."""
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        said: torch.Tensor = super().forward(hidden_states)
+        return said if gate is None else said * nn.functional.silu(gate)
+
+
+def test_a_norm_that_may_be_given_more_is_left_alone() -> None:
+    module = Gated(8)
+    assert replace_norms(nn.ModuleList([module])) == 0
+    assert module(torch.ones(2, 8), torch.zeros(2, 8)).abs().max() == 0
+
+
 def test_only_this_norm_is_replaced() -> None:
     plain, shifted = LlamaRMSNorm(8), GemmaRMSNorm(8)
     shifted.variance_epsilon = shifted.eps  # as if it were called the same
