@@ -27,6 +27,10 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
+# Of torch's allocator, of C++, and of oneDNN, which says the same of all but descriptors when it finds no memory.
+_NO_MEMORY = re.compile(r"can't allocate memory|std::bad_alloc|could not create a primitive(?! descriptor)")
+
+
 class StepTooLarge(MemoryError):
     """There was no memory for a step: smaller parts of its batch may fit."""
 
@@ -40,7 +44,7 @@ def memory_errors(kind: type[MemoryError] = MemoryError) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise kind(_hint(error)) from error
     except RuntimeError as error:
-        if not any(words in str(error) for words in ("can't allocate memory", "std::bad_alloc")):
+        if not _NO_MEMORY.search(str(error)):
             raise
         raise kind(_hint(error)) from error
     except MemoryError as error:  # Python's or NumPy's own

@@ -18,6 +18,13 @@ def test_an_allocation_that_fails_is_a_memory_error() -> None:
         torch.zeros(10**14)
 
 
+def test_a_product_that_finds_no_memory_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="no memory for this batch"), memory_errors():
+        raise RuntimeError("could not create a primitive")  # of oneDNN, which says no more
+    with pytest.raises(RuntimeError, match="descriptor"), memory_errors():
+        raise RuntimeError("could not create a primitive descriptor for a matmul primitive")
+
+
 def test_other_runtime_errors_are_left_alone() -> None:
     with pytest.raises(RuntimeError, match="size of tensor"), memory_errors():
         torch.zeros(2) + torch.zeros(3)
