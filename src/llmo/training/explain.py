@@ -26,6 +26,7 @@ from llmo.training.above import Above
 from llmo.training.failures import memory_errors
 from llmo.training.loop import Loop
 from llmo.training.model import set_training
+from llmo.training.objectives import Likelihood, Preference
 from llmo.training.operation import Prepared, prepare
 
 PAIRS = 5  # steps of each side of a comparison, after one that is not counted
@@ -112,7 +113,11 @@ def _measured(ready: Prepared, loop: Loop, ctx: Context) -> Iterator[Choice]:
         why = "a batch of long rows keeps to the caches and to less memory"
         yield Choice("parts", f"at most {tokens} tokens at once", why, "whole batches", gain, measured=True)
     own = network.config._attn_implementation
-    if own == "sdpa":
+    if isinstance(objective, Likelihood | Preference) and objective.speaker.packs:
+        speaker = objective.speaker  # whose attention takes packed rows, and does padded ones as torch does
+        gain = _gain(loop, lambda: _set(speaker, "packs", False), ctx)
+        yield Choice("rows", "end to end", "each attends to itself", "padded by length", gain, measured=True)
+    elif own == "sdpa":
         yield Choice("attention", own, "the fused kernel of torch")
     else:
         gain = _gain(loop, lambda: _attention(network, own, "sdpa"), ctx)

@@ -73,7 +73,7 @@ class Likelihood:
 
     def __init__(self, speaker: Speaker, task: Task, data: Encoded, spec: TrainSpec, pad_id: int) -> None:
         self.metric, self.higher_is_better = task.metric, task.higher_is_better
-        self._speaker, self._data, self._pad_id = speaker, data, pad_id
+        self.speaker, self._data, self._pad_id = speaker, data, pad_id
         self._smoothing = spec.label_smoothing
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
@@ -83,7 +83,7 @@ class Likelihood:
         return float((targets[:, 1:] != IGNORED).sum())
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        return -self._speaker.log_probs(inputs, targets, self._smoothing).mean()
+        return -self.speaker.log_probs(inputs, targets, self._smoothing).mean()
 
 
 class Preference:
@@ -99,7 +99,7 @@ class Preference:
     def __init__(
         self, speaker: Speaker, data: Encoded, reference: NDArray[np.float64], spec: TrainSpec, pad_id: int
     ) -> None:
-        self._speaker, self._data, self._pad_id = speaker, data, pad_id
+        self.speaker, self._data, self._pad_id = speaker, data, pad_id
         self._beta, self._smoothing = spec.beta, spec.label_smoothing
         self._reference = torch.from_numpy(reference.astype(np.float32))
 
@@ -110,7 +110,7 @@ class Preference:
         return float(len(targets) // self._data.group)
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        summed = likelihoods(self._speaker.log_probs(inputs, targets), targets)
+        summed = likelihoods(self.speaker.log_probs(inputs, targets), targets)
         start = self._reference[torch.from_numpy(self._data.sequences(rows))].to(summed.device)
         chosen, rejected = (summed - start).reshape(-1, 2).unbind(1)
         margin = self._beta * (chosen - rejected)

@@ -13,9 +13,11 @@ from llmo.specs import TrainJobSpec
 from llmo.training.explain import run
 
 
-def explained(base: Path, texts: Path, out: Path, **keys: Any) -> dict[str, Any]:
+def explained(
+    base: Path, texts: Path, out: Path, task: str = "text-classification", length: int = 32, **keys: Any
+) -> dict[str, Any]:
     out.mkdir()
-    spec = TrainJobSpec(task={"name": "text-classification", "max_length": 32}, **keys)
+    spec = TrainJobSpec(task={"name": task, "max_length": length}, **keys)
     found = run(spec.plain(), {"data": texts, "model": base}, out, NullContext())
     assert (out / "report.json").is_file()
     return found
@@ -38,6 +40,15 @@ def test_frozen_layers_are_told(base: Path, texts: Path, tmp_path: Path) -> None
     choices = {one["what"]: one["choice"] for one in found["choices"]}
     assert choices["frozen layers"] == "2 of 2 run once"
     assert "embedding" not in choices
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_model_that_writes_is_explained(talker: Path, chats: Path, tmp_path: Path, method: str) -> None:
+    found = explained(talker, chats, tmp_path / "out", "generation", 64, method=method, batch_size=4)
+    choices = {one["what"]: one for one in found["choices"]}
+    assert choices["rows"]["choice"] == "end to end"
+    assert choices["rows"]["gain"] > 0
+    assert "attention" not in choices
 
 
 def test_a_method_without_steps_is_refused(base: Path, texts: Path, tmp_path: Path) -> None:
