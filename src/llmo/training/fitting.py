@@ -43,7 +43,7 @@ def fit(
         return round(found.memory_bytes * correction.factor)
 
     found = forecast(train, task, config, rows, bf16=bf16 and train.precision != "fp32")
-    need = needed(train)
+    need = round(found.memory_bytes * correction.factor)
     low, high = round(need * (1 - correction.error)), round(need * (1 + correction.error))
     shown: dict[str, Any] = {
         "memory_bytes": need,
