@@ -55,10 +55,10 @@ class MeanHead(Applied):
     @classmethod
     def open(cls, folder: Path, model: Any) -> Self:
         _, tensors = read(folder)
-        made = cls(len(tensors.get("bias", ())), hidden_width(model))
         try:
+            made = cls(len(tensors["bias"]), hidden_width(model))
             made.load_state_dict(tensors)
-        except RuntimeError as error:
+        except (KeyError, TypeError, RuntimeError) as error:
             raise unfit(f"the head does not fit the model: {error}", folder) from error
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             raise unfit("the head is not finite", folder)
