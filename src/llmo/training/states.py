@@ -95,7 +95,7 @@ def open_states(
     rows = hashlib.sha256(b"".join(len(ids).to_bytes(4, "little") + ids.tobytes() for ids in texts)).hexdigest()
     key = digest_of_value([trunk.digest(), rows, precision.name]).removeprefix("sha256:")
     entry = folder / key
-    with _alone(folder / f"{key}.lock", ctx):
+    with _alone(_lock(folder, key), ctx):
         there = (entry / FILE).is_file()
         if there:
             entry.touch()
@@ -138,18 +138,30 @@ def _write(
 
 
 def _make_room(folder: Path, wanted: int) -> None:
-    """Remove the entries that were not used the longest. One that is being written keeps its file open, and a job that
-    reads one keeps it mapped."""
-    entries = sorted(_entries(folder), key=lambda entry: entry.stat().st_mtime)
+    """Remove the entries that were not used the longest, but none that another job is writing or opening now. A job
+    that reads one keeps it mapped."""
+    entries = sorted(_entries(folder), key=_used)
     taken, limit = sum(_bytes(entry) for entry in entries), room(folder)
     while entries and taken + wanted > limit:
         oldest = entries.pop(0)
-        taken -= _bytes(oldest)
-        shutil.rmtree(oldest, ignore_errors=True)
+        with _lock(folder, oldest.stem).open("a") as lock, suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken -= _bytes(oldest)
+            shutil.rmtree(oldest, ignore_errors=True)
 
 
 def _entries(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.is_dir()]
+
+
+def _lock(folder: Path, key: str) -> Path:
+    return folder / f"{key}.lock"
+
+
+def _used(entry: Path) -> float:
+    with suppress(FileNotFoundError):
+        return entry.stat().st_mtime
+    return 0.0
 
 
 def _bytes(entry: Path) -> int:

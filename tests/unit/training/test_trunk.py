@@ -148,6 +148,24 @@ def test_the_longest_unused_make_room(tmp_path: Path, monkeypatch: pytest.Monkey
     assert made.batch([TEXTS[2]]).shape == again.batch([TEXTS[0]]).shape == (1, 1, 32)
 
 
+def test_what_another_job_is_writing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, trunk = prepared(tiny_model(tmp_path / "base"), TASK, method="head")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(states, "room", lambda _: 1)
+    compute = computing(trunk)
+    opened: list[bool] = []
+
+    def meanwhile(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        opened.append(states.open_states(cache, trunk, [TEXTS[1]], compute, 32, FP32, NullContext())[1])
+        return compute(inputs)
+
+    made, _ = states.open_states(cache, trunk, [TEXTS[0]], meanwhile, 32, FP32, NullContext())
+    assert opened == [False]
+    assert made.batch([TEXTS[0]]).shape == (1, 1, 32)
+    assert [path.name for path in cache.glob("*.tmp")] == []
+
+
 def test_a_stop_leaves_nothing_half_done(tmp_path: Path) -> None:
     _, trunk = prepared(tiny_model(tmp_path / "base"), TASK, method="head")
     cache = tmp_path / "cache"
