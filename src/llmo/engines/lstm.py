@@ -5,7 +5,7 @@ Transformers has none. A folder of it opens in plain transformers once this is i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +89,10 @@ class LstmModel(_Lstm):  # type: ignore[no-untyped-call]
         return BaseModelOutput(last_hidden_state=self.dropout(hidden))
 
 
-class LstmForSequenceClassification(_Lstm):  # type: ignore[no-untyped-call]
-    """The largest value of each unit over the text's tokens (Conneau et al. 2017), and a linear layer on it."""
+class _WithHead(_Lstm):  # type: ignore[no-untyped-call]
+    """A linear layer on what `_read` takes of the tokens' states."""
+
+    _output: ClassVar[type[SequenceClassifierOutput | TokenClassifierOutput]]
 
     def __init__(self, config: LstmConfig) -> None:
         super().__init__(config)
@@ -104,32 +106,29 @@ class LstmForSequenceClassification(_Lstm):  # type: ignore[no-untyped-call]
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         **_: Any,
-    ) -> SequenceClassifierOutput:
+    ) -> SequenceClassifierOutput | TokenClassifierOutput:
         said = self.lstm(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         hidden = said.last_hidden_state
         mask = _whole(hidden) if attention_mask is None else attention_mask
-        pooled = hidden.masked_fill(mask[..., None] == 0, torch.finfo(hidden.dtype).min).amax(1)
-        return SequenceClassifierOutput(logits=self.classifier(pooled))
+        return self._output(logits=self.classifier(self._read(hidden, mask)))
+
+    def _read(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return hidden
 
 
-class LstmForTokenClassification(_Lstm):  # type: ignore[no-untyped-call]
+class LstmForSequenceClassification(_WithHead):  # type: ignore[no-untyped-call]
+    """The largest value of each unit over the text's tokens (Conneau et al. 2017), and a linear layer on it."""
+
+    _output = SequenceClassifierOutput
+
+    def _read(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return hidden.masked_fill(mask[..., None] == 0, torch.finfo(hidden.dtype).min).amax(1)
+
+
+class LstmForTokenClassification(_WithHead):  # type: ignore[no-untyped-call]
     """A linear layer on each token."""
 
-    def __init__(self, config: LstmConfig) -> None:
-        super().__init__(config)
-        self.lstm = LstmModel(config)
-        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
-        self.post_init()  # type: ignore[no-untyped-call]
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        **_: Any,
-    ) -> TokenClassifierOutput:
-        said = self.lstm(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
-        return TokenClassifierOutput(logits=self.classifier(said.last_hidden_state))
+    _output = TokenClassifierOutput
 
 
 def _whole(hidden: Tensor) -> Tensor:
