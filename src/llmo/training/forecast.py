@@ -65,10 +65,12 @@ def forecast(
     writes = task.name == "generation"
     shape = _Shape.of(model_config, writes)
     mean = min(rows.mean, task.max_length)
-    # Rows that are told apart from each other are computed together.
-    whole = writes or task.name == "sentence-embedding" or train.method == "few-shot"
+    compared = task.name == "sentence-embedding" or train.method == "few-shot"
+    group = 2 if compared or train.objective == "preference" else 1
+    whole = writes or compared  # rows that are told apart from each other are computed together
     unused = 0 if writes else _unused(train, shape, rows.count * mean)
-    run = _Run(train, shape, writes, whole, bf16, _padded(rows.longest, task.max_length), rows.count, unused)
+    longest = _padded(rows.longest, task.max_length)
+    run = _Run(train, shape, writes, whole, group, bf16, longest, rows.count, unused)
     phases = run.phases(rows, mean)
     phase = max(phases, key=lambda name: phases[name])
     kept = run.state_bytes + 4 * run.learning
@@ -105,6 +107,7 @@ class _Run:
     shape: _Shape
     writes: bool
     whole: bool  # whether a micro-batch is computed in one
+    group: int  # sequences of a row
     bf16: bool
     length: int  # tokens of the widest batch's rows
     rows: int  # that there are
@@ -135,7 +138,7 @@ class _Run:
         encoded = round(min(rows.count, EVALUATED_ROWS) * mean) * ENCODING_BYTES
         gradients = 4 * self.learning
         # Those of the parts before, and one matrix's that is to be added.
-        several = self._tokens < min(train.batch_size, self.rows) * self.length
+        several = self._tokens < min(train.batch_size, self.rows) * self.length * self.group
         summed = gradients + 4 * shape.width * shape.vocabulary - 4 * self.unused if several else 0
         return {
             "loading": 8 * shape.parameters,
@@ -154,7 +157,7 @@ class _Run:
     def _tokens(self) -> int:
         parts = self.train.gradient_accumulation_steps
         rows = min(micro_batch(self.train), -(-self.rows // parts))
-        tokens = rows * self.length * (2 if self.train.objective == "preference" else 1)
+        tokens = rows * self.length * self.group
         return tokens if self.whole else min(tokens, max(self.length, self._most // self.length * self.length))
 
     @property
@@ -181,6 +184,7 @@ class _Run:
             and self.bf16
             and self.train.method in ("lora", "rslora")
             and self.train.base_weights == "fp32"
+            and not self.train.lora.dropout
             and not self.train.activation_checkpointing
         )
 

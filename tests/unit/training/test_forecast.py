@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmo.methods import METHODS
-from llmo.specs import TaskSpec, TrainSpec
+from llmo.specs import LoraSpec, TaskSpec, TrainSpec
 from llmo.training.forecast import Rows, forecast, micro_batch
 
 MINILM = {
@@ -97,6 +97,23 @@ def test_pairs_need_more_than_answers() -> None:
         for objective in ("answers", "preference")
     )
     assert pairs > answers
+
+
+def test_texts_that_are_compared_are_computed_together() -> None:
+    rows, wide = Rows(1000, 100.0, 128), {"precision": "fp32", "part_tokens": 1 << 20}
+    twice = forecast(TrainSpec(batch_size=32, **wide), TASK, MINILM, rows, bf16=False).memory_bytes
+    shots = forecast(TrainSpec(method="few-shot", batch_size=16, **wide), TASK, MINILM, rows, bf16=False).memory_bytes
+    pairs = TaskSpec(name="sentence-embedding")
+    embedded = forecast(TrainSpec(batch_size=16, **wide), pairs, MINILM, rows, bf16=False).memory_bytes
+    assert shots == embedded == twice
+
+
+def test_adapters_with_dropout_are_not_joined() -> None:
+    def memory(**keys: object) -> int:
+        train = TrainSpec(method="lora", lora=LoraSpec(**keys), epochs=1, batch_size=8)
+        return forecast(train, TaskSpec(name="generation", max_length=128), SMOLLM2, Rows(672, 57.6, 128)).memory_bytes
+
+    assert memory(dropout=0.1) != memory()
 
 
 @pytest.mark.parametrize(("batch", "parts", "rows"), [(16, 1, 16), (16, 4, 4), (10, 4, 3), (4, 4, 1)])
