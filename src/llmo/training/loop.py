@@ -194,10 +194,13 @@ class Loop:
             epoch=self.state.step / self._per_epoch,
         )
 
-    def on_dev(self) -> dict[str, float]:
-        """The metrics on dev, which there must be, of the weights as they would be saved now."""
+    def value_on_dev(self) -> float:
+        """The objective's metric on dev, which there must be, of the weights as they would be saved now."""
+        last = self.state.history[-1] if self.state.history else {}
+        if last.get("step") == self.state.step:
+            return last[f"dev_{self._objective.metric}"]  # this step was evaluated already
         with self._along.measured():
-            return self._on_dev()
+            return self._on_dev()[self._objective.metric]
 
     def _on_dev(self) -> dict[str, float]:
         assert self._evaluate_on_dev is not None  # noqa: S101 (as the caller knows)

@@ -131,7 +131,7 @@ class _Climb:
         rung = self._rungs.get(step)
         if rung is None or step in [reached["step"] for reached in self.reached]:
             return
-        value = self._loop.on_dev()[objective.metric]
+        value = self._loop.value_on_dev()
         self._loop.ctx.report(step, self._loop.total, **{f"dev_{objective.metric}": value})
         found = {"share": rung.share, "step": step, "value": value, "bar": rung.bar}
         self.reached.append(found)

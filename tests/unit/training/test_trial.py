@@ -12,6 +12,7 @@ from llmo.context import NullContext, Stopped
 from llmo.errors import DataError, JobFailed, SpecError
 from llmo.specs import TrainSpec
 from llmo.training import trial
+from llmo.training.loop import Loop
 from llmo.types import Device
 from support.tiny import tiny_dataset
 
@@ -60,6 +61,14 @@ def test_a_trial_comes_to_what_the_training_comes_to(attempt: Try, train: Any, t
     assert list((tmp_path / "trial").iterdir()) == [], "no weights are kept"
     assert list((tmp_path / "checkpoint").iterdir()) == []
     assert not {phase for phase in ctx.phases if "test" in phase}, "the held-out rows are not looked at"
+
+
+def test_what_was_evaluated_at_a_rung_is_not_measured_again(attempt: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, on_dev = [], Loop._on_dev
+    monkeypatch.setattr(Loop, "_on_dev", lambda loop: measured.append(loop.state.step) or on_dev(loop))
+    found = attempt(rungs=[{"share": 1 / 9}, {"share": 1 / 3}], evaluate_every=12)
+    assert [rung["step"] for rung in found["rungs"]] == [4, 12]
+    assert measured == [4, 12, 24]
 
 
 def test_below_its_bar_a_trial_ends(attempt: Try) -> None:
