@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from llmo import methods, plugins
 from llmo.compression.export import export
 from llmo.context import NullContext
+from llmo.engines.applied import MeanHead
+from llmo.engines.applied.base import write
 from llmo.engines.base import Request
 from llmo.engines.generation import GenerationOptions
 from llmo.engines.onnx import OnnxEngine
@@ -207,6 +209,13 @@ def test_a_base_that_runs_with_more_than_its_weights_is_refused(train: Any, text
     train(texts, "first", method="bottleneck", epochs=0.2)
     with pytest.raises(ModelError, match="runs with a bottleneck beside its weights"):
         train(texts, "second", model=tmp_path / "first")
+
+
+@pytest.mark.parametrize("tensors", [{}, {"bias": torch.zeros(())}, {"bias": torch.zeros(3)}])
+def test_a_mean_head_that_does_not_fit_is_said(base: Path, tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    write(tmp_path, {"kind": "mean-head"}, {"other": torch.zeros(1), **tensors})
+    with pytest.raises(ModelError, match="the head does not fit the model"):
+        MeanHead.open(tmp_path, build(base, LABELS, TrainSpec()).network)
 
 
 def test_an_adapter_that_is_broken_or_gone_is_said(train: Any, texts: Path, tmp_path: Path) -> None:
