@@ -2,10 +2,10 @@
 
 Three sets are made of the BBC news articles, five topics each: `sentences` (mean 28 tokens), `paragraphs`
 (long-tailed: median 68, longest 559 tokens) and whole `articles`, cut to 128 tokens. All sides train the same encoder
-on the same rows for one epoch at the same batch and learning rate, each in a fresh process, alternately; every round
-has a seed of its own. Printed: training samples a second, accuracy on 800 held-out rows with the 95% interval of the
-difference over rounds, and peak memory.
-Run: python benchmarks/train_classifier.py [--rounds 5] [--sets sentences paragraphs articles]
+on the same rows for one epoch (or more) at the same batch and learning rate, each in a fresh process, alternately;
+every round has a seed of its own. Printed: training samples a second, accuracy on 800 held-out rows with the 95%
+interval of the difference over rounds, and peak memory.
+Run: python benchmarks/train_classifier.py [--rounds 5] [--sets sentences paragraphs articles] [--gpu]
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def pieces(kind: str) -> list[tuple[str, str]]:
     return found
 
 
-def prepare(folder: Path, kind: str) -> None:
+def prepare(folder: Path, kind: str, base: str) -> None:
     """The data set and the base model, as all sides read them."""
     from llmo import sources
     from llmo.context import NullContext
@@ -66,24 +66,30 @@ def prepare(folder: Path, kind: str) -> None:
         {**data.plain(), "task": task, "source_digest": None, "uploads": None}, {}, folder / "data", NullContext()
     )
     (folder / "base").mkdir()
-    fetch({"source": str(sources.resolve(MODEL)), "source_digest": None}, {}, folder / "base", NullContext())
+    fetch({"source": str(sources.resolve(base)), "source_digest": None}, {}, folder / "base", NullContext())
 
 
-def llmo(folder: Path, kind: str, seed: int) -> dict[str, float]:
-    """One epoch with LLMO; nothing is set but what all sides share."""
+def llmo(folder: Path, kind: str, given: argparse.Namespace) -> dict[str, float]:
+    """With LLMO; nothing is set but what all sides share."""
     from llmo.context import NullContext
     from llmo.specs import TrainJobSpec
     from llmo.training.operation import run
+    from llmo.types import Device
 
+    ctx = NullContext(CORES)
+    if given.gpu:
+        ctx.device = Device("cuda:0", "cuda", memory=0, free=0, cores=CORES)
     task = {"name": "text-classification", "max_length": SETS[kind][1]}
-    spec = TrainJobSpec(task=task, epochs=1.0, batch_size=BATCH, learning_rate=RATE, warmup=0.0, seed=seed)
+    spec = TrainJobSpec(
+        task=task, epochs=given.epochs, batch_size=BATCH, learning_rate=RATE, warmup=0.0, seed=given.seed
+    )
     with tempfile.TemporaryDirectory() as out:
-        found = run(spec.plain(), {"data": folder / "data", "model": folder / "base"}, Path(out), NullContext(CORES))
+        found = run(spec.plain(), {"data": folder / "data", "model": folder / "base"}, Path(out), ctx)
     return {"rate": found["samples_per_second"], "accuracy": found["test"]["after"]["accuracy"]["value"]}
 
 
-def trainer(folder: Path, kind: str, seed: int, **tuned: Any) -> dict[str, float]:
-    """One epoch with Trainer: its own defaults for all that is not shared, or what `tuned` says."""
+def trainer(folder: Path, kind: str, given: argparse.Namespace, **tuned: Any) -> dict[str, float]:
+    """With Trainer: its own defaults for all that is not shared, or what `tuned` says."""
     import torch
     from transformers import (
         AutoModelForSequenceClassification,
@@ -96,7 +102,7 @@ def trainer(folder: Path, kind: str, seed: int, **tuned: Any) -> dict[str, float
     from llmo.data.dataset import Dataset
 
     torch.set_num_threads(CORES)
-    torch.manual_seed(seed)
+    torch.manual_seed(given.seed)
     data = Dataset.open(folder / "data")
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     train, test = (list(data.split(name)) for name in ("train", "test"))
@@ -112,42 +118,49 @@ def trainer(folder: Path, kind: str, seed: int, **tuned: Any) -> dict[str, float
     model = AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=len(labels))
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
-            output_dir=out, num_train_epochs=1, per_device_train_batch_size=BATCH, learning_rate=RATE, seed=seed,
-            save_strategy="no", report_to=[], disable_tqdm=True, **tuned,
+            output_dir=out, num_train_epochs=given.epochs, per_device_train_batch_size=BATCH, learning_rate=RATE,
+            seed=given.seed, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=not given.gpu, **tuned,
         )  # fmt: skip
         made = Trainer(model, arguments, train_dataset=encoded(train), data_collator=DataCollatorWithPadding(tokenizer))
         began = time.perf_counter()
         made.train()
         took = time.perf_counter() - began
+        made.args.train_sampling_strategy = "random"  # or else predictions come by length too
         logits = made.predict(encoded(test)).predictions
     right = sum(int(found) == labels.index(row["label"]) for found, row in zip(logits.argmax(-1), test, strict=True))
-    return {"rate": len(train) / took, "accuracy": right / len(test)}
+    return {"rate": len(train) * given.epochs / took, "accuracy": right / len(test)}
 
 
-def tuned(folder: Path, kind: str, seed: int) -> dict[str, float]:
+def tuned(folder: Path, kind: str, given: argparse.Namespace) -> dict[str, float]:
     """Trainer as an expert sets it: texts of like length together, bf16, fused AdamW."""
     by_length = {"train_sampling_strategy": "group_by_length", "bf16": True, "optim": "adamw_torch_fused"}
-    return trainer(folder, kind, seed, **by_length)
+    return trainer(folder, kind, given, **by_length)
 
 
 SIDES = {"llmo": llmo, "trainer": trainer, "tuned": tuned}
 
 
-def peak() -> int:
-    """The most memory that this process ever held, in bytes."""
+def peak(gpu: bool) -> int:
+    """The most memory that this process ever held on the device, in bytes."""
+    if gpu:
+        import torch
+
+        return torch.cuda.max_memory_reserved()
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
     return int(line.split()[1]) << 10
 
 
-def compare(kind: str, sides: list[str], rounds: int, seed: int) -> None:
+def compare(kind: str, given: argparse.Namespace) -> None:
+    sides = given.sides
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name), kind)
-        for number in range(rounds):
+        prepare(Path(name), kind, given.base)
+        for number in range(given.rounds):
             for side in sides if number % 2 == 0 else reversed(sides):
                 command = [sys.executable, __file__, "--one", side, "--sets", kind, "--folder", name]
+                command += ["--epochs", str(given.epochs), *(["--gpu"] if given.gpu else [])]
                 done = subprocess.run(
-                    [*command, "--seed", str(seed + number)], capture_output=True, text=True, check=True
+                    [*command, "--seed", str(given.seed + number)], capture_output=True, text=True, check=True
                 )
                 line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
                 found[side].append(json.loads(line.removeprefix("RESULT ")))
@@ -176,13 +189,16 @@ def main() -> None:
     parser.add_argument("--one", choices=list(SIDES), help="run this side once, in this process")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--seed", type=int, default=13)
+    parser.add_argument("--base", default=MODEL)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--gpu", action="store_true")
     given = parser.parse_args()
     if given.one:
-        result = SIDES[given.one](given.folder, given.sets[0], given.seed)
-        print("RESULT " + json.dumps({**result, "memory": peak()}))
+        result = SIDES[given.one](given.folder, given.sets[0], given)
+        print("RESULT " + json.dumps({**result, "memory": peak(given.gpu)}))
         return
     for kind in given.sets:
-        compare(kind, given.sides, given.rounds, given.seed)
+        compare(kind, given)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,9 @@ class TokenClassification(Task):
             label_smoothing=smoothing,
             reduction="sum",
         )
-        return summed / max(self.mass(targets, class_weights), 1e-9)  # a batch without words has no loss, not NaN
+        meant = targets != IGNORED
+        mass = meant.sum() if class_weights is None else (class_weights[targets.clamp(min=0)] * meant).sum()
+        return summed / mass.clamp(min=1e-9)  # a batch without words has no loss, not NaN
 
     def mass(self, targets: torch.Tensor, class_weights: torch.Tensor | None) -> float:
         kept = targets[targets != IGNORED]

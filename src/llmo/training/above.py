@@ -30,6 +30,8 @@ WORTH = 0.3  # of the layers: with fewer frozen, reading what they said costs ab
 class Above:
     """As `Labels`, over what the frozen layers said of each row, kept in `states`."""
 
+    records = True
+
     def __init__(self, inner: Labels, data: Encoded, states: States) -> None:
         self.metric, self.higher_is_better, self.part_tokens = inner.metric, inner.higher_is_better, inner.part_tokens
         self._inner, self._data, self._states = inner, data, states

@@ -17,6 +17,7 @@ from llmo.tasks.base import Encoding, Row, Task
 BUCKET = 50  # batches that are sorted by length together: long enough to pad little, short enough to stay random
 CHUNK = 1000  # texts tokenised between two reports
 MULTIPLE = 8
+BUSY = 8192  # tokens that keep a GPU busy with a small model
 IGNORED = -100
 
 
@@ -102,9 +103,19 @@ def order(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) ->
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def width(longest: int, limit: int) -> int:
-    """The columns of a batch whose longest sequence has `longest` tokens."""
-    return max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, limit))
+def width(longest: int, limit: int, rows: int | None = None) -> int:
+    """The columns of a batch whose longest sequence has `longest` tokens; with its number of `rows`, one of `few`."""
+    columns = -(-longest // MULTIPLE) * MULTIPLE if rows is None else few(longest, rows)
+    return max(longest, min(columns, limit))
+
+
+def few(count: int, rows: int = 1) -> int:
+    """The next of few sizes from `count` up, of which there are `rows`: what is recorded for each size costs time once,
+    filling up costs it in every step where a GPU is busy. Two sizes lie between a power of two and the next, or eight
+    from BUSY tokens on."""
+    octave = 1 << max(0, (count - 1).bit_length() - 1)
+    step = max(MULTIPLE, octave // (2 if count * rows < BUSY else 8))
+    return -(-count // step) * step
 
 
 def parts(
@@ -124,9 +135,11 @@ def parts(
     ]
 
 
-def padded(sequences: Sequence[Sequence[int] | NDArray[np.int32]], pad_id: int, limit: int) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` `[rows, longest]`, the longest rounded up to a multiple of 8 within `limit`."""
-    columns = width(max(len(s) for s in sequences), limit)
+def padded(
+    sequences: Sequence[Sequence[int] | NDArray[np.int32]], pad_id: int, limit: int, *, few_widths: bool = False
+) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` `[rows, longest]`, the longest rounded up as `width` does within `limit`."""
+    columns = width(max(len(s) for s in sequences), limit, len(sequences) if few_widths else None)
     ids = np.full((len(sequences), columns), pad_id, np.int64)
     mask = np.zeros((len(sequences), columns), np.int64)
     for i, sequence in enumerate(sequences):
@@ -135,9 +148,11 @@ def padded(sequences: Sequence[Sequence[int] | NDArray[np.int32]], pad_id: int, 
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 
-def collate(data: Encoded, batch: NDArray[np.int64], pad_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def collate(
+    data: Encoded, batch: NDArray[np.int64], pad_id: int, *, few_widths: bool = False
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The inputs and targets (padded with -100 where they are per token) of a batch of sequences."""
-    inputs = padded([data.ids[data.starts[i] : data.starts[i + 1]] for i in batch], pad_id, data.max_length)
+    inputs = padded([data.sequence(i) for i in batch], pad_id, data.max_length, few_widths=few_widths)
     return inputs, stacked([data.targets[i] for i in batch], inputs["input_ids"].shape[1])
 
 

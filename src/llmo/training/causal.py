@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from llmo.errors import ModelError
-from llmo.training import packing
+from llmo.training import packing, varlen
 
-CHUNK_BYTES = 64 << 20  # of fp32 logits at once
+CHUNK_BYTES, ON_GPU = 64 << 20, 2  # of fp32 logits at once, and how many times as much on a GPU
 IGNORED = -100
 PROBES = 4  # tokens that prove that trunk and projection are the whole model
 CLOSE = 1e-3
@@ -28,7 +28,7 @@ FOREIGN = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeEr
 
 class Speaker:
     """A causal transformers model (`Built.network`) in two parts: its trunk, and the projection to the vocabulary.
-    `packs` says whether rows go end to end, and `why` why not.
+    `packs` (on a CPU) and `varlen` (on a GPU) say whether rows go end to end, and `why` why not.
 
     Raises ModelError for an architecture that does something else between the two than the known scalings.
     """
@@ -45,10 +45,17 @@ class Speaker:
             getattr(config, "logits_scaling", None) or 1.0
         )
         self._recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.trunk.modules())
-        self._shares = self.packs = False
-        self.why = "it was measured on the CPU only"
+        self._shares = self.packs = self.varlen = False
+        self.why = "activations are computed again" if self._recomputes else "the fused attention of a GPU needs bf16"
         self._window = getattr(config, "sliding_window", None)
         self._prove()
+
+    def flow(self) -> bool:
+        """On a GPU that computes bf16: have rows end to end from now on, if the architecture is proved to take them."""
+        if not self._recomputes:
+            refused = varlen.refusal(self.network, self.vocabulary)
+            self.varlen, self.why = refused is None, refused or ""
+        return self.varlen
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -110,7 +117,10 @@ class Speaker:
 
     def log_probs(self, inputs: dict[str, torch.Tensor], targets: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
         """Of each learnt token `[n]`, row after row, with a gradient; smoothed towards the mean over the vocabulary."""
-        states, ids = self.hidden(inputs, targets)
+        return self.log_probs_of(*self.hidden(inputs, targets), smoothing)
+
+    def log_probs_of(self, states: torch.Tensor, ids: torch.Tensor, smoothing: float) -> torch.Tensor:
+        """The same of tokens `[n]`, from what stands before each, `[n, width]`."""
         given = (states, ids, self, smoothing, self._rows, *self.weights)
         found: torch.Tensor = _LogProbs.apply(*given)  # type: ignore[no-untyped-call]
         return found
@@ -163,7 +173,8 @@ class Speaker:
 
     @property
     def _rows(self) -> int:
-        return max(16, CHUNK_BYTES // (4 * self.vocabulary))
+        times = ON_GPU if self.network.device.type == "cuda" else 1
+        return max(16, CHUNK_BYTES * times // (4 * self.vocabulary))
 
     @torch.no_grad()
     def _prove(self) -> None:

@@ -26,7 +26,7 @@ from llmo.training.batches import Encoded
 from llmo.training.causal import Speaker
 from llmo.training.figures import Figures, Splits, TaskFigures
 from llmo.training.model import Built
-from llmo.training.objectives import Labels, Likelihood, Objective, Preference
+from llmo.training.objectives import Labels, Likelihood, Objective, Preference, VarlenLikelihood
 from llmo.training.precision import Precision
 
 SHAPES = {"messages": "answers", "text": "text", "preference": "preference"}
@@ -111,7 +111,8 @@ def plan(
         goal, predictor = lifted or (labels, plain)
     else:
         predictor = functools.partial(scoring.speaker_predictor, built.model, speaker, task, built.pad_id)
-        goal = Likelihood(speaker, task, encoded, spec, built.pad_id)
+        flows = chosen.device.type == "cuda" and chosen.name == "bf16" and speaker.flow()
+        goal = (VarlenLikelihood if flows else Likelihood)(speaker, task, encoded, spec, built.pad_id)
         ctx.note(_rows(speaker, encoded, spec))
     figures = TaskFigures(task, tokenizer, splits, predictor, ctx)
     return Course(encoded, goal, figures, exact if speaker is None else chosen, built, task, tokenizer)
@@ -194,7 +195,7 @@ def _rows(speaker: Speaker, data: Encoded, spec: TrainSpec) -> str:
     batch_sizes = [sizes[data.sequences(rows)] for rows in batches.order(data.lengths, spec.batch_size, spec.seed, 0)]
     padded = sum(len(one) * batches.width(int(one.max()), data.max_length) for one in batch_sizes)
     share = 1.0 - int(sizes.sum()) / padded
-    if speaker.packs:
+    if speaker.packs or speaker.varlen:
         return (
             f"rows go end to end, each attending to itself: padding them by length would add {share / (1 - share):.0%}"
         )

@@ -26,7 +26,7 @@ from llmo.training.above import Above
 from llmo.training.failures import memory_errors
 from llmo.training.loop import Loop
 from llmo.training.model import set_training
-from llmo.training.objectives import Likelihood, Preference
+from llmo.training.objectives import Likelihood, Preference, VarlenLikelihood
 from llmo.training.operation import Prepared, prepare
 
 PAIRS = 5  # steps of each side of a comparison, after one that is not counted
@@ -101,7 +101,16 @@ def _counted(ready: Prepared, loop: Loop, ctx: Context) -> Iterator[Choice]:
 
 
 def _measured(ready: Prepared, loop: Loop, ctx: Context) -> Iterator[Choice]:
+    """Recorded steps are compared first: what else is tried takes steps that are not."""
     objective, network = ready.course.objective, ready.course.built.network
+    if loop.recorder is not None:
+        gain = _gain(loop, lambda: _set(loop, "recorder", None), ctx)
+        if loop.recorder.refused is None:
+            why = "the GPU would wait for each of its kernels to be asked for"
+            yield Choice("steps", "recorded", why, "launched kernel by kernel", gain, measured=True)
+        else:
+            yield Choice("steps", "launched kernel by kernel", f"recording was refused: {loop.recorder.refused}")
+        loop.recorder = None
     if ready.chosen.name == "bf16" and not len(ready.joined) and not isinstance(objective, Above):
         gain = _gain(loop, lambda: _set(loop, "precision", ready.exact), ctx)
         yield Choice("precision", "bf16", ready.chosen.why, "fp32", gain, measured=True)
@@ -117,6 +126,8 @@ def _measured(ready: Prepared, loop: Loop, ctx: Context) -> Iterator[Choice]:
         speaker = objective.speaker  # whose attention takes packed rows, and does padded ones as torch does
         gain = _gain(loop, lambda: _set(speaker, "packs", False), ctx)
         yield Choice("rows", "end to end", "each attends to itself", "padded by length", gain, measured=True)
+    elif isinstance(objective, VarlenLikelihood):
+        yield Choice("rows", "end to end", "each attends to itself, by torch's fused kernel")
     elif own == "sdpa":
         yield Choice("attention", own, "the fused kernel of torch")
     else:
@@ -142,7 +153,7 @@ def _gain(loop: Loop, other: Callable[[], AbstractContextManager[None]], ctx: Co
 
 def _seconds(loop: Loop, batch: Any) -> float:
     began = time.perf_counter()
-    loop.backward(batch)
+    loop.backward(batch).item()  # a GPU has done it then
     took = time.perf_counter() - began
     loop.forget_gradients()
     return took

@@ -23,8 +23,9 @@ from llmo.training import batches, checkpoint, optimiser, vocabulary
 from llmo.training.along import Along
 from llmo.training.batches import Encoded
 from llmo.training.model import Built, set_training
-from llmo.training.objectives import Objective
+from llmo.training.objectives import Inputs, Objective
 from llmo.training.precision import Precision
+from llmo.training.recorded import Recorder, Update
 
 SMOOTHING = 0.9  # of the loss that is shown
 
@@ -74,9 +75,16 @@ class Loop:
         self._lengths = data.lengths
         self._sizes = np.diff(data.starts).reshape(-1, data.group).sum(1)
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
+        self.recorder: Recorder | None = None
+        if precision.device.type == "cuda" and objective.records and not spec.activation_checkpointing:
+            self.recorder = Recorder(self._gradients, precision.device, self.forget_gradients, ctx.note)
+        self._update: Update | None = None
+        if precision.device.type == "cuda" and Update.fits(self._optimiser) and spec.method != "adalora":
+            self._update = Update(list(self._named.values()), self._optimiser, spec.max_grad_norm)
         self._best: dict[str, torch.Tensor] = {}
         self._saved_at = time.monotonic()
         self._shown_loss: float | None = None
+        self._rate = 0.0
         self._seconds, self._samples, self._tokens = 0.0, 0, 0
         self.state = State()
 
@@ -134,39 +142,55 @@ class Loop:
         """One step of the optimiser; its loss. Raises JobFailed when that is lost."""
         started = time.monotonic()
         batch = self.batch()
-        for group in self._optimiser.param_groups:
-            group["lr"] = optimiser.rate(self.spec, self.state.step, self.total)
-        loss = self.backward(batch)
+        self._rate = optimiser.rate(self.spec, self.state.step, self.total)
+        mean = self.backward(batch)
         self._along.before()
-        norm = nn.utils.clip_grad_norm_(self._named.values(), self.spec.max_grad_norm)
+        if self._update is None:
+            size = nn.utils.clip_grad_norm_(self._named.values(), self.spec.max_grad_norm)
+        else:
+            size = self._update(self._rate)
+        loss, norm = map(float, torch.stack([mean, size]).tolist())  # a GPU is waited for once
         self.state.step += 1
-        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise self._lost("loss" if not math.isfinite(loss) else "gradient")
-        self._optimiser.step()
+        if self._update is None:
+            for group in self._optimiser.param_groups:
+                group["lr"] = self._rate
+            self._optimiser.step()
         self._along.after(self.state.step)
-        self.forget_gradients()
+        if self._update is None:
+            self.forget_gradients()
         self.state.losses.append(loss)
         self._seconds += time.monotonic() - started
         self._samples += len(batch)
         self._tokens += int(self._sizes[batch].sum())
         return loss
 
-    def backward(self, batch: NDArray[np.int64]) -> float:
-        """Gradients of the mean loss of the whole batch, however many parts it is computed in."""
+    def backward(self, batch: NDArray[np.int64]) -> torch.Tensor:
+        """Gradients of the mean loss `[]` of the whole batch, however many parts it is computed in."""
         count, tokens = self.spec.gradient_accumulation_steps, self._objective.part_tokens
         pieces = batches.parts(self._lengths, batch, count, tokens)
         epoch = self.state.step // self._per_epoch
         parts = [self._objective.batch(piece, epoch) for piece in pieces]
         masses = [self._objective.mass(targets) for _, targets in parts]
         whole = sum(masses) or 1.0
-        loss = 0.0
+        loss = torch.zeros((), device=self.precision.device)
         for piece, (inputs, targets), mass in zip(pieces, parts, masses, strict=True):
+            if self.recorder is not None:
+                loss += self.recorder(inputs, targets, mass / whole, piece)
+                continue
             there = {k: v.to(self.precision.device) for k, v in inputs.items()}
-            with self.precision.autocast():
-                part = self._objective.loss(there, targets.to(self.precision.device), piece) * (mass / whole)
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += part.item()
+            loss += self._gradients(there, targets.to(self.precision.device), mass / whole, piece)
         return loss
+
+    def _gradients(
+        self, inputs: Inputs, targets: torch.Tensor, share: float | torch.Tensor, rows: NDArray[np.int64]
+    ) -> torch.Tensor:
+        """Add the gradients of a part that is on the device, and has a `share` of its batch; its part of the loss."""
+        with self.precision.autocast():
+            part = self._objective.loss(inputs, targets, rows) * share
+        part.backward()  # type: ignore[no-untyped-call]
+        return part.detach()
 
     def batch(self) -> NDArray[np.int64]:
         """The rows of the step that is next."""
@@ -176,7 +200,8 @@ class Loop:
         return self._order[1][index]
 
     def forget_gradients(self) -> None:
-        self._optimiser.zero_grad()
+        """On a GPU they stay where they are: recorded steps add to them there."""
+        self._optimiser.zero_grad(set_to_none=self.precision.device.type == "cpu")
 
     @property
     def batch_size(self) -> int:
@@ -189,7 +214,7 @@ class Loop:
             self.state.step,
             self.total,
             loss=self._shown_loss,
-            learning_rate=self._optimiser.param_groups[0]["lr"],
+            learning_rate=self._rate,
             samples_per_second=self.samples_per_second,
             epoch=self.state.step / self._per_epoch,
         )

@@ -57,9 +57,9 @@ class Joined:
 
 
 def join(built: Built, precision: Precision) -> Joined:
-    """Where it was measured: on a CPU, the plain LoRA layers; others stay as they are."""
+    """The plain LoRA layers; others stay as they are."""
     # With activation checkpointing a whole training was measured only when groups still kept what is computed again.
-    here = precision.device.type == "cpu" and not getattr(built.network, "is_activation_checkpointing", False)
+    here = not getattr(built.network, "is_activation_checkpointing", False)
     members = list(_members(built)) if built.adapted and here else []
     dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
     return Joined([_Group(group, dtype) for group in _siblings(built, members)] if members else [])
@@ -95,7 +95,7 @@ def _siblings(built: Built, members: Sequence[Member]) -> list[list[Member]]:
     was = built.network.training
     built.network.eval()
     try:
-        built.network(input_ids=torch.arange(PROBE)[None])
+        built.network(input_ids=torch.arange(PROBE, device=built.network.device)[None])
     except (TypeError, ValueError):
         seen.clear()  # it reads more than token ids
     finally:
@@ -114,14 +114,17 @@ class _Group:
 
     def __init__(self, members: Sequence[Member], dtype: torch.dtype) -> None:
         self._members = members
-        self._originals = [m.base.weight.data for m in members]
+        device = members[0].base.weight.device
+        # On a GPU they would be memory of their own.
+        self._originals = [m.base.weight.data.cpu() for m in members]
         self.inputs = members[0].base.in_features
         self.outs = [m.base.out_features for m in members]
         self.ranks = [len(m.down) for m in members]
         self.dtype = dtype
-        self.weight = torch.zeros(sum(self.outs), self.inputs + sum(self.ranks), dtype=dtype)
-        self.down = torch.empty(sum(self.ranks), self.inputs, dtype=dtype)
-        self.scale = torch.cat([torch.full((rank,), m.scale) for m, rank in zip(members, self.ranks, strict=True)])
+        self.weight = torch.zeros(sum(self.outs), self.inputs + sum(self.ranks), dtype=dtype, device=device)
+        self.down = torch.empty(sum(self.ranks), self.inputs, dtype=dtype, device=device)
+        scales = [torch.full((rank,), m.scale) for m, rank in zip(members, self.ranks, strict=True)]
+        self.scale = torch.cat(scales).to(device)
         self.bias = self._biases()
         self._input: torch.Tensor | None = None
         self._said: dict[int, torch.Tensor] = {}
@@ -160,7 +163,7 @@ class _Group:
     def undo(self) -> None:
         for member, original in zip(self._members, self._originals, strict=True):
             del member.layer.forward
-            member.base.weight.data = original
+            member.base.weight.data = original.to(self.weight.device)
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -173,7 +176,8 @@ class _Group:
         parts: list[torch.Tensor] = []
         for member, size in zip(self._members, self.outs, strict=True):
             parts.append(torch.zeros(size) if member.base.bias is None else member.base.bias.detach())
-        return torch.cat(parts).to(self.dtype)
+        device = self.weight.device
+        return torch.cat([part.to(device) for part in parts]).to(self.dtype)
 
 
 class _Taker:
@@ -192,7 +196,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: _Group, *_: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = x.reshape(-1, group.inputs)
-        wide = torch.empty(len(given), group.weight.shape[1], dtype=group.dtype)
+        wide = x.new_empty(len(given), group.weight.shape[1], dtype=group.dtype)
         wide[:, : group.inputs] = given
         wide[:, group.inputs :] = (wide[:, : group.inputs] @ group.down.t()) * group.scale
         ctx.group, ctx.shape, ctx.dtype = group, x.shape, x.dtype

@@ -67,7 +67,7 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
     model = _open(base, task, spec, on_cpu)
     if on_cpu:
         dropout.replace_dropout(model)
-        norms.replace_norms(model)
+    norms.replace_norms(model)
     if not task.labels and not task.generates:
         for module in _pooler(model):
             module.requires_grad_(False)  # vectors are made before it

@@ -1,4 +1,5 @@
-"""RMSNorm (Zhang and Sennrich 2019) with a gradient of its own: a third of the time of autograd's chain."""
+"""RMSNorm (Zhang and Sennrich 2019) with a gradient of its own, a third of the time of autograd's chain on a CPU, and
+by torch's kernel on a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 PROBE = 4  # rows that prove a module to be this norm
 CLOSE = 1e-5
@@ -19,6 +21,8 @@ class Norm:
         self._weight, self._eps = weight, eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            return functional.rms_norm(x.float(), self._weight.shape, self._weight, self._eps)
         found: torch.Tensor = _RMSNorm.apply(x, self._weight, self._eps)  # type: ignore[no-untyped-call]
         return found
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from llmo.engines.heads import logits_of
 from llmo.specs import TrainSpec
 from llmo.tasks.base import Task
-from llmo.training import batches
+from llmo.training import batches, varlen
 from llmo.training.batches import IGNORED, Encoded
 from llmo.training.causal import Speaker
 from llmo.training.trained import PART_TOKENS
@@ -23,11 +23,13 @@ Inputs = dict[str, torch.Tensor]
 
 class Objective(Protocol):
     """`metric` is the one that decides which weights are best, and `higher_is_better` which way; at most `part_tokens`
-    padded tokens are computed at once, None: a whole micro-batch."""
+    padded tokens are computed at once, None: a whole micro-batch. `records` says that `loss` reads nothing back from a
+    GPU and takes `rows` for nothing, so that a recording of it does for all inputs of one shape."""
 
     metric: str
     higher_is_better: bool
     part_tokens: int | None
+    records: bool
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         """Inputs and targets of training rows in an epoch, on the CPU: a pure function of both."""
@@ -42,6 +44,8 @@ class Objective(Protocol):
 class Labels:
     """The loss of a task that answers in one pass, over all its logits."""
 
+    records = True
+
     def __init__(
         self, model: nn.Module, task: Task, data: Encoded, spec: TrainSpec, pad_id: int, device: torch.device
     ) -> None:
@@ -52,9 +56,10 @@ class Labels:
         self.part_tokens = spec.part_tokens or PART_TOKENS[device.type] if task.has_head else None
         self._weights = _class_weights(task, data) if spec.class_weights == "balanced" else None
         self._weights_there = None if self._weights is None else self._weights.to(device)
+        self._few_widths = device.type == "cuda"  # where a step is recorded for each
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
-        return batches.collate(self._data, self._data.sequences(rows), self._pad_id)
+        return batches.collate(self._data, self._data.sequences(rows), self._pad_id, few_widths=self._few_widths)
 
     def mass(self, targets: torch.Tensor) -> float:
         return self._task.mass(targets, self._weights)
@@ -70,6 +75,7 @@ class Likelihood:
     """Cross-entropy over the learnt tokens of a causal model."""
 
     part_tokens: int | None = None
+    records = False
 
     def __init__(self, speaker: Speaker, task: Task, data: Encoded, spec: TrainSpec, pad_id: int) -> None:
         self.metric, self.higher_is_better = task.metric, task.higher_is_better
@@ -86,6 +92,25 @@ class Likelihood:
         return -self.speaker.log_probs(inputs, targets, self._smoothing).mean()
 
 
+class VarlenLikelihood(Likelihood):
+    """The same on a GPU, of rows that lie end to end."""
+
+    records = True
+
+    def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
+        ids, targets = [self._data.sequence(i) for i in rows], [self._data.targets[i] for i in rows]
+        return varlen.rows(ids, targets, self._pad_id)
+
+    def mass(self, targets: torch.Tensor) -> float:
+        return float((targets != IGNORED).sum())
+
+    def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+        meant = (targets != IGNORED).float()
+        states = varlen.states(self.speaker.trunk, inputs)
+        found = self.speaker.log_probs_of(states, targets.clamp(min=0), self._smoothing)
+        return -(found * meant).sum() / meant.sum().clamp(min=1.0)
+
+
 class Preference:
     """Direct preference optimisation (Rafailov et al. 2023); `label_smoothing` is the share of wrong preferences.
 
@@ -95,6 +120,7 @@ class Preference:
     metric = "preference_accuracy"
     higher_is_better = True
     part_tokens: int | None = None
+    records = False
 
     def __init__(
         self, speaker: Speaker, data: Encoded, reference: NDArray[np.float64], spec: TrainSpec, pad_id: int

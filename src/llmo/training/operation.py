@@ -117,6 +117,8 @@ def prepare(request: TrainJobSpec, data: Dataset, base: Path, ctx: Context) -> P
     surely has not the memory."""
     torch.set_num_threads(max(1, ctx.device.cores))
     chosen = precision.choose(request.precision, ctx.device)
+    if chosen.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans its attention for each new shape: a fifth of a second
     task, request = _task(request, data, base)
     tokenizer = load_tokenizer(base)
     checkpoint.seed_everything(request.seed)

@@ -116,6 +116,7 @@ class AtPlaces:
     makes sequential recommendation as good as larger models (Klenitskiy & Vasilev 2023)."""
 
     part_tokens: int | None = None
+    records = False
 
     def __init__(self, places: Places, task: Task, data: Encoded, pad_id: int) -> None:
         self.metric, self.higher_is_better = task.metric, task.higher_is_better

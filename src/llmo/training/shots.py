@@ -69,6 +69,7 @@ class Contrast:
     """The squared distance between the cosine of a pair and its target."""
 
     part_tokens: int | None = None
+    records = False
 
     def __init__(self, built: Built, task: Task, data: Encoded) -> None:
         self.metric, self.higher_is_better = task.metric, task.higher_is_better

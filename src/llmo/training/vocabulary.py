@@ -38,6 +38,8 @@ class UsedEmbedding(nn.Module):
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("rest", whole.weight.detach(), persistent=False)
         self.weight = nn.Parameter(whole.weight.detach()[rows].clone())
+        place = -1 if self.padding_idx is None else int(places[self.padding_idx])
+        self._padding = place if place >= 0 else None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         places = self.places[ids]
@@ -48,11 +50,6 @@ class UsedEmbedding(nn.Module):
         if bool((places >= 0).all()):
             return used
         return torch.where((places >= 0)[..., None], used, functional.embedding(ids, self.rest) * self.shrink)
-
-    @property
-    def _padding(self) -> int | None:
-        place = -1 if self.padding_idx is None else int(self.places[self.padding_idx])
-        return place if place >= 0 else None
 
     @torch.no_grad()
     def restore(self) -> nn.Embedding:

@@ -76,3 +76,13 @@ def test_encoded_rows_come_back_in_batches(
             assert (targets[line, length:] == -100).all()
         else:
             assert targets[line].tolist() == wanted.tolist()
+
+
+def test_few_sizes_fill_up_little_where_a_gpu_is_busy() -> None:
+    found = [batches.few(count) for count in range(1, 40_000)]
+    assert all(size >= count for count, size in enumerate(found, 1))
+    assert found == sorted(found)
+    assert len(set(found)) < 60
+    assert max(size / count for count, size in enumerate(found, 1) if count > batches.MULTIPLE) <= 1.8
+    assert max(size / count for count, size in enumerate(found, 1) if count > batches.BUSY) <= 1.125
+    assert [batches.few(100, rows) for rows in (1, 16, 100)] == [128, 128, 104]
