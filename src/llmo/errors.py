@@ -125,6 +125,10 @@ class JobFailed(LLMOError):
     exit_code = 4
 
 
+class AttemptLost(JobFailed):
+    """A process that the job needs died, as the job itself may: it is tried again, from its last checkpoint."""
+
+
 class UnreachableError(LLMOError):
     """The server, or a replica behind it, cannot be reached."""
 

@@ -140,6 +140,9 @@ class TrainSpec(Spec):
     )
     batch_size: Positive = Field(16, description="texts per optimiser step")
     gradient_accumulation_steps: Positive = Field(1, description="micro-batches per step")
+    devices: Positive = Field(
+        1, description="processes that share every batch: one a GPU (--gpus), or each with its part of the cores"
+    )
     part_tokens: Positive | None = Field(
         None, description="padded tokens computed at once in one pass over texts; default: by device"
     )
@@ -199,7 +202,7 @@ class TrainSpec(Spec):
 
 MOST_TRIALS = 1000
 # What no search varies: the run's own bookkeeping, and what would change what the metric means.
-FIXED = ("seed", "checkpoint_seconds", "evaluate_every", "objective", "beta")
+FIXED = ("seed", "checkpoint_seconds", "evaluate_every", "objective", "beta", "devices")
 
 
 @cache
@@ -262,8 +265,10 @@ class TuneSpec(Spec):
         return self.pruner or ("asha" if len(self.objectives) == 1 else "none")
 
 
-def _measurable(task: TaskSpec, tune: TuneSpec) -> None:
-    """Raises ValueError for a search whose trials could not be measured."""
+def _measurable(task: TaskSpec, tune: TuneSpec, train: TrainSpec | None) -> None:
+    """Raises ValueError for a search whose trials could not be run or measured."""
+    if train is not None and train.devices > 1:
+        raise ValueError("a search runs its trials side by side, each on one device: leave out train.devices")
     if tune.folds is not None and task.name == "next-item":
         raise ValueError(
             "what a user did last is held out already, and parts of it would be learnt by others: leave out `folds`"
@@ -360,7 +365,7 @@ class ProjectSpec(Spec):
     def _searches(cls, value: TuneSpec | None, info: ValidationInfo) -> TuneSpec | None:
         task = info.data.get("task")
         if value is not None and task is not None:
-            _measurable(task, value)
+            _measurable(task, value, info.data.get("train"))
         return value
 
 
@@ -444,7 +449,7 @@ class TuneJobSpec(TuneSpec):
 
     @model_validator(mode="after")
     def _searches(self) -> TuneJobSpec:
-        _measurable(self.task, self)
+        _measurable(self.task, self, self.train)
         return self
 
 

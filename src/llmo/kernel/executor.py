@@ -9,7 +9,7 @@ from typing import Protocol
 from llmo.types import Placement
 
 # Exit codes of a worker; any other code, or a signal, means that the worker was lost.
-DONE, FAILED, STOPPED, OUT_OF_MEMORY = 0, 3, 4, 5
+DONE, FAILED, STOPPED, OUT_OF_MEMORY, LOST = 0, 3, 4, 5, 6
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,12 +100,22 @@ def _needs(
     store: Store, operation: Operation, spec: Mapping[str, Any], inputs: Mapping[str, str], needs: Needs | None
 ) -> Needs:
     if needs is not None or not operation.service:
-        return needs or operation.needs
+        return _for_all(needs or operation.needs, spec.get("devices"))
     wanted = replace(operation.needs, memory=operation.needs.memory + service.memory_of(store, spec, inputs))
     cores, gpus = spec.get("cores"), spec.get("gpus")
     if isinstance(gpus, int):
         wanted = replace(wanted, gpus=gpus)
     return replace(wanted, cores=cores, cores_max=cores) if isinstance(cores, int) else wanted
+
+
+def _for_all(needs: Needs, processes: Any) -> Needs:
+    """A job of several processes needs a GPU for each, or where it asks for none, a core."""
+    if not isinstance(processes, int) or processes < 2:
+        return needs
+    if needs.gpus:
+        return replace(needs, gpus=max(needs.gpus, processes))
+    most = needs.cores_max and max(needs.cores_max, processes)
+    return replace(needs, cores=max(needs.cores, processes), cores_max=most)
 
 
 def _check(store: Store, operation: Operation, spec: Mapping[str, Any], inputs: Mapping[str, str], name: str) -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from llmo.context import Stopped
-from llmo.errors import EnvironmentProblem, JobFailed, LLMOError, StorageError
+from llmo.errors import AttemptLost, EnvironmentProblem, JobFailed, LLMOError, StorageError
 from llmo.files import MANIFEST, manifest_of, publish, publish_json
 from llmo.kernel import jobdir, processes
-from llmo.kernel.executor import DONE, FAILED, OUT_OF_MEMORY, STOPPED
+from llmo.kernel.executor import DONE, FAILED, LOST, OUT_OF_MEMORY, STOPPED
 from llmo.kernel.filecontext import FileContext
 from llmo.kernel.local import DOORBELL, LIFELINE
 from llmo.plugins import load_target
@@ -62,7 +62,7 @@ def _attempt(folder: Path, job: Mapping[str, Any], ctx: FileContext) -> int:
     except Stopped:
         return STOPPED
     except LLMOError as error:
-        return _fail(folder, error, FAILED)
+        return _fail(folder, error, LOST if isinstance(error, AttemptLost) else FAILED)
     except SystemExit as error:
         return _fail(folder, JobFailed(f"the operation ended its process with {error.code!r}", hint=_see(job)), FAILED)
     # The border of foreign code: whatever it raises becomes one line for the user and a traceback in the log.

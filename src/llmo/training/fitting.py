@@ -40,10 +40,10 @@ def fit(
 
     def needed(plan: TrainSpec) -> int:
         found = forecast(plan, task, config, rows, bf16=bf16 and plan.precision != "fp32")
-        return round(found.memory_bytes * correction.factor)
+        return round(found.memory_bytes * correction.factor) * plan.devices
 
     found = forecast(train, task, config, rows, bf16=bf16 and train.precision != "fp32")
-    need = round(found.memory_bytes * correction.factor)
+    need = round(found.memory_bytes * correction.factor) * train.devices  # each process has a model of its own
     low, high = round(need * (1 - correction.error)), round(need * (1 + correction.error))
     shown: dict[str, Any] = {
         "memory_bytes": need,

@@ -24,6 +24,7 @@ from llmo.training.along import Along
 from llmo.training.batches import Encoded
 from llmo.training.model import Built, set_training
 from llmo.training.objectives import Inputs, Objective
+from llmo.training.parallel import Group
 from llmo.training.precision import Precision
 from llmo.training.recorded import Recorder, Update
 
@@ -65,6 +66,7 @@ class Loop:
         self.built, self.task, self.spec, self.data, self.ctx = built, task, spec, data, ctx
         self._objective, self._evaluate_on_dev, self.precision = objective, evaluate, precision
         self._after_step = after_step
+        self.group: Group | None = None
         self.narrowed = None if task.hides else vocabulary.narrow(built, data.ids, spec)
         self._named: dict[str, nn.Parameter] = dict(built.trainable())
         self._optimiser = optimiser.build(list(self._named.items()), spec)
@@ -116,6 +118,12 @@ class Loop:
         checkpoint.restore_random_state(state["random"])
         return True
 
+    def join(self, group: Group | None) -> None:
+        """Take this process's share of every batch from now on; all begin with the first one's weights."""
+        self.group = group
+        if group is not None:
+            group.same(list(self._named.values()))
+
     def run(self) -> None:
         """Train to the end. Raises Stopped (after a checkpoint) when asked to, JobFailed when the loss is lost."""
         set_training(self.built.model)
@@ -141,6 +149,8 @@ class Loop:
     def step(self) -> float:
         """One step of the optimiser; its loss. Raises JobFailed when that is lost."""
         started = time.monotonic()
+        if self.group is not None:
+            self.group.begin(self.spec.seed, self.state.step)
         batch = self.batch()
         self._rate = optimiser.rate(self.spec, self.state.step, self.total)
         mean = self.backward(batch)
@@ -169,11 +179,13 @@ class Loop:
     def backward(self, batch: NDArray[np.int64]) -> torch.Tensor:
         """Gradients of the mean loss `[]` of the whole batch, however many parts it is computed in."""
         count, tokens = self.spec.gradient_accumulation_steps, self._objective.part_tokens
+        if self.group is not None:
+            batch = self.group.share(self._lengths, batch)
         pieces = batches.parts(self._lengths, batch, count, tokens)
         epoch = self.state.step // self._per_epoch
         parts = [self._objective.batch(piece, epoch) for piece in pieces]
         masses = [self._objective.mass(targets) for _, targets in parts]
-        whole = sum(masses) or 1.0
+        whole = 1.0 if self.group is not None else sum(masses) or 1.0  # a group divides by what all have
         loss = torch.zeros((), device=self.precision.device)
         for piece, (inputs, targets), mass in zip(pieces, parts, masses, strict=True):
             if self.recorder is not None:
@@ -181,7 +193,7 @@ class Loop:
                 continue
             there = {k: v.to(self.precision.device) for k, v in inputs.items()}
             loss += self._gradients(there, targets.to(self.precision.device), mass / whole, piece)
-        return loss
+        return loss if self.group is None else self.group.add_up(list(self._named.values()), sum(masses), loss)
 
     def _gradients(
         self, inputs: Inputs, targets: torch.Tensor, share: float | torch.Tensor, rows: NDArray[np.int64]
@@ -295,7 +307,7 @@ class Loop:
         for target in self.data.targets:
             rows.update(target.tobytes())
         spec = self.spec.plain()
-        for name in ("checkpoint_seconds", "gradient_accumulation_steps", "part_tokens"):
+        for name in ("checkpoint_seconds", "gradient_accumulation_steps", "part_tokens", "devices"):
             spec.pop(name)
         weights = {name: list(p.shape) for name, p in self._named.items()}
         return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self.precision.name])

@@ -27,6 +27,7 @@ from llmo.training import (
     lineage,
     lowrank,
     optimiser,
+    parallel,
     peak,
     pictures,
     precision,
@@ -42,6 +43,7 @@ from llmo.training.fitting import require
 from llmo.training.forecast import Rows
 from llmo.training.loop import Loop
 from llmo.training.model import Built, build
+from llmo.training.objectives import Labels
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
@@ -126,6 +128,11 @@ def prepare(request: TrainJobSpec, data: Dataset, base: Path, ctx: Context) -> P
     built.model.to(chosen.device)
     exact = precision.exact(chosen)
     course = plan(task, tokenizer, data, built, request, chosen, exact, ctx)
+    if request.devices > 1 and isinstance(course.objective, Labels) and course.objective.part_tokens is None:
+        raise SpecError(
+            f"task {task.name} tells the rows of a batch apart from each other, so that no process can have a part",
+            hint="leave train.devices out",
+        )
     _say(ctx, built, course, chosen)
     need = _room(request, course, base, chosen, ctx)
     return Prepared(request, data, course, chosen, exact, need, lowrank.join(built, chosen))
@@ -135,7 +142,7 @@ def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Cont
     started = time.monotonic()
     ready = prepare(request, Dataset.open(inputs["data"]), inputs["model"], ctx)
     with memory_errors(StepTooLarge):
-        done = _learn(ready, ctx) if ready.course.built.trained else Done()
+        done = _learn(ready, inputs, ctx) if ready.course.built.trained else Done()
     ready.trained()
     request, data, course, chosen = ready.request, ready.data, ready.course, ready.chosen
     built = course.built
@@ -184,15 +191,18 @@ class Done:
     tokens_per_second: float = 0.0
 
 
-def _learn(ready: Prepared, ctx: Context) -> Done:
+def _learn(ready: Prepared, inputs: Mapping[str, Path], ctx: Context) -> Done:
     """Run the loop, from its checkpoint if there is one."""
     loop = ready.loop(ctx)
-    if loop.resume():
+    resumed = loop.resume()
+    if resumed:
         ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
     else:
         ready.fit()
         loop.state.extra["before"] = ready.course.figures.full("test", "test before training", ready.chosen)
-    loop.run()
+    with parallel.group(ready.request, inputs, ctx, ready.chosen.device, resumed) as group:
+        loop.join(group)
+        loop.run()
     state = loop.state
     return Done(state.step, state.history, state.extra["before"], loop.samples_per_second, loop.tokens_per_second)
 

@@ -1,0 +1,217 @@
+"""One training on several processes: each takes its share of every batch, and their gradients are added up.
+
+A batch's loss is a sum over its rows, divided by their mass, so that shares of any size add up to the gradients of one
+process but for the order in which numbers are added. The job's own process is the first: it evaluates, reports and
+keeps checkpoints, and says before each step that there is one. The others follow (`follow`): same seed, same rows, same
+weights, so that all that travels are gradients (data parallelism, as in Li et al. 2020, arXiv:2006.15704).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import distributed
+
+from llmo.context import Context
+from llmo.errors import AttemptLost, NeedsError
+from llmo.specs import TrainJobSpec
+from llmo.training.failures import StepTooLarge
+from llmo.types import Device, to_json
+
+BUCKET = 16 << 20  # numbers of gradients that are added up at once
+PATIENCE = timedelta(days=7)  # an evaluation of the first process may take long; the death of one is noticed at once
+DYING_SECONDS, LEAVING_SECONDS = 2.0, 10.0  # from hanging up to being gone, and from the end
+GO, END = 1, 0
+NO_MEMORY = 5  # what a process that found none ends with
+Rows = NDArray[np.int64]
+
+
+class Group:
+    """The processes of one training; this one is number `rank` of `size`. They meet in the file `meeting`."""
+
+    def __init__(self, rank: int, size: int, meeting: Path, device: torch.device) -> None:
+        self.rank, self.size = rank, size
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        distributed.init_process_group(
+            backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=PATIENCE
+        )
+
+    def same(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Give all the first one's weights."""
+        for p in parameters:
+            distributed.broadcast(p.detach(), 0)
+
+    def share(self, lengths: Rows, batch: Rows) -> Rows:
+        """This process's rows of a batch: the longest are dealt out first, back and forth, so that all have about as
+        many tokens."""
+        ordered = batch[np.argsort(-lengths[batch], kind="stable")]
+        turn = np.arange(len(ordered)) % (2 * self.size)
+        mine: Rows = ordered[np.minimum(turn, 2 * self.size - 1 - turn) == self.rank]
+        return mine
+
+    def begin(self, seed: int, step: int) -> None:
+        """Of a step: the first process says so, the others draw random numbers of their own for it."""
+        if self.rank == 0:
+            distributed.broadcast(torch.tensor(GO), 0)
+            return
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1)[0]))
+
+    def goes_on(self) -> bool:
+        """What the first process says; waits until it does."""
+        said = torch.tensor(END)
+        distributed.broadcast(said, 0)
+        return int(said) == GO
+
+    def add_up(self, parameters: Sequence[torch.Tensor], mass: float, loss: torch.Tensor) -> torch.Tensor:
+        """Make the gradients, sums over `mass` here, means over the whole batch everywhere; so with the loss `[]`."""
+        learnt = [float(p.grad is not None) for p in parameters]
+        tail = torch.tensor([mass, float(loss), *learnt], dtype=torch.float64)
+        distributed.all_reduce(tail)
+        whole = float(tail[0]) or 1.0
+        wanted = [p for p, count in zip(parameters, tail[2:].tolist(), strict=True) if count]
+        for p in wanted:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for bucket in _buckets([p.grad for p in wanted if p.grad is not None]):
+            flat = torch.cat([slope.flatten() for slope in bucket])
+            distributed.all_reduce(flat)
+            parts = torch.split(flat.div_(whole), [slope.numel() for slope in bucket])
+            torch._foreach_copy_(list(bucket), [part.view_as(slope) for part, slope in zip(parts, bucket, strict=True)])
+        return (tail[1] / whole).to(loss)
+
+    def end(self) -> None:
+        """Of the training; the first process says so."""
+        if self.rank == 0:
+            distributed.broadcast(torch.tensor(END), 0)
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def group(
+    request: TrainJobSpec, inputs: Mapping[str, Path], ctx: Context, device: torch.device, resumed: bool
+) -> Iterator[Group | None]:
+    """The other processes of `request.devices`, started; None where there are none. They end with the block. Raises
+    AttemptLost when one dies, StepTooLarge when one finds no memory, and NeedsError before that for too many."""
+    size = request.devices
+    if size == 1:
+        yield None
+        return
+    places = _places(ctx.device, size)
+    torch.set_num_threads(places[0].cores)
+    with tempfile.TemporaryDirectory(prefix="llmo-") as folder:
+        meeting = Path(folder) / "meeting"
+        others = [
+            _start(request, inputs, ctx, places[rank], {"rank": rank, "size": size, "meeting": str(meeting)}, resumed)
+            for rank in range(1, size)
+        ]
+        try:
+            found = Group(0, size, meeting, device)
+            yield found
+            found.end()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a process that died hangs up, and gloo and NCCL say so in many ways
+            lost = _lost(others, size)
+            if lost is None:
+                raise
+            raise lost from error
+        finally:
+            _finish(others)
+            torch.set_num_threads(max(1, ctx.device.cores))
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+
+
+def _places(device: Device, size: int) -> list[Device]:
+    """What each process computes on: its part of the cores, or a GPU each."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if device.kind == "cuda":
+        if len(visible) < size:
+            raise NeedsError(
+                f"train.devices is {size}, and the job was given {len(visible)} GPU{'s' * (len(visible) != 1)}",
+                hint=f"llmo train --gpus {size}",
+            )
+        names = [f"cuda:{name}" for name in visible]
+        return [Device(name, "cuda", device.memory, device.free, device.cores) for name in names[:size]]
+    if device.cores < size:
+        raise NeedsError(
+            f"train.devices is {size}, and the job was given {device.cores} core{'s' * (device.cores != 1)}",
+            hint=f"llmo train --cores {size}, or set train.devices lower",
+        )
+    return [Device(device.name, "cpu", device.memory, device.free, device.cores // size)] * size
+
+
+def _start(
+    request: TrainJobSpec, inputs: Mapping[str, Path], ctx: Context, place: Device, seat: dict[str, Any], resumed: bool
+) -> subprocess.Popen[bytes]:
+    asked = seat | {
+        "spec": request.plain(),
+        "inputs": {name: str(path) for name, path in inputs.items()},
+        "device": to_json(place),
+        "checkpoint": str(ctx.checkpoint()),
+        "cache": str(ctx.cache()),
+        "resumed": resumed,
+        "leader": os.getpid(),
+    }
+    command = [sys.executable, "-m", "llmo.training.follow"]
+    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    assert started.stdin is not None  # noqa: S101 (as asked for)
+    started.stdin.write(json.dumps(asked).encode())
+    started.stdin.close()
+    return started
+
+
+def _lost(others: Sequence[subprocess.Popen[bytes]], size: int) -> Exception | None:
+    """Which process died, if one did."""
+    until = time.monotonic() + DYING_SECONDS
+    while all(process.poll() is None for process in others) and time.monotonic() < until:
+        time.sleep(0.01)
+    for rank, process in enumerate(others, 1):
+        code = process.poll()
+        if code is None:
+            continue
+        if code == NO_MEMORY:
+            return StepTooLarge(f"process {rank + 1} of {size} found no memory")
+        how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with exit code {code}"
+        return AttemptLost(
+            f"process {rank + 1} of {size} of this training ended {how}",
+            hint="see `llmo logs`; running it again goes on from the last checkpoint",
+        )
+    return None
+
+
+def _finish(others: Sequence[subprocess.Popen[bytes]]) -> None:
+    for process in others:
+        try:
+            process.wait(LEAVING_SECONDS if sys.exc_info()[0] is None else 0.1)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _buckets(slopes: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    part: list[torch.Tensor] = []
+    for slope in slopes:
+        if part and sum(one.numel() for one in part) + slope.numel() > BUCKET:
+            yield part
+            part = []
+        part.append(slope)
+    if part:
+        yield part

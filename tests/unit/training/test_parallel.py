@@ -1,0 +1,105 @@
+"""Several processes share every batch: the losses of one process, whoever dies, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+import pytest
+
+from llmo.context import NullContext
+from llmo.errors import AttemptLost, NeedsError, SpecError
+from llmo.files import sha256_file
+from llmo.specs import TrainSpec, TuneJobSpec
+from llmo.training.parallel import Group
+from support.places import ON_GPU
+from support.tiny import tiny_dataset
+
+pytestmark = pytest.mark.skipif(ON_GPU, reason="there is one GPU")
+EXACT: dict[str, Any] = {"precision": "fp32", "dropout": 0.0, "epochs": 2, "learning_rate": 5e-3, "evaluate_every": 1}
+SAVES: dict[str, Any] = {"precision": "fp32", "epochs": 3, "learning_rate": 5e-3, "checkpoint_seconds": 1e-6}
+
+
+class Train(Protocol):
+    def __call__(self, data: Path, out: str = "out", **keys: Any) -> dict[str, Any]: ...
+
+
+class Kills(NullContext):
+    """Kills the second process of the training after a step."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(2, folder)
+        self._step = step
+
+    def report(self, step: int, total: int | None = None, **metrics: float | str) -> None:
+        if step == self._step and "learning_rate" in metrics:
+            (other,) = psutil.Process().children()
+            os.kill(other.pid, signal.SIGKILL)
+
+
+def test_a_batch_is_dealt_out_whole_and_evenly() -> None:
+    lengths = np.random.default_rng(0).integers(5, 200, 90)
+    for size, count in ((2, 16), (3, 16), (4, 3), (2, 1)):
+        batch = np.random.default_rng(1).permutation(90)[:count]
+        shares = []
+        for rank in range(size):
+            group = Group.__new__(Group)
+            group.rank, group.size = rank, size
+            shares.append(group.share(lengths, batch))
+        assert sorted(np.concatenate(shares)) == sorted(batch)
+        if count >= 4 * size:
+            tokens = [int(lengths[share].sum()) for share in shares]
+            assert max(tokens) < 1.3 * min(tokens)
+
+
+@pytest.mark.parametrize("kind", ["texts", "spans", "chats", "pairs"])
+def test_losses_are_those_of_one_process(
+    train: Train, request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    keys = dict(EXACT)
+    if kind == "spans":
+        keys["task"] = "token-classification"
+    if kind in ("chats", "pairs"):
+        keys |= {"task": "generation", "model": request.getfixturevalue("talker"), "max_length": 64, "batch_size": 8}
+    if kind == "chats":
+        keys["method"] = "lora"
+    found = [
+        train(request.getfixturevalue(kind), f"{size}", devices=size, ctx=NullContext(2, tmp_path / f"c{size}"), **keys)
+        for size in (1, 2)
+    ]
+    losses = [[entry["loss"] for entry in one["history"]] for one in found]
+    assert len(losses[0]) >= 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][-1] != pytest.approx(losses[0][0], rel=1e-3), "it learnt nothing"
+
+
+def test_a_process_that_dies_is_named_and_the_next_attempt_goes_on_to_the_same_weights(
+    train: Train, texts: Path, tmp_path: Path
+) -> None:
+    train(texts, "whole", devices=2, ctx=NullContext(2, tmp_path / "a"), **SAVES)
+    with pytest.raises(AttemptLost, match=r"process 2 of 2 of this training ended by signal 9 \(Killed\)"):
+        train(texts, "broken", devices=2, ctx=Kills(tmp_path / "b", 4), **SAVES)
+    assert not psutil.Process().children()
+    steps: list[int] = []
+    ctx = NullContext(2, tmp_path / "b", lambda step, _, said: steps.append(step) if "learning_rate" in said else None)
+    train(texts, "rest", devices=2, ctx=ctx, **SAVES)
+    assert steps[0] >= 4
+    weights = [sha256_file(tmp_path / name / "model.safetensors") for name in ("whole", "rest")]
+    assert weights[0] == weights[1]
+
+
+def test_what_cannot_be_shared_is_refused(train: Train, texts: Path, tmp_path: Path) -> None:
+    with pytest.raises(NeedsError, match=r"train\.devices is 3, and the job was given 2 cores"):
+        train(texts, devices=3, ctx=NullContext(2, tmp_path / "c"))
+    with pytest.raises(ValueError, match="side by side"):
+        TuneJobSpec(task={"name": "text-classification"}, train=TrainSpec(devices=2))  # type: ignore[arg-type]
+
+
+def test_rows_that_are_told_apart_from_each_other_stay_together(train: Train, tmp_path: Path) -> None:
+    pairs = tiny_dataset(tmp_path / "embeds", "sentence-embedding")
+    with pytest.raises(SpecError, match="no process can have a part"):
+        train(pairs, devices=2, task="sentence-embedding", ctx=NullContext(2, tmp_path / "c"))
