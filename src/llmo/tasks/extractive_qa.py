@@ -19,6 +19,7 @@ from llmo.errors import DataError, InputError, ModelError, SpecError
 from llmo.tasks import spelled
 from llmo.tasks.base import Encoding, Logits, Row, Task, refuse_surrogates, seen
 from llmo.tasks.metrics import MICRO, Floats, Tally, Totals, ratio
+from llmo.tasks.verdict import Decisions, Verdict
 from llmo.types import Asked
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ SHORTEST = 32  # tokens of a window: the question may fill half of it, and the o
 MOST_WINDOWS = 64  # of one context; what lies beyond is cut away
 MOST_TOKENS = 30  # of an answer
 START, END = 0, 1  # columns of the logits
+NO_ANSWER = "(none)"
 NOWHERE = (0, 0)  # the tokens of an answer that is not in a window
 
 
@@ -156,6 +158,18 @@ class ExtractiveQA(Task):
             named["answered_f1"] = ratio(answered_f1 / MICRO, answered)
             named["no_answer_accuracy"] = ratio(exact - answered_exact, totals.rows - answered)
         return named
+
+    def verdicts(
+        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]
+    ) -> list[Verdict | None]:
+        """Of each answer whether it is right, word for word: the more certain a wrong one is, the higher its loss."""
+        found: list[Verdict | None] = []
+        for said, row, encoding in zip(logits, rows, encodings, strict=True):
+            text, _, _, score = self._span(said, encoding, row["pair"])
+            decision = Decisions.whether_right(score, right=spelled.compare(text, row["answers"])[0])
+            right = " / ".join(dict.fromkeys(row["answers"])) or NO_ANSWER
+            found.append(Verdict(decision.surprise, right, NO_ANSWER if text is None else text, score, decision))
+        return found
 
     def answer(self, logits: Logits, encoding: Encoding, asked: Asked) -> dict[str, Any]:
         """`answer` and where it stands in the context (characters `start` to `end`); null where there is none."""

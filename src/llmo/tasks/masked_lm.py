@@ -16,6 +16,7 @@ from llmo.errors import DataError, InputError, ModelError
 from llmo.tasks.base import IGNORED, Encoding, Logits, Row, Task
 from llmo.tasks.card import load_tokenizer
 from llmo.tasks.metrics import MICRO, Floats, Tally, Totals, ratio
+from llmo.tasks.verdict import Verdict
 from llmo.types import Asked
 
 SHARE = 0.15  # of a text's tokens that are to be found (Devlin et al. 2019)
@@ -157,6 +158,12 @@ class MaskedLm(Task):
             "masked_perplexity": np.exp(np.minimum(loss, MOST_EXPONENT)),
             "masked_accuracy": ratio(right, tokens),
         }
+
+    def verdicts(
+        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]
+    ) -> list[Verdict | None]:
+        """How unlikely the hidden tokens are, each; which they are says nothing without the text around them."""
+        return [Verdict(-float(one.reshape(-1, 2)[:, 0].mean()), "", "") if len(one) else None for one in logits]
 
     def details(self, tally: Tally) -> dict[str, Any]:
         """How many tokens the figures are of."""

@@ -15,6 +15,7 @@ from llmo.errors import DataError, InputError, ModelError
 from llmo.tasks.base import IGNORED, Encoding, Logits, Row, Task, refuse_surrogates, seen
 from llmo.tasks.card import load_tokenizer
 from llmo.tasks.metrics import MICRO, Floats, Tally, Totals, ratio, softmax
+from llmo.tasks.verdict import Decisions, Verdict, surprise
 from llmo.types import Asked
 
 TOP = 10  # items of an answer, and of the metrics
@@ -128,6 +129,23 @@ class NextItem(Task):
             f"recall@{TOP}": ratio(hits, totals.rows),
             f"ndcg@{TOP}": ratio(gain / MICRO, totals.rows),
         }
+
+    def verdicts(
+        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]
+    ) -> list[Verdict | None]:
+        """Of each row the likeliest item; None where the right one may not be answered."""
+        found: list[Verdict | None] = []
+        for said, row in zip(logits, rows, strict=True):
+            history, item = _question(row)
+            at = self._index.get(item)
+            if at is None or (not self.repeats and item in history.split()):
+                found.append(None)
+                continue
+            each = softmax(np.asarray(self._allowed(said, history), np.float32)[None]).astype(np.float64)
+            best = int(each[0].argmax())
+            decision = Decisions.among(each, np.array([at]))
+            found.append(Verdict(surprise(each[:, at]), item, self.labels[best], float(each[0, best]), decision))
+        return found
 
     def details(self, tally: Tally) -> dict[str, Any]:
         """Among how many items the ranks are."""

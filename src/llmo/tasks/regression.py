@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from llmo.errors import DataError
 from llmo.tasks.base import Encoding, Logits, Row, Task, seen
 from llmo.tasks.metrics import MICRO, Floats, Tally, Totals, ratio, spearman
+from llmo.tasks.verdict import Verdict
 from llmo.types import Asked
 
 if TYPE_CHECKING:
@@ -89,6 +90,17 @@ class Regression(Task):
             "rmse": self.std * np.sqrt(ratio(squared, totals.rows)),
             "mae": self.std * ratio(absolute, totals.rows),
         }
+
+    def verdicts(
+        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]
+    ) -> list[Verdict | None]:
+        """Their losses are squared errors in standard deviations."""
+        found: list[Verdict | None] = []
+        for said, row in zip(logits, rows, strict=True):
+            error = float(np.clip(float(said[0]) - self._standard(row), -FARTHEST, FARTHEST))
+            answer = self.mean + self.std * float(said[0])
+            found.append(Verdict(error**2, f"{float(row['value']):.6g}", f"{answer:.6g}"))
+        return found
 
     def ranked(self, tally: Tally, times: Floats) -> dict[str, Floats]:
         gold, answers = tally.counts[:, :2].T.astype(np.float64)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from llmo.errors import DataError
 from llmo.tasks.base import Encoding, Logits, Row, Task, seen
 from llmo.tasks.metrics import MICRO, Counts, Floats, Tally, Totals, correlation, ratio, spearman
+from llmo.tasks.verdict import Verdict
 from llmo.types import Asked
 
 if TYPE_CHECKING:
@@ -151,6 +152,21 @@ class SentenceEmbedding(Task):
             return _parts([(texts * pairs).sum(1), np.array(scores)])
         rank = _ranks(texts, pairs, rows)
         return _parts([rank <= 1, rank <= 10, 1 / rank])
+
+    def verdicts(
+        self, logits: Sequence[Logits], rows: Sequence[Row], encodings: Sequence[Encoding]
+    ) -> list[Verdict | None]:
+        """Their losses say how far from its pair a text lies (one less the cosine), or the squared error of a score."""
+        found: list[Verdict | None] = []
+        for vectors, row in zip(logits, rows, strict=True):
+            cosine = float(vectors[0].astype(np.float64) @ vectors[1])
+            if self.scored:
+                wanted = (row["score"] - self.low) / (self.high - self.low)
+                answer = self.low + cosine * (self.high - self.low)
+                found.append(Verdict((cosine - wanted) ** 2, f"{row['score']:g}: {row['pair']}", f"{answer:.4g}"))
+            else:
+                found.append(Verdict(1.0 - cosine, row["pair"], f"cosine {cosine:.3f}"))
+        return found
 
     def scores(self, totals: Totals) -> dict[str, Floats]:
         if self.scored:

@@ -36,11 +36,23 @@ class Decisions:
         said = probabilities > threshold
         return cls(np.where(said, probabilities, 1 - probabilities), said == gold, 2 * (probabilities - gold) ** 2)
 
+    @classmethod
+    def whether_right(cls, probability: float, *, right: bool) -> Decisions:
+        """One answer that its model takes for right with this probability."""
+        brier = 2 * (probability - right) ** 2
+        return cls(np.array([probability]), np.array([right]), np.array([brier]))
+
+    @property
+    def surprise(self) -> float:
+        """The mean natural loss of what turned out, of answers that are right or wrong."""
+        return surprise(np.where(self.right, self.confidence, 1 - self.confidence))
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one row: `loss` (natural, the mean over its decisions or tokens), what is right and what was answered in
-    words, `score` the probability of that answer. `decisions` is None where answers carry no probability."""
+    """Of one row: `loss` (natural, the mean over its decisions or tokens; what else it is a task says), what is right
+    and what was answered in words, `score` the probability of that answer. `decisions` is None where answers carry no
+    probability."""
 
     loss: float
     gold: str

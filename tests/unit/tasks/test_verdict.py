@@ -9,6 +9,11 @@ import pytest
 
 from llmo.errors import DataError
 from llmo.tasks.base import Encoding
+from llmo.tasks.extractive_qa import ExtractiveQA
+from llmo.tasks.masked_lm import MaskedLm
+from llmo.tasks.next_item import NextItem
+from llmo.tasks.regression import Regression
+from llmo.tasks.sentence_embedding import SentenceEmbedding
 from llmo.tasks.text_classification import TextClassification
 from llmo.tasks.verdict import Calibration, Decisions
 from support.tiny import span_rows, tiny_tokenizer
@@ -106,3 +111,57 @@ def test_probabilities_that_mean_what_they_say_have_no_error() -> None:
     assert told is not None
     assert told["ece"] < 0.02
     assert told["decisions"] == 20_000
+
+
+def test_a_value_is_off_by_standard_deviations() -> None:
+    task = Regression(mean=10.0, std=2.0)
+    (found,) = task.verdicts([np.array([1.5], np.float32)], [{"value": 12.0}], [SEEN])
+    assert found is not None
+    assert (found.loss, found.gold, found.answer, found.decisions) == (0.25, "12", "13", None)
+
+
+def test_a_span_that_is_wrong_and_certain_is_the_worst() -> None:
+    task = ExtractiveQA(max_length=32, unanswerable=True)
+    row = {"text": "who was there?", "pair": "bob smith was there", "answers": ["bob smith"], "answer_start": 0}
+    (encoding,) = task.encode_rows(tiny_tokenizer(), [row])
+    start, end = task.target(row, encoding)[:2]
+    sure = np.zeros((len(encoding.input_ids), 2), np.float32)
+    sure[start, 0] = sure[end, 1] = 12.0
+    nothing = dict(row, answers=[], answer_start=None)
+    found = task.verdicts([sure, sure, -sure], [row, nothing, row], [encoding] * 3)
+    losses = [one.loss for one in found if one is not None]
+    assert losses[0] < 0.01
+    assert losses[1] > 4 > losses[2]
+    assert [(one.gold, one.answer) for one in found if one is not None][:2] == [
+        ("bob smith", "bob smith"),
+        ("(none)", "bob smith"),
+    ]
+    assert [bool(one.decisions.right[0]) for one in found if one is not None and one.decisions] == [True, False, False]
+
+
+def test_the_next_item_is_one_of_many() -> None:
+    task = NextItem(["a", "b", "c"], 8)
+    logits = np.log(np.array([0.5, 0.1, 0.4], np.float32))
+    rows = [{"text": "a", "label": "c"}, {"text": "a", "label": "b"}, {"text": "a", "label": "new"}]
+    right, wrong, unknown = task.verdicts([logits] * 3, rows, [SEEN] * 3)
+    assert unknown is None
+    assert right is not None
+    assert wrong is not None
+    assert (right.answer, wrong.answer) == ("c", "c"), "what was there already is not answered"
+    assert (right.loss, wrong.loss) == (pytest.approx(-math.log(0.8)), pytest.approx(-math.log(0.2)))
+
+
+def test_hidden_tokens_and_pairs_have_losses() -> None:
+    hidden = np.array([[-1.0, 1.0], [-3.0, 0.0]], np.float32)
+    some, none = MaskedLm((), 8, mask_id=1, special_ids=[1], vocabulary=9).verdicts([hidden, hidden[:0]], [{}] * 2, [])
+    assert some is not None
+    assert (some.loss, none) == (2.0, None)
+    vectors = np.array([[1.0, 0.0], [0.6, 0.8]], np.float32)
+    pair, score = (
+        task.verdicts([vectors], [{"pair": "p", "score": 4.0}], [SEEN])[0]
+        for task in (SentenceEmbedding(), SentenceEmbedding(scored=True, low=0.0, high=5.0))
+    )
+    assert pair is not None
+    assert score is not None
+    assert (pair.loss, pair.gold) == (pytest.approx(0.4), "p")
+    assert (score.loss, score.gold, score.answer) == (pytest.approx(0.04), "4: p", "3")
