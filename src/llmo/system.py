@@ -18,8 +18,10 @@ from llmo.kernel import service
 from llmo.kernel.devices import detect
 from llmo.kernel.driver import Driver
 from llmo.kernel.paging import Usage
+from llmo.kernel.placement import for_processes
 from llmo.kernel.scheduler import Holder, SchedulerLock
 from llmo.kernel.submit import submit
+from llmo.plugins import operation
 from llmo.serve.adapters import AdapterTable, Ready, bases, check_base, folder_of, missing, trained
 from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
@@ -93,6 +95,7 @@ class System:
 
     def run(self, project: Mapping[str, Any], *, fresh: bool = False) -> Job:
         spec = validate(dict(project), ProjectSpec)
+        for_processes(self._devices, operation("train").needs, spec.train.devices)
         steps = [to_json(step) for step in self._steps(spec)]
         return self._start("pipeline", {"steps": steps} | ({"fresh": True} if fresh else {}), {}, name=spec.name)
 

@@ -51,7 +51,9 @@ def test_a_killed_process_costs_an_attempt_and_not_the_job(tmp_path: Path) -> No
 def test_more_devices_than_there_are_cores_are_refused_at_once(tmp_path: Path) -> None:
     file = project(tmp_path / "project", rows=40)
     file.write_text(file.read_text().replace("epochs: 10", "devices: 64, epochs: 10"))
-    said = llmo("run", file, LLMO_HOME=str(tmp_path / "home"), LLMO_CORES="2")
+    home = tmp_path / "home"
+    said = llmo("run", file, LLMO_HOME=str(home), LLMO_CORES="2")
     assert said.code == 2
-    assert "64 cores" in said.err
-    assert "this machine has 2" in said.err
+    assert "train.devices is 64, and this machine has 2 cores" in said.err
+    with Store.open(home) as store:
+        assert not store.jobs.list(), "nothing was begun"

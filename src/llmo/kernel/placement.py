@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llmo.errors import NeedsError
 from llmo.types import Device, Needs, Placement
@@ -86,6 +86,24 @@ def refuse(devices: Sequence[Device], needs: Needs) -> None:
             f"needs {_count(needs.gpus, 'GPU')}; this machine has {len(gpus)}" + (f" ({why})" if why else ""),
             hint="run it without a GPU, or on a machine that has them (see `llmo devices`)",
         )
+
+
+def for_processes(devices: Sequence[Device], needs: Needs, processes: Any) -> Needs:
+    """What a job whose specification asks for so many processes (`devices`) needs: a GPU for each, or where it asks for
+    none, a core. Raises NeedsError when the machine has fewer."""
+    if not isinstance(processes, int) or processes < 2:
+        return needs
+    cores, _, gpus = _free(devices, [])
+    if processes > (len(gpus) if needs.gpus else cores):
+        there = _count(len(gpus), "GPU") if needs.gpus else _count(cores, "core")
+        raise NeedsError(
+            f"train.devices is {processes}, and this machine has {there}",
+            hint="set train.devices lower (see `llmo devices`)",
+        )
+    if needs.gpus:
+        return replace(needs, gpus=max(needs.gpus, processes))
+    most = needs.cores_max and max(needs.cores_max, processes)
+    return replace(needs, cores=max(needs.cores, processes), cores_max=most)
 
 
 def size(amount: int) -> str:

@@ -12,7 +12,7 @@ from llmo import __version__, plugins
 from llmo.errors import NotFoundError, SpecError
 from llmo.files import digest_of_value
 from llmo.kernel import service
-from llmo.kernel.placement import for_endpoints, refuse
+from llmo.kernel.placement import for_endpoints, for_processes, refuse
 from llmo.plugins import Operation
 from llmo.store import Store
 from llmo.types import Device, Job, JobState, Needs, Reason
@@ -46,7 +46,7 @@ def submit(
     """
     operation = lookup(op)
     _check(store, operation, spec, inputs, name)
-    wanted = _needs(store, operation, spec, inputs, needs)
+    wanted = for_processes(devices, _needs(store, operation, spec, inputs, needs), spec.get("devices"))
     refuse(for_endpoints(devices) if operation.service else devices, wanted)
     key = cache_key(operation, spec, inputs)
     made: dict[str, Any] = {
@@ -100,22 +100,12 @@ def _needs(
     store: Store, operation: Operation, spec: Mapping[str, Any], inputs: Mapping[str, str], needs: Needs | None
 ) -> Needs:
     if needs is not None or not operation.service:
-        return _for_all(needs or operation.needs, spec.get("devices"))
+        return needs or operation.needs
     wanted = replace(operation.needs, memory=operation.needs.memory + service.memory_of(store, spec, inputs))
     cores, gpus = spec.get("cores"), spec.get("gpus")
     if isinstance(gpus, int):
         wanted = replace(wanted, gpus=gpus)
     return replace(wanted, cores=cores, cores_max=cores) if isinstance(cores, int) else wanted
-
-
-def _for_all(needs: Needs, processes: Any) -> Needs:
-    """A job of several processes needs a GPU for each, or where it asks for none, a core."""
-    if not isinstance(processes, int) or processes < 2:
-        return needs
-    if needs.gpus:
-        return replace(needs, gpus=max(needs.gpus, processes))
-    most = needs.cores_max and max(needs.cores_max, processes)
-    return replace(needs, cores=max(needs.cores, processes), cores_max=most)
 
 
 def _check(store: Store, operation: Operation, spec: Mapping[str, Any], inputs: Mapping[str, str], name: str) -> None:

@@ -159,7 +159,9 @@ def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Cont
     folder.write(out, built, inputs["model"], course.task)
     write_card(out, _card(request, course, metrics, data, inputs["model"], done))
     speed = {"samples_per_second": done.samples_per_second, "tokens_per_second": done.tokens_per_second}
-    memory = {"peak_bytes": peak.peak(chosen.device), **({"forecast_bytes": ready.need} if ready.need else {})}
+    memory = {"peak_bytes": peak.peak(chosen.device)}
+    if ready.need and request.devices == 1:  # what the other processes held is not known here
+        memory["forecast_bytes"] = ready.need
     _report(out, course, held, metrics, speed, memory, inputs["model"])
     checkpoint.clear(ctx.checkpoint())
     relief.forget(ctx)

@@ -11,11 +11,12 @@ import numpy as np
 import psutil
 import pytest
 
-from llmo.context import NullContext
+from llmo.context import NullContext, Stopped
 from llmo.errors import AttemptLost, NeedsError, SpecError
 from llmo.files import sha256_file
 from llmo.specs import TrainSpec, TuneJobSpec
 from llmo.training.parallel import Group
+from support.listening import Listening
 from support.places import ON_GPU
 from support.tiny import tiny_dataset
 
@@ -88,6 +89,18 @@ def test_a_process_that_dies_is_named_and_the_next_attempt_goes_on_to_the_same_w
     ctx = NullContext(2, tmp_path / "b", lambda step, _, said: steps.append(step) if "learning_rate" in said else None)
     train(texts, "rest", devices=2, ctx=ctx, **SAVES)
     assert steps[0] >= 4
+    weights = [sha256_file(tmp_path / name / "model.safetensors") for name in ("whole", "rest")]
+    assert weights[0] == weights[1]
+
+
+def test_a_stop_ends_all_processes_and_is_gone_on_from(train: Train, texts: Path, tmp_path: Path) -> None:
+    train(texts, "whole", devices=2, ctx=NullContext(2, tmp_path / "a"), **SAVES)
+    stops = Listening(tmp_path / "b", stop_at=5)
+    stops.device = NullContext(2).device
+    with pytest.raises(Stopped):
+        train(texts, "broken", devices=2, ctx=stops, **SAVES)
+    assert not psutil.Process().children()
+    train(texts, "rest", devices=2, ctx=NullContext(2, tmp_path / "b"), **SAVES)
     weights = [sha256_file(tmp_path / name / "model.safetensors") for name in ("whole", "rest")]
     assert weights[0] == weights[1]
 
