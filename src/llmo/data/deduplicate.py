@@ -39,7 +39,7 @@ def deduplicate(
     """
     if how == "none":
         return list(rows), []
-    keys = [text_key(row.text if row.pair is None else f"{row.text}\n{row.pair}") for row in rows]
+    keys = [text_key("\n".join(filter(None, (row.text, row.pair, row.negative)))) for row in rows]
     names = [digest(key) for key in keys]
     order = sorted(range(len(rows)), key=lambda i: (_PRIORITY[rows[i].split], names[i], rows[i].text, rows[i].place))
     dropped: dict[int, Dropped] = {}

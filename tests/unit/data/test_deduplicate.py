@@ -126,6 +126,14 @@ def test_entities_of_the_same_text_that_differ_are_a_contradiction():
     assert reasons(deduplicate(rows, "exact", 0.9)[1]) == [("conflict", "1"), ("conflict", "2")]
 
 
+def test_another_negative_makes_another_row():
+    first, second = (Row("red", None, f"f:{i}", pair="rot", negative=said) for i, said in enumerate(("blau", "grün")))
+    again = Row("Red", None, "f:2", pair="rot", negative="Blau")
+    kept, dropped = deduplicate([first, second, again], "exact", 0.9)
+    assert [row.negative for row in kept] == ["blau", "grün"]
+    assert reasons(dropped) == reasons(deduplicate([first, first], "exact", 0.9)[1])
+
+
 def test_none_keeps_everything():
     rows = [row("x"), row("x"), row("x", "b")]
     assert deduplicate(rows, "none", 0.9) == (rows, [])
