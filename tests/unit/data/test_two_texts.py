@@ -186,6 +186,15 @@ def test_pairs_triples_and_scores_are_told_apart_by_their_columns(tmp_path, impo
     assert sorted(row["score"] for row in found.rows()) == [i / 9 for i in range(10)]
 
 
+def test_a_pair_that_is_held_out_is_not_learnt_with_another_negative(tmp_path, import_):
+    rows = [{"anchor": f"query {i % 8}", "positive": f"answer {i % 8}", "negative": f"other {i}"} for i in range(16)]
+    given = [row | {"split": "test" if i in (0, 1) else "train"} for i, row in enumerate(rows)]
+    found = import_(lines(tmp_path, given), task="sentence-embedding")
+    assert found.dropped() == {"leak": ["a.jsonl:9", "a.jsonl:10"]}
+    texts = [set(found.texts(split)) for split in ("train", "test")]
+    assert not texts[0] & texts[1]
+
+
 def test_columns_of_pairs_can_be_told(tmp_path, import_):
     rows = [{"left": f"query {i}", "right": f"answer {i}", "how": i} for i in range(10)]
     told = {"text": "left", "pair": "right", "label": "how"}

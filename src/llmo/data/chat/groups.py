@@ -55,7 +55,9 @@ def held_out(rows: Sequence[Row]) -> tuple[list[Row], list[Dropped]]:
     return apart(rows, last, "the same question as")
 
 
-def apart(rows: Sequence[Row], names: Sequence[str], why: str) -> tuple[list[Row], list[Dropped]]:
+def apart(
+    rows: Sequence[Row], names: Sequence[str], why: str, reason: Drop = Drop.PROMPT_LEAK
+) -> tuple[list[Row], list[Dropped]]:
     """Rows of one name ("" is none) stay in one of the splits that the source gave them, and the others are dropped."""
     first: dict[str, Row] = {}
     for row, name in sorted(zip(rows, names, strict=True), key=lambda pair: _PRIORITY[pair[0].split]):
@@ -64,7 +66,7 @@ def apart(rows: Sequence[Row], names: Sequence[str], why: str) -> tuple[list[Row
     for row, name in zip(rows, names, strict=True):
         other = first[name]
         if name and _PRIORITY[other.split] < _PRIORITY[row.split]:
-            dropped.append(Dropped(row, Drop.PROMPT_LEAK, f"{why} {other.place} ({other.split})"))
+            dropped.append(Dropped(row, reason, f"{why} {other.place} ({other.split})"))
         else:
             kept.append(row)
     return kept, dropped

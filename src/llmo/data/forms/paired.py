@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from llmo.data import checks, stored
+from llmo.data.chat import groups
 from llmo.data.clean import clean
+from llmo.data.deduplicate import text_key
 from llmo.data.forms.base import text_of
 from llmo.data.named import Columns, named, row_columns, two_texts, unless
 from llmo.data.numbers import number
@@ -94,7 +96,9 @@ class Paired:
             )
 
     def held_out(self, rows: Sequence[Row]) -> tuple[list[Row], list[Dropped]]:
-        return list(rows), []
+        """A pair that is held out is learnt with no other negative either."""
+        pairs = [text_key(f"{row.text}\n{row.pair}") for row in rows]
+        return groups.apart(rows, pairs, "the same pair as", Drop.LEAK)
 
     def card(self, rows: Sequence[Row]) -> dict[str, Any]:
         kind = "scored pairs" if self._scored else "triples" if rows and rows[0].negative else "pairs"
