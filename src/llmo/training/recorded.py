@@ -120,8 +120,8 @@ class Recorder:
 
 
 class Update:
-    """What comes after the gradients, as one recording from the second call on: they are clipped, AdamW or Adam takes
-    its step, and they are set to zero."""
+    """What comes after the gradients, as one recording once all of them were there: they are clipped, AdamW or Adam
+    takes its step, and they are set to zero."""
 
     def __init__(self, parameters: Sequence[torch.Tensor], optimiser: torch.optim.Optimizer, max_norm: float) -> None:
         self._parameters, self._optimiser, self._max_norm = parameters, optimiser, max_norm
@@ -139,11 +139,12 @@ class Update:
     def __call__(self, rate: float) -> torch.Tensor:
         """The norm `[]` of all gradients before."""
         self._rate.fill_(rate)
-        if not self._optimiser.state:
+        if len(self._optimiser.state) < sum(p.grad is not None for p in self._parameters):
+            self._graph = None  # it knows nothing of a weight whose first gradient this is
             return self._do()  # which makes the optimiser's state
         if self._graph is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # NCCL has threads that ask the GPU
                 self._norm = self._do()
         self._graph.replay()
         return self._norm
