@@ -35,6 +35,7 @@ from llmo.training import (
     report,
     scratch,
 )
+from llmo.training.above import Above
 from llmo.training.architecture import check_config
 from llmo.training.course import Course, plan, resolve
 from llmo.training.failures import StepTooLarge, memory_errors
@@ -128,7 +129,7 @@ def prepare(request: TrainJobSpec, data: Dataset, base: Path, ctx: Context) -> P
     built.model.to(chosen.device)
     exact = precision.exact(chosen)
     course = plan(task, tokenizer, data, built, request, chosen, exact, ctx)
-    if request.devices > 1 and isinstance(course.objective, Labels) and course.objective.part_tokens is None:
+    if request.devices > 1 and isinstance(course.objective, Labels | Above) and course.objective.part_tokens is None:
         raise SpecError(
             f"task {task.name} tells the rows of a batch apart from each other, so that no process can have a part",
             hint="leave train.devices out",
