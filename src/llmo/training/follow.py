@@ -12,6 +12,7 @@ from typing import Any
 
 from llmo.context import NullContext
 from llmo.data.dataset import Dataset
+from llmo.errors import JobFailed, LLMOError
 from llmo.specfile import validate
 from llmo.specs import TrainJobSpec
 from llmo.training.failures import memory_errors
@@ -43,6 +44,9 @@ def main() -> int:
     except MemoryError as error:
         sys.stderr.write(f"process {asked['rank'] + 1}: {error}\n")
         return NO_MEMORY
+    except LLMOError as error:
+        sys.stderr.write(f"process {asked['rank'] + 1}: {error}\n")
+        return 1
     return 0
 
 
@@ -52,8 +56,8 @@ def _follow(asked: dict[str, Any]) -> None:
     request = validate(asked["spec"], TrainJobSpec)
     ready = prepare(request, Dataset.open(inputs["data"]), inputs["model"], ctx)
     loop = ready.loop(ctx)
-    if asked["resumed"]:
-        loop.resume()
+    if loop.resume() != asked["resumed"]:
+        raise JobFailed("the first process goes on from another checkpoint", hint="run it again")
     set_training(ready.course.built.model)
     group = Group(asked["rank"], asked["size"], Path(asked["meeting"]), ready.chosen.device)
     loop.join(group)

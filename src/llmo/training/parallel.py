@@ -35,6 +35,7 @@ from llmo.types import Device, to_json
 BUCKET = 16 << 20  # numbers of gradients that are added up at once
 PATIENCE = timedelta(days=7)  # an evaluation of the first process may take long; the death of one is noticed at once
 DYING_SECONDS, LEAVING_SECONDS = 2.0, 10.0  # from hanging up to being gone, and from the end
+POLL_SECONDS = 0.01
 GO, END = 1, 0
 NO_MEMORY = 5  # what a process that found none ends with
 Rows = NDArray[np.int64]
@@ -49,6 +50,8 @@ class Group:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        if rank:
+            _door(meeting, rank).touch()
         distributed.init_process_group(
             backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=PATIENCE
         )
@@ -114,14 +117,16 @@ def group(
         yield None
         return
     places = _places(ctx.device, size)
-    torch.set_num_threads(places[0].cores)
+    if not resumed:  # which goes on with the threads that it had, as the others do
+        torch.set_num_threads(places[0].cores)
     with tempfile.TemporaryDirectory(prefix="llmo-") as folder:
         meeting = Path(folder) / "meeting"
-        others = [
-            _start(request, inputs, ctx, places[rank], {"rank": rank, "size": size, "meeting": str(meeting)}, resumed)
-            for rank in range(1, size)
-        ]
+        others: list[subprocess.Popen[bytes]] = []
         try:
+            for rank in range(1, size):
+                seat = {"rank": rank, "size": size, "meeting": str(meeting)}
+                others.append(_start(request, inputs, ctx, places[rank], seat, resumed))
+            _await(others, meeting)
             found = Group(0, size, meeting, device)
             yield found
             found.end()
@@ -170,7 +175,7 @@ def _start(
         "resumed": resumed,
         "leader": os.getpid(),
     }
-    command = [sys.executable, "-m", "llmo.training.follow"]
+    command = [sys.executable, "-P", "-m", "llmo.training.follow"]
     started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert started.stdin is not None  # noqa: S101 (as asked for)
     started.stdin.write(json.dumps(asked).encode())
@@ -178,23 +183,36 @@ def _start(
     return started
 
 
+def _door(meeting: Path, rank: int) -> Path:
+    """The file that says that a process is about to meet the others."""
+    return meeting.with_name(f"here-{rank}")
+
+
+def _await(others: Sequence[subprocess.Popen[bytes]], meeting: Path) -> None:
+    """Until all others are about to meet: nothing hangs up when one dies before. Raises RuntimeError when one did."""
+    while not all(_door(meeting, rank).exists() for rank in range(1, len(others) + 1)):
+        if any(process.poll() is not None for process in others):
+            raise RuntimeError("a process of the training ended before its first step")
+        time.sleep(POLL_SECONDS)
+
+
 def _lost(others: Sequence[subprocess.Popen[bytes]], size: int) -> Exception | None:
-    """Which process died, if one did."""
+    """Which process died, if one did. Those that it left alone end soon after, with an error of their own."""
     until = time.monotonic() + DYING_SECONDS
-    while all(process.poll() is None for process in others) and time.monotonic() < until:
-        time.sleep(0.01)
-    for rank, process in enumerate(others, 1):
-        code = process.poll()
-        if code is None:
-            continue
-        if code == NO_MEMORY:
-            return StepTooLarge(f"process {rank + 1} of {size} found no memory")
-        how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with exit code {code}"
-        return AttemptLost(
-            f"process {rank + 1} of {size} of this training ended {how}",
-            hint="see `llmo logs`; running it again goes on from the last checkpoint",
-        )
-    return None
+    while any(process.poll() is None for process in others) and time.monotonic() < until:
+        time.sleep(POLL_SECONDS)
+    codes = [(process.poll(), number) for number, process in enumerate(others, 2)]
+    ended = [(code, number) for code, number in codes if code is not None]
+    if not ended:
+        return None
+    code, number = min(ended, key=lambda one: (one[0] != NO_MEMORY, one[0] >= 0))
+    if code == NO_MEMORY:
+        return StepTooLarge(f"process {number} of {size} found no memory")
+    how = f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with exit code {code}"
+    return AttemptLost(
+        f"process {number} of {size} of this training ended {how}",
+        hint="see `llmo logs`; running it again goes on from the last checkpoint",
+    )
 
 
 def _finish(others: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from llmo.context import NullContext, Stopped
 from llmo.errors import AttemptLost, NeedsError, SpecError
 from llmo.files import sha256_file
-from llmo.specs import TrainSpec, TuneJobSpec
+from llmo.specs import TrainJobSpec, TrainSpec, TuneJobSpec
+from llmo.training import parallel
+from llmo.training.failures import StepTooLarge
 from llmo.training.parallel import Group
 from support.listening import Listening
 from support.places import ON_GPU
@@ -100,9 +104,38 @@ def test_a_stop_ends_all_processes_and_is_gone_on_from(train: Train, texts: Path
     with pytest.raises(Stopped):
         train(texts, "broken", devices=2, ctx=stops, **SAVES)
     assert not psutil.Process().children()
-    train(texts, "rest", devices=2, ctx=NullContext(2, tmp_path / "b"), **SAVES)
+    threads: set[int] = set()
+    more = NullContext(4, tmp_path / "b", lambda *_: threads.add(torch.get_num_threads()))
+    train(texts, "rest", devices=2, ctx=more, **SAVES)
+    assert threads == {1}, "those of the first attempt, whatever was granted now"
     weights = [sha256_file(tmp_path / name / "model.safetensors") for name in ("whole", "rest")]
     assert weights[0] == weights[1]
+
+
+def test_a_process_that_dies_before_it_meets_the_others_is_not_waited_for(tmp_path: Path) -> None:
+    request = TrainJobSpec(task={"name": "text-classification"}, devices=2)  # type: ignore[arg-type]
+    inputs, ctx = dict.fromkeys(("data", "model"), tmp_path / "nowhere"), NullContext(2, tmp_path / "c")
+    with (
+        pytest.raises(AttemptLost, match="process 2 of 2 of this training ended with exit code 1"),
+        parallel.group(request, inputs, ctx, torch.device("cpu"), False),
+    ):
+        pytest.fail("it has nothing to train on")
+    assert not psutil.Process().children()
+
+
+@pytest.mark.parametrize(
+    ("codes", "kind", "said"),
+    [
+        ("15", StepTooLarge, "process 3 of 3 found no memory"),
+        ("1-", AttemptLost, "process 3 of 3 of this training ended by signal 9"),
+        ("11", AttemptLost, "process 2 of 3 of this training ended with exit code 1"),
+    ],
+)
+def test_the_one_that_the_others_died_of_is_named(codes: str, kind: type[Exception], said: str) -> None:
+    others = [subprocess.Popen(["sh", "-c", "kill -9 $$" if code == "-" else f"exit {code}"]) for code in codes]
+    found = parallel._lost(others, 3)
+    assert isinstance(found, kind)
+    assert said in str(found)
 
 
 def test_what_cannot_be_shared_is_refused(train: Train, texts: Path, tmp_path: Path) -> None:
@@ -112,7 +145,10 @@ def test_what_cannot_be_shared_is_refused(train: Train, texts: Path, tmp_path: P
         TuneJobSpec(task={"name": "text-classification"}, train=TrainSpec(devices=2))  # type: ignore[arg-type]
 
 
-def test_rows_that_are_told_apart_from_each_other_stay_together(train: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [{}, {"method": "last-n", "last_n": 1}])
+def test_rows_that_are_told_apart_from_each_other_stay_together(
+    train: Train, tmp_path: Path, keys: dict[str, Any]
+) -> None:
     pairs = tiny_dataset(tmp_path / "embeds", "sentence-embedding")
     with pytest.raises(SpecError, match="no process can have a part"):
-        train(pairs, devices=2, task="sentence-embedding", ctx=NullContext(2, tmp_path / "c"))
+        train(pairs, devices=2, task="sentence-embedding", ctx=NullContext(2, tmp_path / "c"), **keys)
