@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -178,8 +178,8 @@ def _start(
     command = [sys.executable, "-P", "-m", "llmo.training.follow"]
     started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert started.stdin is not None  # noqa: S101 (as asked for)
-    started.stdin.write(json.dumps(asked).encode())
-    started.stdin.close()
+    with suppress(BrokenPipeError), started.stdin:  # of one that is gone already, which is noticed where it is awaited
+        started.stdin.write(json.dumps(asked).encode())
     return started
 
 
