@@ -3,7 +3,7 @@
 Logits of every position would be the largest thing in memory by far (50,000 numbers a token), and most positions of a
 conversation are not learnt at all. What all rows of a batch begin with (the template's system message, for one) is
 run once, not once a row: with short conversations that is a third of the work. The rest goes end to end, without
-padding (`packing`), where that was measured (on the CPU) and the architecture is proved to take it.
+padding, where the architecture is proved to take it: by `packing` on a CPU, by `varlen` on a GPU.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Speaker:
         )
         self._recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.trunk.modules())
         self._shares = self.packs = self.varlen = False
-        self.why = "activations are computed again" if self._recomputes else "the fused attention of a GPU needs bf16"
+        self.why = "on a GPU they go end to end in bf16 only, and never for preferences"
+        if self._recomputes:
+            self.why = "activations are computed again"
         self._window = getattr(config, "sliding_window", None)
         self._prove()
 
