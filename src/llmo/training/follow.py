@@ -18,7 +18,7 @@ from llmo.specs import TrainJobSpec
 from llmo.training.failures import memory_errors
 from llmo.training.model import set_training
 from llmo.training.operation import prepare
-from llmo.training.parallel import NO_MEMORY, Group
+from llmo.training.parallel import NO_MEMORY, Group, HungUp
 from llmo.types import Device, from_json
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl
@@ -44,7 +44,7 @@ def main() -> int:
     except MemoryError as error:
         sys.stderr.write(f"process {asked['rank'] + 1}: {error}\n")
         return NO_MEMORY
-    except LLMOError as error:
+    except (LLMOError, HungUp) as error:
         sys.stderr.write(f"process {asked['rank'] + 1}: {error}\n")
         return 1
     return 0

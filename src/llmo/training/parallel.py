@@ -41,9 +41,25 @@ NO_MEMORY = 5  # what a process that found none ends with
 Rows = NDArray[np.int64]
 
 
+class HungUp(RuntimeError):
+    """Another process of the training is not there any more."""
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """A process that died hangs up, and gloo and NCCL say so in many ways."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise HungUp(str(error)) from error
+
+
 class Group:
     """The processes of one training; this one is number `rank` of `size`. They meet in the file `meeting`."""
 
+    @_talking()
     def __init__(self, rank: int, size: int, meeting: Path, device: torch.device) -> None:
         self.rank, self.size = rank, size
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine
@@ -56,6 +72,7 @@ class Group:
             backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=PATIENCE
         )
 
+    @_talking()
     def same(self, parameters: Sequence[torch.Tensor]) -> None:
         """Give all the first one's weights."""
         for p in parameters:
@@ -69,6 +86,7 @@ class Group:
         mine: Rows = ordered[np.minimum(turn, 2 * self.size - 1 - turn) == self.rank]
         return mine
 
+    @_talking()
     def begin(self, seed: int, step: int) -> None:
         """Of a step: the first process says so, the others draw random numbers of their own for it."""
         if self.rank == 0:
@@ -76,12 +94,14 @@ class Group:
             return
         torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1)[0]))
 
+    @_talking()
     def goes_on(self) -> bool:
         """What the first process says; waits until it does."""
         said = torch.tensor(END)
         distributed.broadcast(said, 0)
         return int(said) == GO
 
+    @_talking()
     def add_up(self, parameters: Sequence[torch.Tensor], mass: float, loss: torch.Tensor) -> torch.Tensor:
         """Make the gradients, sums over `mass` here, means over the whole batch everywhere; so with the loss `[]`."""
         learnt = [float(p.grad is not None) for p in parameters]
@@ -99,6 +119,7 @@ class Group:
             torch._foreach_copy_(list(bucket), [part.view_as(slope) for part, slope in zip(parts, bucket, strict=True)])
         return (tail[1] / whole).to(loss)
 
+    @_talking()
     def end(self) -> None:
         """Of the training; the first process says so."""
         if self.rank == 0:
@@ -130,9 +151,7 @@ def group(
             found = Group(0, size, meeting, device)
             yield found
             found.end()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # a process that died hangs up, and gloo and NCCL say so in many ways
+        except HungUp as error:
             lost = _lost(others, size)
             if lost is None:
                 raise
@@ -189,10 +208,10 @@ def _door(meeting: Path, rank: int) -> Path:
 
 
 def _await(others: Sequence[subprocess.Popen[bytes]], meeting: Path) -> None:
-    """Until all others are about to meet: nothing hangs up when one dies before. Raises RuntimeError when one did."""
+    """Until all others are about to meet: nothing hangs up when one dies before. Raises HungUp when one did."""
     while not all(_door(meeting, rank).exists() for rank in range(1, len(others) + 1)):
         if any(process.poll() is not None for process in others):
-            raise RuntimeError("a process of the training ended before its first step")
+            raise HungUp("a process of the training ended before its first step")
         time.sleep(POLL_SECONDS)
 
 

@@ -127,6 +127,19 @@ def test_a_process_that_dies_before_it_meets_the_others_is_not_waited_for(tmp_pa
     assert not psutil.Process().children()
 
 
+def test_an_error_of_the_first_process_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_start", lambda *_: subprocess.Popen(["sh", "-c", "exit 1"]))
+    monkeypatch.setattr(parallel, "_await", lambda *_: None)
+    monkeypatch.setattr(parallel, "Group", lambda *_: None)
+    request = TrainJobSpec(task={"name": "text-classification"}, devices=2)  # type: ignore[arg-type]
+    ctx = NullContext(2, tmp_path / "c")
+    with (
+        pytest.raises(RuntimeError, match="shapes do not fit"),
+        parallel.group(request, {}, ctx, torch.device("cpu"), False),
+    ):
+        raise RuntimeError("shapes do not fit")
+
+
 @pytest.mark.parametrize(
     ("codes", "kind", "said"),
     [
