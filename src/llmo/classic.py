@@ -112,7 +112,8 @@ def batch(tokenizer: Any, task: Task, rows: Sequence[Row], pad_id: int = 0) -> d
 
 def evaluate(model: Any, tokenizer: Any, task: Task, rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Every metric of the task over rows as `{"value", "low", "high"}`, with 95% bootstrap intervals."""
-    scored = scoring.score(task, _backend(tokenizer), rows, _predictor(model, task), NullContext(), "evaluate")
+    tokens = scoring.Tokens(task, _backend(tokenizer), rows)
+    scored = scoring.score(task, tokens, _predictor(model, task), NullContext(), "evaluate")
     return task.intervals(scored.tally)
 
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from torch import nn
 
 from llmo.context import Context
 from llmo.specs import TrainSpec
-from llmo.tasks.base import Encoding, Logits, Row, Task, sequences
+from llmo.tasks.base import Encoding, Logits, Task, sequences
 from llmo.training import scoring, states
 from llmo.training.batches import Encoded, padded
 from llmo.training.model import Built
@@ -55,10 +54,12 @@ class Above:
         return self._inner.loss_of(logits, targets)
 
 
-def predictor(model: nn.Module, task: Task, pad_id: int, kept: States, how: Precision) -> Predict:
-    """As `scoring.model_predictor`, from what frozen layers said where `kept` has it in this precision."""
-    other = scoring.model_predictor(model, task, pad_id, how)
-    if how.name != kept.precision.name:
+def predictor(
+    model: nn.Module, task: Task, pad_id: int, open_kept: Callable[[Precision], States | None], how: Precision
+) -> Predict:
+    """As `scoring.model_predictor`, from what frozen layers said where that is kept in this precision."""
+    other, kept = scoring.model_predictor(model, task, pad_id, how), open_kept(how)
+    if kept is None:
         return other
 
     def run(texts: Sequence[Sequence[int]]) -> list[Logits]:
@@ -79,24 +80,26 @@ def predictor(model: nn.Module, task: Task, pad_id: int, kept: States, how: Prec
 def lift(
     built: Built,
     task: Task,
-    tokenizer: Tokenizer,
-    dev: Sequence[Row],
+    dev: scoring.Tokens,
     encoded: Encoded,
     labels: Labels,
     spec: TrainSpec,
-    chosen: Precision,
+    precisions: tuple[Precision, Precision],
     ctx: Context,
 ) -> tuple[Above, Callable[[Precision], Predict]] | None:
     """The objective and what predicts, for a model enough of whose lower layers do not learn; None for others.
 
-    What they say of the training rows and of dev is computed where it is not kept already.
+    What they say of the training rows and of dev is computed where it is not kept already, in the first of the
+    `precisions`; in that of the final figures, if it is another, only of dev and when that is measured.
     """
+    chosen, exact = precisions
     trunk = Trunk.of(built) if spec.keep_states and built.applied is None else None
     if trunk is None or trunk.frozen < WORTH * trunk.depth:
         return None
-    held = [_ids(text) for text in sequences(task.encode_rows(tokenizer, list(dev)))]
+    held = states.distinct(_ids(text) for text in sequences(dev.chunk(0, len(dev.rows))[1]))
     texts = states.distinct([*(encoded.sequence(i) for i in range(len(encoded.targets))), *held])
     size, room = states.size(trunk, texts, chosen), states.room(ctx.cache())
+    size += 0 if exact.name == chosen.name else states.size(trunk, held, exact)
     if size > room:
         ctx.note(
             f"{trunk.frozen} of {trunk.depth} layers do not learn, but what they say of all texts would take "
@@ -104,16 +107,26 @@ def lift(
         )
         return None
 
-    def compute(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        with scoring.measuring(built.model, chosen):
-            return trunk.below(inputs)
+    def opened(some: list[NDArray[np.int32]], how: Precision) -> tuple[States, bool]:
+        def compute(inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            with scoring.measuring(built.model, how):
+                return trunk.below(inputs)
 
-    kept, there = states.open_states(ctx.cache(), trunk, texts, compute, task.max_length, chosen, ctx)
+        return states.open_states(ctx.cache(), trunk, some, compute, task.max_length, how, ctx)
+
+    kept, there = opened(texts, chosen)
+
+    @functools.cache
+    def open_kept(how: Precision) -> States | None:
+        if how.name == chosen.name:
+            return kept
+        return opened(held, how)[0] if held else None
+
     ctx.note(
         f"{trunk.frozen} of {trunk.depth} layers do not learn: what they say of each text "
         + (f"is there from before ({size / 1e6:.0f} MB)" if there else f"is kept ({size / 1e6:.0f} MB)")
     )
-    return Above(labels, encoded, kept), functools.partial(predictor, built.model, task, built.pad_id, kept)
+    return Above(labels, encoded, kept), functools.partial(predictor, built.model, task, built.pad_id, open_kept)
 
 
 def _ids(text: Sequence[int] | NDArray[Any]) -> NDArray[np.int32]:

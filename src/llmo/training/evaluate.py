@@ -91,13 +91,14 @@ class _Subject:
     ) -> tuple[Measured, Metrics]:
         """The split through the model's own engine, and what its written answers are worth; `each` gets every row's
         counts."""
+        tokens = scoring.Tokens(self.task, self.tokenizer, rows)
         if isinstance(self.task, Generation):
             with _writer(self.card, self.folder, self.task, ctx) as engine:
                 judge = _judge(engine, self.task)
-                found = measure(self.task, self.tokenizer, rows, judge, ctx, asked.split, each)
+                found = measure(self.task, tokens, judge, ctx, asked.split, each)
                 return found, _written(engine, self.task, self.tokenizer, rows, asked.answers, ctx)
         with _labeller(self.card, self.folder, self.task, ctx) as predict:
-            return measure(self.task, self.tokenizer, rows, predict, ctx, asked.split, each), {}
+            return measure(self.task, tokens, predict, ctx, asked.split, each), {}
 
 
 @contextmanager

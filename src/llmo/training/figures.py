@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tokenizers import Tokenizer
-
 from llmo.context import Context
 from llmo.data.dataset import Rows
-from llmo.tasks.base import Row, Task
+from llmo.tasks.base import Task
 from llmo.tasks.metrics import Counts, Tally
 from llmo.training import scoring
 from llmo.training.findings import Findings
@@ -35,8 +33,7 @@ class Measured:
 
 def measure(
     task: Task,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
+    tokens: scoring.Tokens,
     predict: scoring.Predict,
     ctx: Context,
     phase: str,
@@ -45,7 +42,7 @@ def measure(
     """All that is told of a split; it has rows. `each` gets the counts of every row. Raises Stopped when the job is
     asked to stop."""
     findings, started = Findings(each), time.monotonic()
-    scored = scoring.score(task, tokenizer, rows, predict, ctx, phase, findings)
+    scored = scoring.score(task, tokens, predict, ctx, phase, findings)
     seconds = time.monotonic() - started
     return Measured(
         task.intervals(scored.tally),
@@ -76,26 +73,22 @@ class TaskFigures:
     def __init__(
         self,
         task: Task,
-        tokenizer: Tokenizer,
-        splits: Splits,
+        tokens: Mapping[str, scoring.Tokens],
         predictor: Callable[[Precision], scoring.Predict],
         ctx: Context,
     ) -> None:
-        self._task, self._tokenizer, self._splits, self._ctx = task, tokenizer, splits, ctx
-        self._predictor = predictor
+        self._task, self._tokens, self._predictor, self._ctx = task, tokens, predictor, ctx
 
     def full(self, split: str, phase: str, how: Precision) -> Metrics:
-        rows = self._splits[split]
-        return self._task.intervals(self._tally(rows, phase, how)) if len(rows) else {}
+        return self._task.intervals(self._tally(split, phase, how)) if len(self._tokens[split].rows) else {}
 
     def measured(self, split: str, phase: str, how: Precision) -> Measured:
-        rows = self._splits[split]
-        if not len(rows):
+        if not len(self._tokens[split].rows):
             return Measured({})
-        return measure(self._task, self._tokenizer, rows, self._predictor(how), self._ctx, phase)
+        return measure(self._task, self._tokens[split], self._predictor(how), self._ctx, phase)
 
     def plain(self, split: str, phase: str, how: Precision) -> dict[str, float]:
-        return self._task.figures(self._tally(self._splits[split], phase, how))
+        return self._task.figures(self._tally(split, phase, how))
 
-    def _tally(self, rows: Sequence[Row], phase: str, how: Precision) -> Tally:
-        return scoring.score(self._task, self._tokenizer, rows, self._predictor(how), self._ctx, phase).tally
+    def _tally(self, split: str, phase: str, how: Precision) -> Tally:
+        return scoring.score(self._task, self._tokens[split], self._predictor(how), self._ctx, phase).tally

@@ -36,10 +36,28 @@ class Scored:
     truncated: int
 
 
+class Tokens:
+    """The rows of a split with their tokens, which are kept where all are one chunk: dev is measured many times."""
+
+    def __init__(self, task: Task, tokenizer: Tokenizer, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self._task, self._tokenizer = task, tokenizer
+        self._kept: list[Encoding] | None = None
+
+    def chunk(self, first: int, size: int) -> tuple[list[Row], list[Encoding]]:
+        """So many rows from `first` on."""
+        found = list(self.rows[first : first + size])
+        if self._kept is not None:
+            return found, self._kept
+        encodings = self._task.encode_rows(self._tokenizer, found)
+        if len(found) == len(self.rows) <= CHUNK:
+            self._kept = encodings
+        return found, encodings
+
+
 def score(
     task: Task,
-    tokenizer: Tokenizer,
-    rows: Sequence[Row],
+    tokens: Tokens,
     predict: Predict,
     ctx: Context,
     phase: str,
@@ -47,12 +65,12 @@ def score(
 ) -> Scored:
     """`predict` is given batches of texts of like length; `findings` hears of every row. Raises Stopped when the job is
     asked to stop."""
+    rows = tokens.rows
     tallies: list[Tally] = []
     truncated = done = 0
     size = len(rows) if task.whole else CHUNK
     for first in range(0, len(rows), size):
-        chunk = list(rows[first : first + size])
-        encodings = task.encode_rows(tokenizer, chunk)
+        chunk, encodings = tokens.chunk(first, size)
         logits: dict[int, Logits] = {}
         for batch in by_length(encodings):
             if ctx.should_stop():

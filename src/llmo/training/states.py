@@ -93,7 +93,7 @@ def open_states(
     Raises Stopped when asked to stop, StorageError when the disk is full.
     """
     rows = hashlib.sha256(b"".join(len(ids).to_bytes(4, "little") + ids.tobytes() for ids in texts)).hexdigest()
-    key = digest_of_value([trunk.digest(), rows, precision.name]).removeprefix("sha256:")
+    key = digest_of_value([trunk.digest, rows, precision.name]).removeprefix("sha256:")
     entry = folder / key
     with _alone(_lock(folder, key), ctx):
         there = (entry / FILE).is_file()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,9 +83,11 @@ class Trunk:
     def above(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The logits, from what `below` gave and the attention mask `[rows, tokens]`."""
         mask = mask[:, : states.shape[1]]
+        given = {"attention_mask": mask} if len(self._upper) else {}  # which nothing else looks at
         with self._divided(self._upper, states):
-            return logits_of(self._network(input_ids=torch.zeros_like(mask), attention_mask=mask), mask)
+            return logits_of(self._network(input_ids=torch.zeros_like(mask), **given), mask)
 
+    @cached_property
     def digest(self) -> str:
         """Names the frozen part: its weights, and how far it goes."""
         found = hashlib.sha256(f"{self._network.config.to_json_string()}{self.frozen}{self.first_only}".encode())
