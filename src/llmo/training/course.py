@@ -21,7 +21,7 @@ from llmo.tasks.base import Row, Task
 from llmo.tasks.generation import Generation
 from llmo.tasks.masked_lm import MaskedLm
 from llmo.tasks.next_item import NextItem
-from llmo.training import above, batches, folder, golden, places, preference, scoring, shots
+from llmo.training import above, batches, folder, golden, places, preference, scoring, shots, tokens
 from llmo.training.batches import Encoded
 from llmo.training.causal import Speaker
 from llmo.training.figures import Figures, Splits, TaskFigures
@@ -93,14 +93,14 @@ def plan(
 ) -> Course:
     """Tokenise, and put together what fits the objective (`spec.objective` as `resolve` gave it)."""
     splits = {name: data.split(name) for name in ("dev", "test")}
-    tokens = {name: scoring.Tokens(task, tokenizer, split) for name, split in splits.items()}
+    held = {name: scoring.Tokens(task, tokenizer, split) for name, split in splits.items()}
     speaker = Speaker(built.network) if isinstance(task, Generation) else None
     if isinstance(task, Generation) and speaker is not None and spec.objective == "preference":
         return _preferences(task, tokenizer, data, splits, built, speaker, spec, chosen, ctx)
     if spec.method in LABELS_ONLY:
-        return _comparison(task, tokenizer, data, tokens, built, spec, chosen, exact, ctx)
+        return _comparison(task, tokenizer, data, held, built, spec, chosen, exact, ctx)
     rows = data.split("train")
-    encoded = batches.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"))
+    encoded = tokens.encode(task, tokenizer, rows, lambda done: ctx.report(done, len(rows), phase="tokenise"), ctx)
     goal: Objective
     predictor: Callable[[Precision], scoring.Predict]
     if isinstance(task, MaskedLm | NextItem):
@@ -108,14 +108,14 @@ def plan(
     elif speaker is None:
         labels = Labels(built.model, task, encoded, spec, built.pad_id, chosen.device)
         plain = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
-        lifted = above.lift(built, task, tokens["dev"], encoded, labels, spec, (chosen, exact), ctx)
+        lifted = above.lift(built, task, held["dev"], encoded, labels, spec, (chosen, exact), ctx)
         goal, predictor = lifted or (labels, plain)
     else:
         predictor = functools.partial(scoring.speaker_predictor, built.model, speaker, task, built.pad_id)
         flows = chosen.device.type == "cuda" and chosen.name == "bf16" and speaker.flow()
         goal = (VarlenLikelihood if flows else Likelihood)(speaker, task, encoded, spec, built.pad_id)
         ctx.note(_rows(speaker, encoded, spec))
-    figures = TaskFigures(task, tokens, predictor, ctx)
+    figures = TaskFigures(task, held, predictor, ctx)
     return Course(encoded, goal, figures, exact if speaker is None else chosen, built, task, tokenizer)
 
 
@@ -136,7 +136,7 @@ def _comparison(
     task: Task,
     tokenizer: Tokenizer,
     data: Dataset,
-    tokens: Mapping[str, scoring.Tokens],
+    held: Mapping[str, scoring.Tokens],
     built: Built,
     spec: TrainSpec,
     chosen: Precision,
@@ -165,7 +165,7 @@ def _comparison(
             shots.fit(head, points, torch.from_numpy(labels), task, spec)
 
     predictor = functools.partial(scoring.model_predictor, built.model, task, built.pad_id)
-    figures = TaskFigures(task, tokens, predictor, ctx)
+    figures = TaskFigures(task, held, predictor, ctx)
     return Course(encoded, shots.Contrast(built, task, encoded), figures, exact, built, task, tokenizer, fit)
 
 

@@ -95,12 +95,12 @@ def open_states(
     rows = hashlib.sha256(b"".join(len(ids).to_bytes(4, "little") + ids.tobytes() for ids in texts)).hexdigest()
     key = digest_of_value([trunk.digest, rows, precision.name]).removeprefix("sha256:")
     entry = folder / key
-    with _alone(_lock(folder, key), ctx):
+    with alone(folder, key, ctx):
         there = (entry / FILE).is_file()
         if there:
             entry.touch()
         else:
-            _make_room(folder, size(trunk, texts, precision))
+            make_room(folder, size(trunk, texts, precision))
             _write(entry, trunk, texts, compute, limit, precision, ctx)
         return States(entry / FILE, texts, trunk, precision), there
 
@@ -137,7 +137,7 @@ def _write(
         raise
 
 
-def _make_room(folder: Path, wanted: int) -> None:
+def make_room(folder: Path, wanted: int) -> None:
     """Remove the entries that were not used the longest, but none that another job is writing or opening now. A job
     that reads one keeps it mapped."""
     entries = sorted(_entries(folder), key=_used)
@@ -171,8 +171,9 @@ def _bytes(entry: Path) -> int:
 
 
 @contextmanager
-def _alone(path: Path, ctx: Context) -> Iterator[None]:
-    """One job at a time. Raises Stopped when asked to stop while another is at work."""
+def alone(folder: Path, key: str, ctx: Context) -> Iterator[None]:
+    """One job at a time is at work on an entry. Raises Stopped when asked to stop while another is."""
+    path = _lock(folder, key)
     with disk_errors(path), path.open("a") as lock:
         while True:
             with suppress(BlockingIOError):
