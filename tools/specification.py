@@ -52,7 +52,7 @@ def _rows(model: type[BaseModel], prefix: str) -> list[str]:
 
 def _default(value: Any, inner: type | None) -> str:
     if inner is not None:
-        return "see below"
+        return "none" if inner is list else "see below"
     if value is PydanticUndefined:
         return "required"
     if value is None:
