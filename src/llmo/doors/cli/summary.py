@@ -35,16 +35,14 @@ def _leaves(found: Resolved[ProjectSpec], section: BaseModel, prefix: str) -> li
     entries: list[dict[str, Any]] = []
     for name in type(section).model_fields:
         value, key = getattr(section, name), f"{prefix}{name}"
-        inner = list(enumerate(value)) if isinstance(value, list) else []
         if isinstance(value, BaseModel):
             entries += _leaves(found, value, f"{key}.")
-        elif inner and isinstance(inner[0][1], BaseModel):
-            for number, one in inner:
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            for number, one in enumerate(value):
                 entries += _leaves(found, one, f"{key}.{number}.")
         else:
             origin = found.origin(key)
-            short = found.origin(prefix.rstrip(".")) != "default" and key.endswith("task.name")
-            if origin == "default" and prefix and short:
+            if origin == "default" and key.endswith("task.name"):  # of a task that is written as its name
                 origin = found.origin(prefix.rstrip("."))
             entries.append({"key": key, "value": value, "origin": origin})
     return entries
