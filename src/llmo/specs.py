@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 
 from llmo import plugins
 from llmo.errors import nearest
-from llmo.methods import MethodName, OptimiserName
+from llmo.methods import LABELS_ONLY, METHODS, MethodName, OptimiserName
 from llmo.searchspec import TRIALS, parsed, space_of
 from llmo.specbase import Fraction, Name, Number, Positive, Seconds, Spec
 from llmo.types import ENCODER_ADAPTER_BYTES, GENERATOR_ADAPTER_BYTES
@@ -196,13 +196,16 @@ class TrainSpec(Spec):
     template: Annotated[str, AfterValidator(_with_a_place)] = Field(
         "This text is about {}.", description="method zero-shot: the sentence that a label's name is put into"
     )
+    temperature: Annotated[Number, Field(ge=1)] = Field(
+        1.0, description="with `also`: of n times the batches, n^(1/temperature) times as many are drawn in an epoch"
+    )
     checkpoint_seconds: Annotated[Number, Field(gt=0)] = Field(30.0, description="time between checkpoints")
     seed: int = Field(13, description="of initialisation, order and dropout")
 
 
 MOST_TRIALS = 1000
 # What no search varies: the run's own bookkeeping, and what would change what the metric means.
-FIXED = ("seed", "checkpoint_seconds", "evaluate_every", "objective", "beta", "devices")
+FIXED = ("seed", "checkpoint_seconds", "evaluate_every", "objective", "beta", "devices", "temperature")
 
 
 @cache
@@ -337,6 +340,46 @@ def _task(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+# One sequence a row, and a head that stands on the trunk.
+TOGETHER_TASKS = ("text-classification", "token-classification", "extractive-qa", "regression")
+
+
+def _shares(task: TaskSpec) -> TaskSpec:
+    if task.name not in TOGETHER_TASKS:
+        raise ValueError(f"{task.name} is not learnt together with others; what is: {', '.join(TOGETHER_TASKS)}")
+    return task
+
+
+Shared = Annotated[TaskSpec, BeforeValidator(_task), AfterValidator(_shares)]
+
+
+def _together(task: TaskSpec, names: Sequence[str], train: TrainSpec) -> None:
+    """Raises ValueError for what cannot be learnt together on one trunk."""
+    _shares(task)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the name {twice} is given twice, and each is a model's own")
+    alone = ("head", *LABELS_ONLY)
+    fitting = [name for name, m in METHODS.items() if (m.merges or m.trains == "weights") and name not in alone]
+    if train.method not in fitting:
+        raise ValueError(
+            f"method {train.method} does not teach the trunk's own weights: set train.method to one of "
+            + ", ".join(fitting)
+        )
+    if train.base_weights != "fp32":
+        raise ValueError("tasks are learnt together over whole weights: leave out train.base_weights")
+    if train.devices > 1:
+        raise ValueError("tasks are learnt together on one device: leave out train.devices")
+
+
+class AlsoSpec(Spec):
+    """Another task, learnt together with the project's own on the same trunk. See docs/tasks.md."""
+
+    name: Name = Field(description="what its data set and its model are called in the store")
+    task: Shared = Field(description="what is learnt; as the project's `task`")
+    data: DataSpec = Field(description="where its text is; as the project's `data`")
+
+
 class ProjectSpec(Spec):
     """The whole way from text to endpoint. `tune`, `compress` and `deploy` are left out when not written."""
 
@@ -349,6 +392,9 @@ class ProjectSpec(Spec):
     )
     train: TrainSpec = Field(default_factory=TrainSpec, description="how the model is trained")
     tune: TuneSpec | None = Field(None, description="search for the settings of `train` first")
+    also: list[AlsoSpec] = Field(
+        default_factory=list, description="other tasks that are learnt together with this one, on the same trunk"
+    )
     compress: CompressSpec | None = Field(None, description="make it smaller and faster within a quality budget")
     deploy: DeploySpec | None = Field(None, description="serve it")
 
@@ -366,6 +412,19 @@ class ProjectSpec(Spec):
         task = info.data.get("task")
         if value is not None and task is not None:
             _measurable(task, value, info.data.get("train"))
+        return value
+
+    @field_validator("also")
+    @classmethod
+    def _fit_together(cls, value: list[AlsoSpec], info: ValidationInfo) -> list[AlsoSpec]:
+        known = info.data
+        if not value or any(name not in known for name in ("name", "task", "model", "train")):
+            return value
+        if known.get("tune") is not None:
+            raise ValueError("a search is for the settings of one task: leave out `tune`, or `also`")
+        if known["model"].startswith("scratch:"):
+            raise ValueError("a base from scratch is made for one task's rows: name another `model`, or leave this out")
+        _together(known["task"], [known["name"], *(also.name for also in value)], known["train"])
         return value
 
 
@@ -409,10 +468,30 @@ class PlainSpec(Spec):
     """The operation `plain`."""
 
 
+class AlsoJobSpec(Spec):
+    """Another task of the operation `train`, whose rows are the input `data:NAME`."""
+
+    name: Name
+    task: Shared
+
+
 class TrainJobSpec(TrainSpec):
     """The operation `train`."""
 
     task: Annotated[TaskSpec, BeforeValidator(_task)] = Field(description="what is learnt")
+    also: list[AlsoJobSpec] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> TrainJobSpec:
+        if self.also:
+            _together(self.task, [also.name for also in self.also], self)
+        return self
+
+
+class PartSpec(Spec):
+    """The operation `part`: the model of another task that the input `model` was trained together with."""
+
+    name: Name
 
 
 class FoldSpec(Spec):
@@ -477,12 +556,14 @@ class VerifySpec(Spec):
     heard: list[HeardSpec] | None = None
 
 
+ALSO = "data:"  # begins the names of the inputs of `train` that hold other tasks' rows
 # What each operation works on: its inputs by name, and those it can do without.
 INPUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "scratch-model": (("data",), ()),
     "plain": (("model",), ()),
     "adapter": (("model",), ()),
     "train": (("data", "model"), ()),
+    "part": (("data", "model"), ()),
     "explain": (("data", "model"), ()),
     "tune": (("data", "model"), ()),
     "evaluate": (("data", "model"), ("against",)),
@@ -498,6 +579,7 @@ OPERATIONS: dict[str, type[Spec]] = {
     "plain": PlainSpec,
     "adapter": ForeignAdapterSpec,
     "train": TrainJobSpec,
+    "part": PartSpec,
     "explain": TrainJobSpec,
     "tune": TuneJobSpec,
     "evaluate": EvaluateSpec,

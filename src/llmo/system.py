@@ -26,7 +26,7 @@ from llmo.serve.adapters import AdapterTable, Ready, bases, check_base, folder_o
 from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
 from llmo.specfile import validate
-from llmo.specs import BASE_TASKS, INPUTS, OPERATIONS, AdapterSpec, DeploySpec, ProjectSpec
+from llmo.specs import ALSO, BASE_TASKS, INPUTS, OPERATIONS, AdapterSpec, DeploySpec, ProjectSpec
 from llmo.store import Store
 from llmo.store.adapters import taken
 from llmo.store.feedback import parse as parse_feedback
@@ -113,7 +113,7 @@ class System:
             raise SpecError(f"'{op}' cannot be submitted", hint=f"one of: {', '.join(sorted(OPERATIONS))}")
         parsed = validate(dict(spec), OPERATIONS[op])
         _check_inputs(op, inputs or {})
-        digests = {key: self.artifact(ref, INPUT_KINDS.get(key)).digest for key, ref in (inputs or {}).items()}
+        digests = {key: self.artifact(ref, _kind(key)).digest for key, ref in (inputs or {}).items()}
         if isinstance(parsed, DeploySpec):
             return self._deploy(parsed, digests["model"])
         plain = parsed.plain()
@@ -380,6 +380,7 @@ class System:
 
     def _sources(self, project: ProjectSpec) -> dict[str, dict[str, Any]]:
         found = {"data": self._source("data", project.data.source)}
+        found |= {f"{ALSO}{also.name}": self._source("data", also.data.source) for also in project.also}
         if scratch.is_scratch(project.model):
             made = scratch.parse(project.model, project.task.name, project.train.seed)
             return {**found, "model": {"scratch": made.plain()}}
@@ -465,13 +466,18 @@ class System:
         return wait_up(self, endpoint)
 
 
+def _kind(name: str) -> Kind | None:
+    """What an input of this name is."""
+    return INPUT_KINDS.get("data" if name.startswith(ALSO) else name)
+
+
 def _check_inputs(op: str, inputs: Mapping[str, str]) -> None:
     needed, more = INPUTS.get(op, ((), ()))
     for name in needed:
         if name not in inputs:
             raise SpecError(f"'{op}' needs the input '{name}'", hint=f"say which: inputs: {{{name}: NAME@VERSION}}")
     for name in inputs:
-        if name not in (*needed, *more):
+        if name not in (*needed, *more) and not (op == "train" and name.startswith(ALSO)):
             known = ", ".join((*needed, *more)) or "none"
             raise SpecError(f"'{op}' has no input '{name}'", hint=f"its inputs: {known}")
 

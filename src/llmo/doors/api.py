@@ -144,9 +144,11 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 def _portable(project: dict[str, Any]) -> dict[str, Any]:
     """Refuse paths of this server: what a caller names must mean the same for everyone."""
-    data = project.get("data")
-    for source in (data.get("source") if isinstance(data, dict) else None, project.get("model")):
-        _refuse_path(source)
+    also = project.get("also")
+    for one in (project, *(also if isinstance(also, list) else ())):
+        data = one.get("data") if isinstance(one, dict) else None
+        _refuse_path(data.get("source") if isinstance(data, dict) else None)
+    _refuse_path(project.get("model"))
     return project
 
 

@@ -172,8 +172,12 @@ class Client:
         self.close()
 
     def _sent(self, project: Mapping[str, Any]) -> dict[str, Any]:
-        data = {**project["data"], "source": self._uploaded(project["data"]["source"])}
-        return {**to_json(project), "data": to_json(data), "model": self._uploaded(project["model"])}
+        also = [{**one, "data": self._of_server(one["data"])} for one in project.get("also", ())]
+        there = {"data": self._of_server(project["data"]), "model": self._uploaded(project["model"])}
+        return dict(to_json({**project, **there, **({"also": also} if also else {})}))
+
+    def _of_server(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        return {**data, "source": self._uploaded(data["source"])}
 
     def _uploaded(self, source: str) -> str:
         """A source the server understands: local files are packed, sent once, and named by their content."""

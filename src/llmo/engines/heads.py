@@ -25,6 +25,19 @@ def logits_of(said: Any, mask: Tensor) -> Tensor:
     return nn.functional.normalize(mean, dim=-1)
 
 
+def take_off(model: Any) -> None:
+    """Leave of a transformers model what stands on its trunk, in place: it reads hidden states as `inputs_embeds`.
+
+    Raises ValueError for an architecture where that cannot be.
+    """
+    if model.base_model is model:
+        raise ValueError("it is a trunk and nothing else")
+    pooler = getattr(model.base_model, "pooler", None)
+    if isinstance(pooler, nn.Linear):
+        raise ValueError(f"{model.config.model_type} pools within its trunk")  # noqa: TRY004 (of no argument)
+    setattr(model, model.base_model_prefix, _Given(pooler))
+
+
 class Head:
     """`[rows, tokens, hidden]` and their mask to logits, `[rows, labels]` or `[rows, tokens, labels]`.
 
@@ -39,12 +52,7 @@ class Head:
         """
         with torch.device("meta"):  # of the whole model only the head gets its weights
             self._model = make(config)
-        if self._model.base_model is self._model:
-            raise ValueError("it is a trunk and nothing else")
-        pooler = getattr(self._model.base_model, "pooler", None)
-        if isinstance(pooler, nn.Linear):
-            raise ValueError(f"{config.model_type} pools within its trunk")  # noqa: TRY004 (of no argument)
-        setattr(self._model, self._model.base_model_prefix, _Given(pooler))
+        take_off(self._model)
         self.names = frozenset(self._model.state_dict())
         self._model.load_state_dict({name: weights[name].clone() for name in self.names}, assign=True)
         self._model.eval()

@@ -46,8 +46,8 @@ class Above:
         # As wide as the mask, and so as the targets where every token has one.
         return {"states": self._states.batch(texts, mask.shape[1]), "attention_mask": mask}, targets
 
-    def mass(self, targets: torch.Tensor) -> float:
-        return self._inner.mass(targets)
+    def mass(self, targets: torch.Tensor, rows: NDArray[np.int64]) -> float:
+        return self._inner.mass(targets, rows)
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
         logits = self._states.trunk.above(inputs["states"], inputs["attention_mask"])

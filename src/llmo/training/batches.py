@@ -44,6 +44,14 @@ class Encoded:
         """Of each row's longest sequence, in tokens."""
         return np.asarray(np.diff(self.starts).reshape(-1, self.group).max(1))
 
+    def per_epoch(self, batch_size: int) -> int:
+        """How many batches an epoch has."""
+        return -(-len(self) // batch_size)
+
+    def order(self, batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+        """The batches of an epoch, as the function `order` makes them."""
+        return order(self.lengths, batch_size, seed, epoch)
+
     def sequence(self, i: int) -> NDArray[np.int32]:
         """The token ids of sequence `i`."""
         return self.ids[self.starts[i] : self.starts[i + 1]]

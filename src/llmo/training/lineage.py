@@ -38,5 +38,5 @@ def data_of(data: Dataset) -> dict[str, Any]:
 
 
 def training_of(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The specification as it was carried out; the task has its own place in the card."""
-    return {name: value for name, value in spec.items() if name != "task"}
+    """The specification as it was carried out; the tasks have their own places in the card."""
+    return {name: value for name, value in spec.items() if name not in ("task", "also")}

@@ -70,7 +70,7 @@ class Loop:
         self.narrowed = None if task.hides else vocabulary.narrow(built, data.ids, spec)
         self._named: dict[str, nn.Parameter] = dict(built.trainable())
         self._optimiser = optimiser.build(list(self._named.items()), spec)
-        self._per_epoch = -(-len(data) // spec.batch_size)
+        self._per_epoch = data.per_epoch(spec.batch_size)
         self.total = max(1, round(self._per_epoch * spec.epochs))
         self._along = Along(built, spec, self._named, self.total)
         self._every = spec.evaluate_every or self._per_epoch
@@ -78,10 +78,12 @@ class Loop:
         self._sizes = np.diff(data.starts).reshape(-1, data.group).sum(1)
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
         self.recorder: Recorder | None = None
-        if precision.device.type == "cuda" and objective.records and not spec.activation_checkpointing:
+        # A step of one task gives the other tasks' heads no gradient, which a recording would make zeros of.
+        self._records = precision.device.type == "cuda" and not len(built.others)
+        if self._records and objective.records and not spec.activation_checkpointing:
             self.recorder = Recorder(self._gradients, precision.device, self.forget_gradients, ctx.note)
         self._update: Update | None = None
-        if precision.device.type == "cuda" and Update.fits(self._optimiser) and spec.method != "adalora":
+        if self._records and Update.fits(self._optimiser) and spec.method != "adalora":
             self._update = Update(list(self._named.values()), self._optimiser, spec.max_grad_norm)
         self._best: dict[str, torch.Tensor] = {}
         self._saved_at = time.monotonic()
@@ -127,6 +129,7 @@ class Loop:
     def run(self) -> None:
         """Train to the end. Raises Stopped (after a checkpoint) when asked to, JobFailed when the loss is lost."""
         set_training(self.built.model)
+        self.built.others.train()
         while self.state.step < self.total and not self._gave_up():
             self._report(self.step())
             if self._evaluation_is_due():
@@ -184,7 +187,7 @@ class Loop:
         pieces = batches.parts(self._lengths, batch, count, tokens)
         epoch = self.state.step // self._per_epoch
         parts = [self._objective.batch(piece, epoch) for piece in pieces]
-        masses = [self._objective.mass(targets) for _, targets in parts]
+        masses = [self._objective.mass(targets, piece) for piece, (_, targets) in zip(pieces, parts, strict=True)]
         whole = 1.0 if self.group is not None else sum(masses) or 1.0  # a group divides by what all have
         loss = torch.zeros((), device=self.precision.device)
         for piece, (inputs, targets), mass in zip(pieces, parts, masses, strict=True):
@@ -208,12 +211,12 @@ class Loop:
         """The rows of the step that is next."""
         epoch, index = divmod(self.state.step, self._per_epoch)
         if self._order[0] != epoch:
-            self._order = (epoch, batches.order(self.data.lengths, self.spec.batch_size, self.spec.seed, epoch))
+            self._order = (epoch, self.data.order(self.spec.batch_size, self.spec.seed, epoch))
         return self._order[1][index]
 
     def forget_gradients(self) -> None:
-        """On a GPU they stay where they are: recorded steps add to them there."""
-        self._optimiser.zero_grad(set_to_none=self.precision.device.type == "cpu")
+        """Where steps are recorded they stay where they are: these add to them there."""
+        self._optimiser.zero_grad(set_to_none=not self._records)
 
     @property
     def batch_size(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Built:
     parameters: int
     adapted: tuple[str, ...] = ()  # modules that carry an adapter of peft's
     applied: Applied | None = None  # what the model runs with beside its weights
+    others: nn.ModuleList = field(default_factory=nn.ModuleList)  # heads of other tasks that learn on its trunk
 
     @property
     def network(self) -> Any:
@@ -53,7 +55,8 @@ class Built:
         return found if isinstance(found, int) and found >= 0 else 0
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        named = chain(self.model.named_parameters(), self.others.named_parameters(prefix="others"))
+        return ((name, p) for name, p in named if p.requires_grad)
 
 
 def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built:
@@ -64,7 +67,7 @@ def build(base: Path, task: Task, spec: TrainSpec, on_cpu: bool = True) -> Built
     that cannot be opened and SpecError for a request that does not fit it.
     """
     methods.check(spec.method, spec.base_weights, task.name, has_head=task.has_head)
-    model = _open(base, task, spec, on_cpu)
+    model = open_base(base, task, spec, on_cpu)
     if on_cpu:
         dropout.replace_dropout(model)
     norms.replace_norms(model)
@@ -110,7 +113,8 @@ def merged(built: Built) -> Any:
     return adapters.merge(built.model) if built.adapted else built.model
 
 
-def _open(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:
+def open_base(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:
+    """The transformers model of `base` with a head for the task, all of which learns. Raises as `build` does."""
     written = check_config(base)
     if card_applied(base) is not None:
         raise ModelError(
@@ -126,8 +130,8 @@ def _open(base: Path, task: Task, spec: TrainSpec, on_cpu: bool) -> Any:
         for name in DROPOUTS:
             if isinstance(getattr(config, name, None), float):
                 setattr(config, name, spec.dropout)
-    model, info = _load(base, task, config, _attention(written, task, on_cpu))
-    _check_loaded(
+    model, info = load(base, task, config, _attention(written, task, on_cpu))
+    check_loaded(
         model, info, base, set() if task.generates else _names(model, [*_outside_trunk(model), *_pooler(model)])
     )
     model.name_or_path = config._name_or_path = ""  # a path of this machine, which would be saved with the model
@@ -162,7 +166,8 @@ def _attention(config: dict[str, Any], task: Task, on_cpu: bool) -> str:
     return dropout.ATTENTION if config["model_type"] in dropout.SAME_ATTENTION else "eager"
 
 
-def _load(base: Path, task: Task, config: Any, attention: str) -> tuple[Any, dict[str, Any]]:
+def load(base: Path, task: Task, config: Any, attention: str) -> tuple[Any, dict[str, Any]]:
+    """The transformers model of the folder as `config` says, and how its weights fitted. Raises ModelError."""
     auto_class = getattr(transformers, task.auto_class)
     if type(config) not in auto_class._model_mapping:
         raise ModelError(
@@ -214,7 +219,7 @@ def _names(model: Any, modules: list[nn.Module]) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in mine}
 
 
-def _check_loaded(model: Any, info: dict[str, Any], base: Path, new: set[str]) -> None:
+def check_loaded(model: Any, info: dict[str, Any], base: Path, new: set[str]) -> None:
     """Only a head (and the pooler that leads to it) may be new: anything else means the wrong weights."""
     missing = sorted(set(info["missing_keys"]) - new)
     wrong = sorted({str(key[0] if isinstance(key, tuple) else key) for key in info["mismatched_keys"]} - new)

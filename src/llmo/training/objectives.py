@@ -34,7 +34,7 @@ class Objective(Protocol):
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         """Inputs and targets of training rows in an epoch, on the CPU: a pure function of both."""
 
-    def mass(self, targets: torch.Tensor) -> float:
+    def mass(self, targets: torch.Tensor, rows: NDArray[np.int64]) -> float:
         """What `loss` divides by: parts weighted by their mass add up to the whole batch exactly."""
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -61,7 +61,7 @@ class Labels:
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         return batches.collate(self._data, self._data.sequences(rows), self._pad_id, few_widths=self._few_widths)
 
-    def mass(self, targets: torch.Tensor) -> float:
+    def mass(self, targets: torch.Tensor, rows: NDArray[np.int64]) -> float:
         return self._task.mass(targets, self._weights)
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -85,7 +85,7 @@ class Likelihood:
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         return batches.collate(self._data, rows, self._pad_id)
 
-    def mass(self, targets: torch.Tensor) -> float:
+    def mass(self, targets: torch.Tensor, rows: NDArray[np.int64]) -> float:
         return float((targets[:, 1:] != IGNORED).sum())
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -101,7 +101,7 @@ class VarlenLikelihood(Likelihood):
         ids, targets = [self._data.sequence(i) for i in rows], [self._data.targets[i] for i in rows]
         return varlen.rows(ids, targets, self._pad_id)
 
-    def mass(self, targets: torch.Tensor) -> float:
+    def mass(self, targets: torch.Tensor, rows: NDArray[np.int64]) -> float:
         return float((targets != IGNORED).sum())
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -132,7 +132,7 @@ class Preference:
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         return batches.collate(self._data, self._data.sequences(rows), self._pad_id)
 
-    def mass(self, targets: torch.Tensor) -> float:
+    def mass(self, targets: torch.Tensor, rows: NDArray[np.int64]) -> float:
         return float(len(targets) // self._data.group)
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:

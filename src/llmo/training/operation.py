@@ -34,9 +34,11 @@ from llmo.training import (
     relief,
     report,
     scratch,
+    together,
 )
 from llmo.training.above import Above
 from llmo.training.architecture import check_config
+from llmo.training.batches import Encoded
 from llmo.training.course import Course, plan, resolve
 from llmo.training.failures import StepTooLarge, memory_errors
 from llmo.training.figures import Measured
@@ -44,7 +46,8 @@ from llmo.training.fitting import require
 from llmo.training.forecast import Rows
 from llmo.training.loop import Loop
 from llmo.training.model import Built, build
-from llmo.training.objectives import Labels
+from llmo.training.objectives import Labels, Objective
+from llmo.training.together import Learner
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
@@ -85,10 +88,18 @@ class Prepared:
     exact: precision.Precision
     need: int | None
     joined: lowrank.Joined
+    objective: Objective
+    rows: Encoded
+    others: Sequence[Learner] = ()
+
+    @property
+    def learners(self) -> list[Learner]:
+        """The task, and those that are learnt together with it."""
+        return [Learner("", self.data, self.course), *self.others]
 
     @property
     def has_dev(self) -> bool:
-        return len(self.data.split("dev")) > 0
+        return all(len(one.data.split("dev")) > 0 for one in self.learners)
 
     def loop(self, ctx: Context, after_step: Callable[[], None] | None = None) -> Loop:
         """The run itself, not begun. Raises SpecError where it would look at a dev split that is empty."""
@@ -96,7 +107,7 @@ class Prepared:
             raise SpecError("early_stopping needs a dev split, and it is empty", hint="set data.split.dev above 0")
         course = self.course
         on_dev = self._on_dev if self.has_dev else None
-        about = (course.objective, self.request, course.encoded, on_dev, ctx, self.chosen, after_step)
+        about = (self.objective, self.request, self.rows, on_dev, ctx, self.chosen, after_step)
         return Loop(course.built, course.task, *about)
 
     def fit(self) -> None:
@@ -112,75 +123,123 @@ class Prepared:
 
     def _on_dev(self) -> dict[str, float]:
         self.fit()
-        return self.course.figures.plain("dev", "dev", self.chosen)
+        found = [one.course.figures.plain("dev", "dev", self.chosen) for one in self.learners]
+        return together.figures(self.learners, found) if self.others else found[0]
 
 
-def prepare(request: TrainJobSpec, data: Dataset, base: Path, ctx: Context) -> Prepared:
-    """Build the model and encode the rows, with threads and random numbers set. Raises NeedsError when the machine
-    surely has not the memory."""
+def prepare(
+    request: TrainJobSpec, data: Dataset, base: Path, ctx: Context, others: Mapping[str, Dataset] | None = None
+) -> Prepared:
+    """Build the model and encode the rows, with threads and random numbers set; `others` are the rows of `request.also`
+    by name. Raises NeedsError when the machine surely has not the memory."""
     torch.set_num_threads(max(1, ctx.device.cores))
     chosen = precision.choose(request.precision, ctx.device)
     if chosen.device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans its attention for each new shape: a fifth of a second
+    others = others or {}
+    together.check(request, others)
     task, request = _task(request, data, base)
+    if request.also:
+        request = request.model_copy(update={"keep_states": False})  # they are kept for one task's rows
     tokenizer = load_tokenizer(base)
     checkpoint.seed_everything(request.seed)
-    built = build(base, task, request, on_cpu=chosen.device.type == "cpu")
-    built.model.to(chosen.device)
+    on_cpu = chosen.device.type == "cpu"
+    built = build(base, task, request, on_cpu=on_cpu)
     exact = precision.exact(chosen)
+    learners = []
+    for also in request.also:
+        rows = others[also.name]
+        other, _ = _task(request.model_copy(update={"task": also.task}), rows, base)
+        head = together.on_trunk(built, base, other, request, on_cpu=on_cpu)
+        learners.append(Learner(also.name, rows, plan(other, tokenizer, rows, head, request, chosen, exact, ctx)))
+    built.model.to(chosen.device)
+    built.others.to(chosen.device)
     course = plan(task, tokenizer, data, built, request, chosen, exact, ctx)
     if request.devices > 1 and isinstance(course.objective, Labels | Above) and course.objective.part_tokens is None:
         raise SpecError(
             f"task {task.name} tells the rows of a batch apart from each other, so that no process can have a part",
             hint="leave train.devices out",
         )
-    _say(ctx, built, course, chosen)
-    need = _room(request, course, base, chosen, ctx)
-    return Prepared(request, data, course, chosen, exact, need, lowrank.join(built, chosen))
+    objective, encoded = together.joined([course, *(one.course for one in learners)], request.temperature)
+    _say(ctx, built, [course, *(one.course for one in learners)], chosen)
+    need = _room(request, encoded, base, chosen, ctx)
+    joined = lowrank.join(built, chosen)
+    return Prepared(request, data, course, chosen, exact, need, joined, objective, encoded, learners)
 
 
 def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     started = time.monotonic()
-    ready = prepare(request, Dataset.open(inputs["data"]), inputs["model"], ctx)
+    ready = prepare(request, Dataset.open(inputs["data"]), inputs["model"], ctx, together.data_sets(inputs))
     with memory_errors(StepTooLarge):
         done = _learn(ready, inputs, ctx) if ready.course.built.trained else Done()
     ready.trained()
-    request, data, course, chosen = ready.request, ready.data, ready.course, ready.chosen
-    built = course.built
-
-    held = {split: course.figures.measured(split, split, course.measured) for split in ("dev", "test")}
-    after = held["test"].metrics
-    metrics = {
-        "dev": held["dev"].metrics,
-        "test": {"before": after if done.before is None else done.before, "after": after},
-    }
-    ready.joined.undo()
-    shown = next(rows for rows in (data.split(name) for name in ("dev", "train", "test")) if len(rows))
-    write_golden(out, course.evidence(shown, ready.exact))
-    folder.write(out, built, inputs["model"], course.task)
-    write_card(out, _card(request, course, metrics, data, inputs["model"], done))
+    request, course, chosen, base = ready.request, ready.course, ready.chosen, inputs["model"]
+    first, *others = outcomes = _outcomes(ready, done)
+    write_golden(out, first.golden)
+    folder.write(out, course.built, base, course.task)
+    write_card(out, _card(ready, first, base, done))
+    for other in others:
+        aside = out / together.FOLDER / other.name
+        together.keep(aside, other.course.built, other.golden, _card(ready, other, base, done))
     speed = {"samples_per_second": done.samples_per_second, "tokens_per_second": done.tokens_per_second}
     memory = {"peak_bytes": peak.peak(chosen.device)}
     if ready.need and request.devices == 1:  # what the other processes held is not known here
         memory["forecast_bytes"] = ready.need
-    _report(out, course, held, metrics, speed, memory, inputs["model"])
+    for one in outcomes:
+        _report(out / together.FOLDER / one.name if one.name else out, one, speed, memory, base)
     checkpoint.clear(ctx.checkpoint())
     relief.forget(ctx)
     return {
-        "metric": course.objective.metric,
-        **metrics,
-        "calibration": held["test"].findings.get("calibration"),
+        **first.to_json(),
+        **({"also": {other.name: other.to_json() for other in others}} if others else {}),
         "steps": done.steps,
         "history": done.history,
         "seconds": time.monotonic() - started,
         **speed,
-        "truncated_share": course.encoded.truncated / len(course.encoded.targets),
-        "parameters": built.parameters,
-        "trained_parameters": built.trained,
+        "parameters": course.built.parameters,
+        "trained_parameters": course.built.trained,
         "gradient_accumulation_steps": request.gradient_accumulation_steps,
         "precision": chosen.name,
         "memory": memory,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one task came to: `held` by split, its `metrics` as the card has them, and its `golden` answers."""
+
+    name: str
+    data: Dataset
+    course: Course
+    held: Mapping[str, Measured]
+    metrics: dict[str, Any]
+    golden: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "metric": self.course.objective.metric,
+            **self.metrics,
+            "calibration": self.held["test"].findings.get("calibration"),
+            "truncated_share": self.course.encoded.truncated / len(self.course.encoded.targets),
+        }
+
+
+def _outcomes(ready: Prepared, done: Done) -> list[Outcome]:
+    """Of each task: the figures of what is held out, then, of the weights as they are saved, the evidence."""
+    held = [
+        {split: one.course.figures.measured(split, split, one.course.measured) for split in ("dev", "test")}
+        for one in ready.learners
+    ]
+    ready.joined.undo()
+    found = []
+    for number, (one, splits) in enumerate(zip(ready.learners, held, strict=True)):
+        after = splits["test"].metrics
+        before = after if done.before is None else done.before[number]
+        metrics = {"dev": splits["dev"].metrics, "test": {"before": before, "after": after}}
+        shown = next(rows for rows in (one.data.split(name) for name in ("dev", "train", "test")) if len(rows))
+        golden = one.course.evidence(shown, ready.exact)
+        found.append(Outcome(one.name, one.data, one.course, splits, metrics, golden))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +248,7 @@ class Done:
 
     steps: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    before: dict[str, Any] | None = None
+    before: list[dict[str, Any]] | None = None  # of each task
     samples_per_second: float = 0.0
     tokens_per_second: float = 0.0
 
@@ -202,7 +261,9 @@ def _learn(ready: Prepared, inputs: Mapping[str, Path], ctx: Context) -> Done:
         ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
     else:
         ready.fit()
-        loop.state.extra["before"] = ready.course.figures.full("test", "test before training", ready.chosen)
+        loop.state.extra["before"] = [
+            one.course.figures.full("test", "test before training", ready.chosen) for one in ready.learners
+        ]
     with parallel.group(ready.request, inputs, ctx, ready.chosen.device, resumed) as group:
         loop.join(group)
         loop.run()
@@ -237,55 +298,49 @@ def _task(request: TrainJobSpec, data: Dataset, base: Path) -> tuple[Task, Train
     return task, request.model_copy(update=found)
 
 
-def _say(ctx: Context, built: Built, course: Course, chosen: precision.Precision) -> None:
-    part = f"{built.trained / 1e6:.2f}M of {built.parameters / 1e6:.2f}M parameters"
+def _say(ctx: Context, built: Built, courses: Sequence[Course], chosen: precision.Precision) -> None:
+    heads = sum(p.numel() for p in built.others.parameters())
+    part = f"{(built.trained + heads) / 1e6:.2f}M of {(built.parameters + heads) / 1e6:.2f}M parameters"
     ctx.note(f"training {part} in {chosen.name}: {chosen.why}")
-    data = course.encoded
-    if data.truncated:
-        share = data.truncated / len(data.targets)
-        ctx.note(f"{share:.1%} of the training texts are longer than {data.max_length} tokens and are cut")
-    if data.empty:
-        ctx.note(f"{data.empty} training rows {course.task.unlearnt}, and are left out")
+    for course in courses:
+        data = course.encoded
+        if data.truncated:
+            share = data.truncated / len(data.targets)
+            ctx.note(f"{share:.1%} of the training texts are longer than {data.max_length} tokens and are cut")
+        if data.empty:
+            ctx.note(f"{data.empty} training rows {course.task.unlearnt}, and are left out")
+        if isinstance(course.task, Generation) and course.task.template.is_default:
+            ctx.note("the base model has no chat template: turns are written as `User:` and `Assistant:`")
     if not pictures.possible():
         ctx.note(pictures.MISSING)
-    if isinstance(course.task, Generation) and course.task.template.is_default:
-        ctx.note("the base model has no chat template: turns are written as `User:` and `Assistant:`")
 
 
-def _room(request: TrainJobSpec, course: Course, base: Path, chosen: precision.Precision, ctx: Context) -> int | None:
+def _room(request: TrainJobSpec, data: Encoded, base: Path, chosen: precision.Precision, ctx: Context) -> int | None:
     """The forecast of the peak in bytes; None on a GPU. Raises NeedsError when the machine surely has not so much."""
     if chosen.device.type != "cpu":
         return None
-    lengths = course.encoded.lengths
+    lengths = data.lengths
     rows = Rows(len(lengths), float(lengths.mean()), int(lengths.max()))
     able = precision.choose("auto", ctx.device).name == "bf16"
     return require(request, check_config(base), rows, bf16=able, memory=ctx.device.free)
 
 
-def _report(
-    out: Path,
-    course: Course,
-    held: Mapping[str, Measured],
-    metrics: Mapping[str, Any],
-    speed: Mapping[str, float],
-    memory: Mapping[str, int],
-    base: Path,
-) -> None:
+def _report(out: Path, found: Outcome, speed: Mapping[str, float], memory: Mapping[str, int], base: Path) -> None:
     """Beside the model, of the test rows, or of dev where there are none; nothing where nothing is held out."""
+    held, course = found.held, found.course
     split = next((name for name in ("test", "dev") if held[name].rows), None)
     if split is None:
         return
-    before = metrics["test"]["before"] if split == "test" else {}
-    found = report.made(
-        course.task, course.objective.metric, split, held[split], before=before, speed=speed, memory=memory
-    )
-    report.write(out / report.FOLDER, f"{lineage.base_of(base)['source']}, trained", found)
+    before = found.metrics["test"]["before"] if split == "test" else {}
+    metric = course.objective.metric
+    made = report.made(course.task, metric, split, held[split], before=before, speed=speed, memory=memory)
+    report.write(out / report.FOLDER, f"{lineage.base_of(base)['source']}, trained", made)
 
 
-def _card(
-    request: TrainJobSpec, course: Course, metrics: dict[str, Any], data: Dataset, base: Path, done: Done
-) -> dict[str, Any]:
+def _card(ready: Prepared, found: Outcome, base: Path, done: Done) -> dict[str, Any]:
+    request, course = ready.request, found.course
     task, built = course.task, course.built
+    others = [one.course.task.name for one in ready.learners if one.name != found.name]
     return {
         "task": task.to_card(),
         "engine": "torch",
@@ -293,16 +348,17 @@ def _card(
         "base": lineage.base_of(base),
         "method": request.method,
         "metric": course.objective.metric,
-        "metrics": metrics,
+        "metrics": found.metrics,
         "measured_in": course.measured.name,
         "parameters": built.parameters,
         "trained_parameters": built.trained,
         "adapted_modules": list(built.adapted),
         **({"applied": built.applied.kind} if built.applied is not None else {}),
         "train": lineage.training_of(request.plain()) | {"learning_rate": optimiser.peak(request)},
+        **({"together": {"with": others, "temperature": request.temperature}} if others else {}),
         "steps": done.steps,
         "history": done.history,
-        "data": lineage.data_of(data),
+        "data": lineage.data_of(found.data),
         "seed": request.seed,
         "versions": lineage.versions(),
         "code": lineage.code_digest(),

@@ -125,11 +125,11 @@ class AtPlaces:
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         return batches.collate(self._data, rows, self._pad_id)
 
-    def mass(self, targets: torch.Tensor) -> float:
+    def mass(self, targets: torch.Tensor, rows: NDArray[np.int64]) -> float:
         return float((targets != IGNORED).sum())
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        return self._places.losses(inputs, targets) / max(1.0, self.mass(targets))
+        return self._places.losses(inputs, targets) / max(1.0, self.mass(targets, rows))
 
 
 class Masked(AtPlaces):

@@ -78,7 +78,7 @@ class Contrast:
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         return batches.collate(self._data, self._data.sequences(rows), self._pad_id)
 
-    def mass(self, targets: torch.Tensor) -> float:
+    def mass(self, targets: torch.Tensor, rows: NDArray[np.int64]) -> float:
         return float(len(targets) // PAIR)
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:

@@ -100,7 +100,7 @@ def test_what_is_hidden_follows_seed_epoch_and_row_and_not_the_batch(network: to
     def shown(seed: int, epoch: int, rows: list[int]) -> list[list[int]]:
         goal = Masked(Places(network), task, data, seed, 0)
         inputs, targets = goal.batch(np.array(rows), epoch)
-        assert goal.mass(targets) == float((targets != IGNORED).sum()) > 0
+        assert goal.mass(targets, np.array(rows)) == float((targets != IGNORED).sum()) > 0
         return [ids[mask.bool()].tolist() for ids, mask in zip(*inputs.values(), strict=True)]
 
     one = shown(1, 0, [0, 1, 2, 3])

@@ -126,6 +126,7 @@ def _truth(row: Mapping[str, Any]) -> str:
 def portable(spec: ProjectSpec, file: Path) -> dict[str, Any]:
     """The project with local paths made absolute, taken relative to the file they are written in."""
     project = spec.plain()
-    project["data"]["source"] = flow.located(project["data"]["source"], file.parent)
+    for one in (project, *project["also"]):
+        one["data"]["source"] = flow.located(one["data"]["source"], file.parent)
     project["model"] = flow.located(project["model"], file.parent)
     return project

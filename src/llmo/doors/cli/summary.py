@@ -37,9 +37,12 @@ def _leaves(found: Resolved[ProjectSpec], section: BaseModel, prefix: str) -> li
         value, key = getattr(section, name), f"{prefix}{name}"
         if isinstance(value, BaseModel):
             entries += _leaves(found, value, f"{key}.")
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            for number, one in enumerate(value):
+                entries += _leaves(found, one, f"{key}.{number}.")
         else:
             origin = found.origin(key)
-            if origin == "default" and prefix and found.origin(prefix.rstrip(".")) != "default" and key == "task.name":
+            if origin == "default" and key.endswith("task.name"):  # of a task that is written as its name
                 origin = found.origin(prefix.rstrip("."))
             entries.append({"key": key, "value": value, "origin": origin})
     return entries
@@ -67,8 +70,31 @@ def _state(step: Mapping[str, Any]) -> str:
 
 
 def show_check(spec: ProjectSpec, report: Mapping[str, Any]) -> None:
-    tokens, need = report["tokens"], report["forecast"]
+    need = report["forecast"]
     facts = [
+        *_facts(report),
+        ("memory", f"{_needed(need)}; {_free(report['devices'])}"),
+        ("disk", f"about {size(need['disk_bytes'])}"),
+        ("steps", f"{need['steps']} optimiser steps"),
+    ]
+    table(f"{spec.name}: {spec.task.name}", ["", ""], facts)
+    for note in [*report["notes"], *_may_not_fit(need)]:
+        console.print(f"  note: {note}", markup=False, soft_wrap=True)
+    _show_samples(report)
+    for also in spec.also:
+        other = report["also"][also.name]
+        table(f"{also.name}: {also.task.name}", ["", ""], _facts(other))
+        for note in other["notes"]:
+            console.print(f"  note: {note}", markup=False, soft_wrap=True)
+        _show_samples(other)
+    console.print()
+    show_plan(spec, report["plan"])
+
+
+def _facts(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Of one data set."""
+    tokens = report["tokens"]
+    return [
         ("rows", ", ".join(f"{name} {count}" for name, count in report["rows"].items())),
         ("labels", ", ".join(f"{name} {count}" for name, count in report["labels"].items()))
         if report["labels"]
@@ -79,18 +105,13 @@ def show_check(spec: ProjectSpec, report: Mapping[str, Any]) -> None:
         ("characters", f"median {report['median_characters']}, longest {report['longest_characters']}"),
         ("tokens", f"mean {tokens['mean']:.0f}, 95% under {tokens['p95']}, longest {tokens['longest']}"),
         ("truncated", _truncated(tokens)),
-        ("memory", f"{_needed(need)}; {_free(report['devices'])}"),
-        ("disk", f"about {size(need['disk_bytes'])}"),
-        ("steps", f"{need['steps']} optimiser steps"),
     ]
-    table(f"{spec.name}: {spec.task.name}", ["", ""], facts)
-    for note in [*report["notes"], *_may_not_fit(need)]:
-        console.print(f"  note: {note}", markup=False, soft_wrap=True)
+
+
+def _show_samples(report: Mapping[str, Any]) -> None:
     console.print("\n[bold]three samples as the model will see them[/]")
     for sample in report["samples"]:
         console.print(f"  {sample['tokens']}\n    -> {sample['answer']}", markup=False, soft_wrap=True)
-    console.print()
-    show_plan(spec, report["plan"])
 
 
 def _truncated(tokens: Mapping[str, Any]) -> str:
@@ -124,6 +145,8 @@ def show_run(
     if "tune" in steps:
         show_search(steps["tune"]["result"])
     _show_quality(steps)
+    for also in spec.also:
+        _show_part(also.name, steps)
     if "compress" in steps:
         show_variants(steps["compress"]["result"])
     if "verify" in steps:
@@ -151,21 +174,35 @@ def _show_data(step: Mapping[str, Any]) -> None:
 
 
 def _show_quality(steps: Steps) -> None:
-    test = steps["train"]["result"]["test"]
-    shown = [name for name in SHOWN if name in test["after"]]
-    served = steps.get("evaluate", {}).get("result", {}).get("metrics")
-    columns = ["on held-out documents", "before training>", "after training>"] + (["served>"] if served else [])
-    rows = [
-        [name.replace("_", " "), figure(test["before"][name]), figure(test["after"][name])]
-        + ([figure(served[name]) if name in served else "-"] if served else [])
-        for name in shown
-    ]
-    table(f"model {steps['train']['ref']}", columns, rows)
     trained = steps["train"]["result"]
+    _show_metrics(steps["train"]["ref"], trained, steps.get("evaluate", {}).get("result", {}).get("metrics"))
     for line in (calibrated(trained.get("calibration")), run_of(trained, trained.get("memory", {}))):
         if line:
             console.print(line, markup=False, soft_wrap=True)
     console.print(f"[dim]by class, worst errors: llmo report {steps['train']['ref']}[/]\n", soft_wrap=True)
+
+
+def _show_metrics(ref: str, trained: Mapping[str, Any], served: Mapping[str, Any] | None = None) -> None:
+    """Of a model on its test rows, before and after training; and as it is `served`, if it is compressed."""
+    test = trained["test"]
+    columns = ["on held-out documents", "before training>", "after training>"] + (["served>"] if served else [])
+    rows = [
+        [name.replace("_", " "), figure(test["before"][name]), figure(test["after"][name])]
+        + ([figure(served[name]) if name in served else "-"] if served else [])
+        for name in SHOWN
+        if name in test["after"]
+    ]
+    table(f"model {ref}", columns, rows)
+
+
+def _show_part(name: str, steps: Steps) -> None:
+    """Another task that was learnt together with the first."""
+    found, ref = steps["train"]["result"]["also"][name], steps[f"part:{name}"]["ref"]
+    _show_metrics(ref, found)
+    if calibrated(found["calibration"]):
+        console.print(calibrated(found["calibration"]), markup=False, soft_wrap=True)
+    console.print(f"[dim]by class, worst errors: llmo report {ref}[/]")
+    show_verify(steps[f"verify:{name}"]["result"])
 
 
 def show_variants(result: Mapping[str, Any]) -> None:
