@@ -20,13 +20,16 @@ from llmo.training.batches import Encoded
 from llmo.training.failures import disk_errors
 
 NUMBERS = ("truncated", "max_length", "empty", "group")  # of `Encoded`
+WORTH = 1 << 18  # characters: fewer take less time than finding them again is worth
 SINGLE = -1  # the size of a target that is one number
 
 
 def encode(
     task: Task, tokenizer: Tokenizer, rows: Sequence[Row], progress: Callable[[int], None], ctx: Context
 ) -> Encoded:
-    """As `batches.encode`, or as it was for the same task, tokeniser and rows before."""
+    """As `batches.encode`, or as it was for the same task, tokeniser and rows before, where that is worth keeping."""
+    if sum(len(row.get("text") or "") for row in rows) < WORTH:
+        return batches.encode(task, tokenizer, rows, progress)
     key = digest_of_value([task.to_card(), tokenizer.to_str(), _digest(rows)]).removeprefix("sha256:")
     folder = ctx.cache()
     entry = folder / key
@@ -53,10 +56,13 @@ def _write(entry: Path, data: Encoded) -> None:
     sizes = [SINGLE if target.ndim == 0 else len(target) for target in data.targets]
     flat = np.concatenate([target.reshape(-1) for target in data.targets])
     numbers = np.array([getattr(data, name) for name in NUMBERS])
+    size = data.ids.nbytes + data.starts.nbytes + flat.nbytes + 8 * len(sizes)
+    if size > states.room(entry.parent):
+        return
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with disk_errors(aside):
-            states.make_room(entry.parent, data.ids.nbytes + flat.nbytes + 16 * len(sizes))
+            states.make_room(entry.parent, size)
             aside.mkdir(parents=True)
             with (aside / states.FILE).open("wb") as file:
                 np.savez(file, ids=data.ids, starts=data.starts, flat=flat, sizes=np.array(sizes), numbers=numbers)
@@ -68,7 +74,7 @@ def _write(entry: Path, data: Encoded) -> None:
 
 
 def _read(path: Path) -> Encoded:
-    with np.load(path, allow_pickle=False) as kept:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
         ids, starts, flat, sizes = (kept[name] for name in ("ids", "starts", "flat", "sizes"))
         numbers = dict(zip(NUMBERS, kept["numbers"].tolist(), strict=True))
     ends = np.cumsum(np.where(sizes == SINGLE, 1, sizes))
