@@ -11,15 +11,17 @@ from collections.abc import Mapping, Sequence
 
 ETA = 3  # one of so many goes on
 SHARES = (1 / 9, 1 / 3)  # of the steps
+LEAST = 0.5  # epochs before the first rung: what has not seen half of the rows tells its learning rate and little else
 # How many trials of Hyperband pass all rungs, only the second, or none, so that each kind costs about the same.
 BRACKETS = (9, 5, 3)
 
 
-def shares(kind: str, number: int) -> list[float]:
-    """The rungs of a trial, as shares of its steps."""
+def shares(kind: str, number: int, epochs: float) -> list[float]:
+    """The rungs of a trial of so many epochs, as shares of its steps."""
     if kind == "none":
         return []
-    return list(SHARES[bracket(number) :] if kind == "hyperband" else SHARES)
+    rungs = SHARES[bracket(number) :] if kind == "hyperband" else SHARES
+    return [share for share in rungs if share * epochs >= LEAST]
 
 
 def bracket(number: int) -> int:
@@ -40,6 +42,8 @@ def bar(reached: Sequence[float]) -> float | None:
     return sorted(reached, reverse=True)[(len(reached) + 1) // ETA - 1]
 
 
-def bars(kind: str, number: int, standings: Mapping[float, Sequence[float]]) -> list[tuple[float, float | None]]:
+def bars(
+    kind: str, number: int, epochs: float, standings: Mapping[float, Sequence[float]]
+) -> list[tuple[float, float | None]]:
     """The rungs of a trial that begins now, each with its bar."""
-    return [(share, bar(standings.get(share, ()))) for share in shares(kind, number)]
+    return [(share, bar(standings.get(share, ()))) for share in shares(kind, number, epochs)]

@@ -34,7 +34,7 @@ class Sampler:
         first: Sequence[tuple[Settings, str]] = (),
     ) -> None:
         self._dimensions = {one.key: one for one in dimensions}
-        self._distributions = {one.key: distribution(one) for one in dimensions}
+        self._distributions = {one.key: _drawn_from(one) for one in dimensions}
         self._several = objectives > 1
         self._study = optuna.create_study(
             directions=["maximize"] * objectives,
@@ -91,7 +91,7 @@ class Sampler:
 
     def _draw(self, number: int, fixed: Settings | None = None) -> Settings | None:
         if fixed is not None:
-            self._study.enqueue_trial(fixed)
+            self._study.enqueue_trial({key: self._written(key, value) for key, value in fixed.items()})
         trial = self._study.ask(self._distributions)
         settings = {key: self._readable(key, value) for key, value in trial.params.items()} | (fixed or {})
         if (name := canonical(settings)) in self._seen:
@@ -102,7 +102,15 @@ class Sampler:
         return settings
 
     def _readable(self, key: str, value: Any) -> Any:
-        return self._dimensions[key].readable(value) if self._dimensions[key].values is None else value
+        one = self._dimensions[key]
+        if one.values is None:
+            return one.readable(value)
+        return one.values[value] if one.ordered else value
+
+    def _written(self, key: str, value: Any) -> Any:
+        """The inverse, of what is one of the dimension's."""
+        one = self._dimensions.get(key)
+        return one.values.index(value) if one is not None and one.values is not None and one.ordered else value
 
 
 def distribution(one: Dimension) -> BaseDistribution:
@@ -111,6 +119,11 @@ def distribution(one: Dimension) -> BaseDistribution:
     if one.whole:
         return IntDistribution(int(one.low), int(one.high), log=one.log, step=int(one.step or 1))
     return FloatDistribution(one.low, one.high, log=one.log, step=one.step)
+
+
+def _drawn_from(one: Dimension) -> BaseDistribution:
+    """Of ordered values their places: a sampler that learns then knows which are next to each other."""
+    return IntDistribution(0, len(one.values) - 1) if one.values is not None and one.ordered else distribution(one)
 
 
 def _sampler(kind: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:

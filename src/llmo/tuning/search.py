@@ -165,7 +165,8 @@ class Search:
                 self.closed = True
                 return
             sign = 1.0 if self.higher_is_better else -1.0
-            bars = pruner.bars(self._spec.prunes, number, self._standings)
+            epochs = drawn[0].get("epochs", self._spec.train.epochs)
+            bars = pruner.bars(self._spec.prunes, number, epochs, self._standings)
             rungs = [RungSpec(share=share, bar=None if bar is None else sign * bar) for share, bar in bars]
             self.trials.append(Trial(number, *drawn, rungs, self._spec.folds or 1))
 

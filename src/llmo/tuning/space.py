@@ -40,6 +40,13 @@ class Dimension:
         log, step = bool(choice.get("log")), choice.get("step")
         return cls(key, None, choice["low"], choice["high"], log, step, whole, why)
 
+    @property
+    def ordered(self) -> bool:
+        """Whether its values are numbers that grow, so that neighbours are alike."""
+        values = self.values or ()
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        return numbers and len(values) > 2 and list(values) == sorted(values)
+
     def holds(self, value: Any) -> bool:
         """Whether a value is one of this dimension's."""
         if self.values is not None:

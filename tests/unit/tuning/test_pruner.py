@@ -25,14 +25,16 @@ def test_the_bar_is_that_of_the_best_third(reached: list[float], bar: float | No
 
 
 def test_a_trial_has_the_rungs_of_its_kind() -> None:
-    assert pruner.shares("none", 0) == []
-    assert pruner.shares("asha", 7) == [1 / 9, 1 / 3]
+    assert pruner.shares("none", 0, 9.0) == []
+    assert pruner.shares("asha", 7, 9.0) == [1 / 9, 1 / 3]
+    assert pruner.shares("asha", 7, 3.0) == [1 / 3], "a third of an epoch is too little to tell"
+    assert pruner.shares("asha", 7, 1.0) == []
     standings = {1 / 9: [0.1, 0.2, 0.3]}
-    assert pruner.bars("asha", 7, standings) == [(1 / 9, 0.3), (1 / 3, None)]
+    assert pruner.bars("asha", 7, 9.0, standings) == [(1 / 9, 0.3), (1 / 3, None)]
 
 
 def test_hyperband_lets_some_pass_the_first_rungs_from_early_on() -> None:
     counted = Counter(pruner.bracket(number) for number in range(34))
     assert counted == {0: 18, 1: 10, 2: 6}
     assert {pruner.bracket(number) for number in range(6)} == {0, 1, 2}
-    assert [len(pruner.shares("hyperband", n)) for n in range(17)] == [2 - pruner.bracket(n) for n in range(17)]
+    assert [len(pruner.shares("hyperband", n, 9.0)) for n in range(17)] == [2 - pruner.bracket(n) for n in range(17)]

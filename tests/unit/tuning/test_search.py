@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llmo.errors import JobFailed
+from llmo.specs import TrainSpec
 from llmo.tuning.search import Trial
 from llmo.types import JobState, Reason, Result
 from support.searching import STEPS, done, drive, failed, learnt, made, quality, story
@@ -39,6 +40,18 @@ def test_the_usual_settings_come_first_and_nothing_is_tried_twice() -> None:
     assert len(tried) == len(set(tried)) == 6, "all that there is, and no more"
 
 
+def test_neighbours_in_a_list_of_growing_numbers_are_known_as_such() -> None:
+    rates = [10.0 ** (exponent / 4) for exponent in range(-28, 0)]
+    mixed = [rates[(5 * place) % 28] for place in range(28)]
+
+    def best(values: list[float], seed: int) -> float:
+        found = drive(made(trials=12, pruner="none", seed=seed, space={"learning_rate": values, "batch_size": [8]}))
+        return quality(found.best())
+
+    ordered, others = (sum(best(values, seed) for seed in range(16)) / 16 for values in (rates, mixed))
+    assert ordered > others + 0.002
+
+
 def test_a_grid_is_gone_through_to_its_end() -> None:
     search = drive(made(trials=100, sampler="grid", pruner="none"))
     assert {t.settings["learning_rate"] for t in search.trials} == {1e-6, 1e-4, 1e-2}
@@ -55,7 +68,8 @@ def test_tpe_finds_what_random_draws_miss() -> None:
 
 
 def test_pruning_saves_steps_and_keeps_the_best() -> None:
-    whole, pruned = (drive(made(trials=24, pruner=kind)) for kind in ("none", "asha"))
+    long = TrainSpec(epochs=9.0)  # of which both rungs are past half an epoch
+    whole, pruned = (drive(made(trials=24, pruner=kind, train=long)) for kind in ("none", "asha"))
     spent = [sum(t.figure("steps") or 0 for t in search.trials) for search in (whole, pruned)]
     assert spent[0] == 24 * STEPS
     assert spent[1] < 0.6 * spent[0]
