@@ -128,6 +128,8 @@ class JobFailed(LLMOError):
 class AttemptLost(JobFailed):
     """A process that the job needs died, as the job itself may: it is tried again, from its last checkpoint."""
 
+    code = "attempt_lost"
+
 
 class UnreachableError(LLMOError):
     """The server, or a replica behind it, cannot be reached."""
