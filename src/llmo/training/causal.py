@@ -22,8 +22,6 @@ IGNORED = -100
 PROBES = 4  # tokens that prove that trunk and projection are the whole model
 CLOSE = 1e-3
 WORTH_SHARING = 8  # tokens that a whole batch begins with
-ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-FOREIGN = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)  # another architecture
 
 
 class Speaker:
@@ -200,7 +198,7 @@ class Speaker:
         inputs = {"input_ids": ids.expand(2, -1), "attention_mask": torch.ones_like(ids).expand(2, -1)}
         try:
             shared = self._after(inputs, PROBES // 2)
-        except FOREIGN:
+        except packing.FOREIGN:
             return False  # a cache of another kind, as state-space models have
         expected = states[:, PROBES // 2 :].expand(2, -1, -1)
         return shared.shape == expected.shape and torch.allclose(shared, expected, rtol=CLOSE, atol=CLOSE)
@@ -209,7 +207,7 @@ class Speaker:
         """Whether sequences of unlike lengths in one row say what each says alone. If so, the network's attention is
         from now on the one that knows packed rows, and is torch's own for all others."""
         config, common = self.network.config, PROBES // 2
-        if any(getattr(config.get_text_config(), name, 0.0) for name in ATTENTION_DROPOUTS):
+        if any(getattr(config.get_text_config(), name, 0.0) for name in packing.DROPOUTS):
             self.why = "its attention has dropout"
             return False
         self.why = f"the architecture '{config.model_type}' is not proved to take packed rows"
@@ -224,7 +222,7 @@ class Speaker:
             found = self._run_packed(torch.cat([rows[0][:common], *(row[common:] for row in rows)]), layout)
             if torch.allclose(found, expected, rtol=CLOSE, atol=CLOSE):
                 return True
-        except FOREIGN:
+        except packing.FOREIGN:
             pass  # it knows no packed rows, or wants something of attention that they do not have
         self.network.set_attn_implementation(was)
         return False

@@ -8,7 +8,7 @@ on the way back, some queries at a time (Dao et al. 2022), so that memory grows 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -24,6 +24,8 @@ LIKE, NEAR = 0.75, 16  # of a block's longest sequence, and tokens below that: w
 QUERIES = 128  # of each sequence at once
 PLACES = 1 << 18  # scores of one head at once
 OTHERWISE = ("softcap", "s_aux")  # what some architectures want done to the scores
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # of a config
+FOREIGN = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)  # another architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +100,20 @@ def attention(
     if packed is None:
         given = {"dropout": dropout, "scaling": scaling, **asked}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **given)[0], None
-    wanted = [name for name in OTHERWISE if asked.get(name) is not None]
-    wanted += ["dropout"] if dropout else []
-    wanted += ["sliding_window"] if (asked.get("sliding_window") or packed.longest) < packed.longest else []
-    if wanted:
-        raise NotImplementedError(f"packed attention with {', '.join(wanted)}")
+    refuse(asked, dropout, packed.longest)
     rows = [x.transpose(1, 2).squeeze(0) for x in (query, key, value)]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     said: torch.Tensor = _Attention.apply(*rows, packed, scale)  # type: ignore[no-untyped-call]
     return said[None], None
+
+
+def refuse(asked: Mapping[str, Any], dropout: float, longest: int) -> None:
+    """Raises NotImplementedError for what an architecture wants of packed rows of at most `longest` tokens each."""
+    wanted = [name for name in OTHERWISE if asked.get(name) is not None]
+    wanted += ["dropout"] if dropout else []
+    wanted += ["sliding_window"] if (asked.get("sliding_window") or longest) < longest else []
+    if wanted:
+        raise NotImplementedError(f"packed attention with {', '.join(wanted)}")
 
 
 class _Attention(torch.autograd.Function):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,8 @@ class Recorder:
                 found = self._kept[key] = self._record(given, rows)
             except RuntimeError as error:  # it has computed nothing
                 self._generator.graphsafe_set_state(before)  # the other one believes that it is still being recorded
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise  # smaller parts of the batch may fit, recorded too
                 self.refused = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
                 self._kept.clear()
                 self._tell(f"steps are launched kernel by kernel: recording them was refused ({self.refused})")
@@ -114,8 +117,11 @@ class Recorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 loss = self._do(there, rows)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # what it would say is that something went wrong
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return Recording(graph, there, loss)
 
 

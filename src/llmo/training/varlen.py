@@ -15,15 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llmo.training import packing
 from llmo.training.batches import IGNORED, few
 
 ATTENTION = "llmo-varlen"
-OTHERWISE = ("softcap", "s_aux", "sliding_window")  # what some architectures want of the scores
-UNFIT = ("sliding_window", "attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")  # of a config
-FOREIGN = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)  # another architecture
+UNFIT = ("sliding_window", *packing.DROPOUTS)  # of a config
 SMALLEST = 64  # tokens of a row
 PROBES, CLOSE = 4, 0.02  # tokens of a sequence that proves, and how far apart two norms in bf16 may be
 
@@ -48,14 +46,10 @@ def attention(
     bounds: Bounds | None = None,
     **asked: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Of one row with `bounds`, `[1, heads, tokens, width]` in and `[1, tokens, heads, width]` out; of anything else as
-    torch does it. Raises NotImplementedError for what an architecture wants that is not done here."""
+    """As `packing.attention`, of one row with `bounds`."""
     if bounds is None:
-        given = {"dropout": dropout, "scaling": scaling, **asked}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **given)[0], None
-    wanted = [name for name in OTHERWISE if asked.get(name) is not None] + ["dropout"] * bool(dropout)
-    if wanted:
-        raise NotImplementedError(f"attention over sequences of any lengths with {', '.join(wanted)}")
+        return packing.attention(module, query, key, value, attention_mask, scaling, dropout, **asked)
+    packing.refuse(asked, dropout, bounds.longest)
     dtype = value.dtype  # under autocast rotated queries and keys are fp32; the kernel would round them anyway
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     said = torch.ops.aten._flash_attention_forward(
@@ -127,7 +121,7 @@ def refusal(network: Any, vocabulary: int) -> str | None:
             found = states(network.base_model, there)[: len(expected)].float()
         if (found - expected).norm() < CLOSE * expected.norm():
             return None
-    except FOREIGN:
+    except packing.FOREIGN:
         pass  # it hands its attention no bounds, or wants something of it that is not done here
     finally:
         network.train(training)

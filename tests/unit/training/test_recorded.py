@@ -52,6 +52,13 @@ def loop(base: Path, texts: Path, ctx: NullContext, **keys: Any) -> Loop:
     return Loop(built, task, labels, spec, data, None, ctx, how)
 
 
+def stepped(one: Loop, steps: int) -> list[float]:
+    """The losses of the first steps, with the same random numbers every time."""
+    torch.cuda.manual_seed(7)
+    one.built.model.train()
+    return [one.step() for _ in range(steps)]
+
+
 def weights(of: Loop) -> dict[str, np.ndarray[Any, Any]]:
     return {name: p.detach().float().cpu().numpy() for name, p in of.built.trainable()}
 
@@ -59,11 +66,7 @@ def weights(of: Loop) -> dict[str, np.ndarray[Any, Any]]:
 def test_recorded_steps_are_the_launched_ones(base: Path, texts: Path) -> None:
     mine, theirs = (loop(base, texts, NullContext(1)) for _ in range(2))
     theirs.recorder = None
-    losses = []
-    for one in (mine, theirs):
-        torch.cuda.manual_seed(7)
-        one.built.model.train()
-        losses.append([one.step() for _ in range(12)])
+    losses = [stepped(one, 12) for one in (mine, theirs)]
     assert mine.recorder is not None
     assert mine.recorder.refused is None
     assert 1 <= len(mine.recorder) < 12
@@ -101,11 +104,7 @@ def test_a_model_that_reads_numbers_back_is_launched_step_by_step(base: Path, te
     for one in (mine, theirs):
         first = next(module for module in one.built.model.modules() if isinstance(module, torch.nn.LayerNorm))
         first.register_forward_hook(lambda _, __, said: said * (1.0 if said.sum().item() < 1e9 else 0.5))
-    losses = []
-    for one in (mine, theirs):
-        torch.cuda.manual_seed(7)
-        one.built.model.train()
-        losses.append([one.step() for _ in range(6)])
+    losses = [stepped(one, 6) for one in (mine, theirs)]
     assert mine.recorder is not None
     assert mine.recorder.refused is not None
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

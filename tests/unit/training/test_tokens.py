@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +14,7 @@ from llmo.tasks.base import Task
 from llmo.training import batches, states, tokens
 from support.tiny import tiny_dataset, tiny_tokenizer
 
-KINDS: dict[str, Mapping[str, Any]] = {
-    "text-classification": {},
-    "token-classification": {},
-    "extractive-qa": {},
-    "regression": {},
-}
+KINDS = ("text-classification", "token-classification", "extractive-qa", "regression")
 
 
 def no_progress(done: int) -> None:
@@ -33,7 +26,7 @@ def test_rows_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tokens, "WORTH", 0)
     rows = list(Dataset.open(tiny_dataset(tmp_path / "data", kind)).split("train"))
     cls: type[Task] = plugins.load("llmo.tasks", kind)
-    task, ctx = cls.from_rows(rows, max_length=32, options=KINDS[kind]), NullContext(1, tmp_path / "job")
+    task, ctx = cls.from_rows(rows, max_length=32, options={}), NullContext(1, tmp_path / "job")
     expected = batches.encode(task, tiny_tokenizer(), rows, no_progress)
     found = [tokens.encode(task, tiny_tokenizer(), rows, no_progress, ctx)]
     with monkeypatch.context() as patched:
