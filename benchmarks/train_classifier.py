@@ -72,7 +72,7 @@ def prepare(folder: Path, kind: str, base: str) -> None:
 def llmo(folder: Path, kind: str, given: argparse.Namespace) -> dict[str, float]:
     """With LLMO; nothing is set but what all sides share."""
     from llmo.context import NullContext
-    from llmo.specs import TrainJobSpec
+    from llmo.jobspecs import TrainJobSpec
     from llmo.training.operation import run
     from llmo.types import Device
 

@@ -106,7 +106,8 @@ def peak_mib(gpu: bool) -> float:
 
 def request(batch: int, **keys: Any) -> Any:
     """What LLMO is asked for: nothing beyond the method but what makes it the other side's run."""
-    from llmo.specs import LoraSpec, TrainJobSpec
+    from llmo.jobspecs import TrainJobSpec
+    from llmo.specs import LoraSpec
 
     return TrainJobSpec(
         task={"name": "generation"}, method="lora", epochs=1.0, batch_size=batch, learning_rate=RATE, warmup=0.0,

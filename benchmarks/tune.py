@@ -21,8 +21,9 @@ import torch
 from frozen import ARTICLES, prepare
 
 from llmo.context import NullContext
+from llmo.jobspecs import RungSpec, TrialSpec, TuneJobSpec
 from llmo.searchspec import merged, nested
-from llmo.specs import RungSpec, TaskSpec, TrainSpec, TrialSpec, TuneJobSpec
+from llmo.specs import TaskSpec, TrainSpec
 from llmo.tuning import pruner, space
 from llmo.tuning.search import Search, Trial
 from llmo.types import JobState, Result, canonical

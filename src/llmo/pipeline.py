@@ -16,8 +16,8 @@ from llmo import scratch
 from llmo.context import Context, Stopped
 from llmo.errors import JobFailed
 from llmo.errors import from_json as error_from_json
+from llmo.jobspecs import ALSO
 from llmo.searchspec import TRIALS, merged
-from llmo.specs import ALSO
 from llmo.types import JobState, Result, from_json
 
 POLL_SECONDS = 0.02

@@ -21,8 +21,9 @@ from llmo.data.dataset import Dataset
 from llmo.data.profile import profile
 from llmo.errors import SpecError
 from llmo.files import publish_json
+from llmo.jobspecs import ALSO, ScratchSpec
 from llmo.specfile import validate
-from llmo.specs import ALSO, AlsoSpec, DataSpec, ProjectSpec, ScratchSpec, TaskSpec, TrainSpec
+from llmo.specs import AlsoSpec, DataSpec, ProjectSpec, TaskSpec, TrainSpec
 from llmo.tasks.base import Task
 from llmo.tasks.card import TOKENIZER, load_tokenizer
 from llmo.tasks.extractive_qa import ExtractiveQA

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from llmo.errors import InputError, SpecError, nearest
 
 if TYPE_CHECKING:
-    from llmo.specs import ScratchSpec
+    from llmo.jobspecs import ScratchSpec
 
 SCHEME = "scratch"
 ARCHITECTURES = ("transformer-tiny", "lstm", "causal-tiny", "sasrec")
@@ -30,8 +30,8 @@ def parse(source: str, task: str, seed: int | None = None) -> ScratchSpec:
 
     Raises SpecError for an unknown architecture, key or value, and for an architecture that does not fit the task.
     """
+    from llmo.jobspecs import ScratchSpec
     from llmo.specfile import validate  # whoever only asks what a source is needs neither
-    from llmo.specs import ScratchSpec
 
     name, *settings = source.partition(":")[2].split(",")
     if name not in ARCHITECTURES:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from llmo import naming, pipeline, scratch, searches, sources
 from llmo.errors import InputError, ModelError, NotFoundError, SpecError, UnreachableError
+from llmo.jobspecs import ALSO, INPUTS, OPERATIONS
 from llmo.kernel import service
 from llmo.kernel.devices import detect
 from llmo.kernel.driver import Driver
@@ -26,7 +27,7 @@ from llmo.serve.adapters import AdapterTable, Ready, bases, check_base, folder_o
 from llmo.serve.protocol import load_adapter, predict_once
 from llmo.settings import Settings
 from llmo.specfile import validate
-from llmo.specs import ALSO, BASE_TASKS, INPUTS, OPERATIONS, AdapterSpec, DeploySpec, ProjectSpec
+from llmo.specs import BASE_TASKS, AdapterSpec, DeploySpec, ProjectSpec
 from llmo.store import Store
 from llmo.store.adapters import taken
 from llmo.store.feedback import parse as parse_feedback

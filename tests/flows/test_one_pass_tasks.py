@@ -26,8 +26,9 @@ from llmo.engines.base import Request
 from llmo.engines.onnx import OnnxEngine
 from llmo.engines.torch import TorchEngine
 from llmo.errors import GateRefused, InputError, ModelError
+from llmo.jobspecs import EvaluateSpec
 from llmo.settings import Settings
-from llmo.specs import CleanSpec, DataSpec, EvaluateSpec, TaskSpec, TrainSpec
+from llmo.specs import CleanSpec, DataSpec, TaskSpec, TrainSpec
 from llmo.system import System
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden, write_card, write_golden
 from llmo.training import evaluate, operation

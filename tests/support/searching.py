@@ -7,7 +7,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from llmo.specs import TaskSpec, TuneJobSpec
+from llmo.jobspecs import TuneJobSpec
+from llmo.specs import TaskSpec
 from llmo.tuning import space
 from llmo.tuning.search import Search, Trial
 from llmo.types import JobState, Reason, Result

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llmo import pipeline, searches
-from llmo.specs import ProjectSpec, TaskSpec, TuneJobSpec
+from llmo.jobspecs import TuneJobSpec
+from llmo.specs import ProjectSpec, TaskSpec
 from llmo.store import Store
 from llmo.types import Device, JobState, Kind, Needs
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from llmo.errors import SpecError
+from llmo.jobspecs import TuneJobSpec
 from llmo.searchspec import keys_of
 from llmo.specbase import Spec
 from llmo.specfile import parse, validate
-from llmo.specs import ProjectSpec, TuneJobSpec, TuneSpec, space
+from llmo.specs import ProjectSpec, TuneSpec, space
 
 PROJECT = "name: x\ntask: text-classification\ndata: {source: a}\nmodel: b\ntune:\n"
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmo.errors import LLMOError, SpecError
+from llmo.jobspecs import ImportSpec
 from llmo.specfile import parse, read, validate
-from llmo.specs import DataSpec, ImportSpec, ProjectSpec, TrainSpec
+from llmo.specs import DataSpec, ProjectSpec, TrainSpec
 
 GOOD = """\
 name: newsdesk

@@ -93,8 +93,8 @@ def report(api: Api, model: Artifact) -> dict[str, Any] | None:
 
 def check(op: str, spec: Mapping[str, Any]) -> None:
     """Raises SpecError for a specification that `op` will not take, before anything is done for it."""
+    from llmo.jobspecs import OPERATIONS
     from llmo.specfile import validate  # the client alone needs neither
-    from llmo.specs import OPERATIONS
 
     validate(dict(spec), OPERATIONS[op])
 

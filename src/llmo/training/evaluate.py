@@ -18,8 +18,8 @@ from llmo.engines.base import Engine, Request
 from llmo.engines.generation import GenerationEngine, GenerationOptions, Prompt, Sampling
 from llmo.engines.place import torch_device
 from llmo.errors import DataError, SpecError
+from llmo.jobspecs import EvaluateSpec
 from llmo.specfile import validate
-from llmo.specs import EvaluateSpec
 from llmo.tasks.base import Encoding, Logits, Row, Task
 from llmo.tasks.card import load_task, load_tokenizer, read_card
 from llmo.tasks.generation import Generation, conversation

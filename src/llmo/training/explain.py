@@ -19,8 +19,8 @@ from llmo.context import Context, Stopped
 from llmo.data.dataset import Dataset
 from llmo.errors import DataError
 from llmo.files import publish_json
+from llmo.jobspecs import TrainJobSpec
 from llmo.specfile import validate
-from llmo.specs import TrainJobSpec
 from llmo.training import batches
 from llmo.training.above import Above
 from llmo.training.failures import memory_errors

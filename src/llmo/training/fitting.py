@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmo.errors import NeedsError
-from llmo.specs import TaskSpec, TrainJobSpec, TrainSpec
+from llmo.jobspecs import TrainJobSpec
+from llmo.specs import TaskSpec, TrainSpec
 from llmo.training import relief
 from llmo.training.correction import Correction, correct
 from llmo.training.forecast import Rows, forecast

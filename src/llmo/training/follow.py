@@ -13,8 +13,8 @@ from typing import Any
 from llmo.context import NullContext
 from llmo.data.dataset import Dataset
 from llmo.errors import JobFailed, LLMOError
+from llmo.jobspecs import TrainJobSpec
 from llmo.specfile import validate
-from llmo.specs import TrainJobSpec
 from llmo.training.failures import memory_errors
 from llmo.training.model import set_training
 from llmo.training.operation import prepare

@@ -161,7 +161,7 @@ def _border(path: Path) -> Iterator[None]:
             "opening a GGUF file needs packages that are not installed: gguf, torch and transformers",
             hint="pip install 'llmo-os[generate]'",
         ) from error
-    except Exception as error:
+    except Exception as error:  # the library raises what it likes for a broken file
         raise _broken(path, error) from error
 
 

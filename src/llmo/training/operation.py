@@ -15,9 +15,9 @@ from llmo import plugins
 from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.errors import DataError, SpecError
+from llmo.jobspecs import TrainJobSpec
 from llmo.methods import OPTIMISERS
 from llmo.specfile import validate
-from llmo.specs import TrainJobSpec
 from llmo.tasks.base import Row, Task
 from llmo.tasks.card import load_tokenizer, write_card, write_golden
 from llmo.tasks.generation import Generation

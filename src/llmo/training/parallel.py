@@ -28,7 +28,7 @@ from torch import distributed
 
 from llmo.context import Context
 from llmo.errors import AttemptLost, NeedsError
-from llmo.specs import TrainJobSpec
+from llmo.jobspecs import TrainJobSpec
 from llmo.training.failures import StepTooLarge
 from llmo.types import Device, to_json
 

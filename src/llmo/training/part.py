@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from llmo.context import Context
 from llmo.engines.torch import quiet
 from llmo.errors import ModelError
+from llmo.jobspecs import PartSpec
 from llmo.specfile import validate
-from llmo.specs import PartSpec
 from llmo.tasks.card import GOLDEN, load_task, read_card, write_card
 from llmo.training import lineage, report, together
 from llmo.training.failures import disk_errors

@@ -11,9 +11,9 @@ from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.errors import DataError
 from llmo.files import publish_json, storage_errors
+from llmo.jobspecs import ScratchSpec
 from llmo.scratch import SCHEME, is_scratch
 from llmo.specfile import validate
-from llmo.specs import ScratchSpec
 from llmo.tasks.card import TOKENIZER, load_tokenizer
 from llmo.training import pieces, weights
 from llmo.training.base import SOURCE, origin

@@ -21,7 +21,8 @@ from llmo.data.dataset import Dataset
 from llmo.engines.heads import logits_of, take_off
 from llmo.errors import ModelError, SpecError
 from llmo.files import publish_json
-from llmo.specs import ALSO, TrainJobSpec, TrainSpec
+from llmo.jobspecs import ALSO, TrainJobSpec
+from llmo.specs import TrainSpec
 from llmo.tasks.base import Task
 from llmo.tasks.card import CARD, FORMAT, write_golden
 from llmo.training import dropout, norms

@@ -13,9 +13,9 @@ from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.data.folds import Fold
 from llmo.errors import DataError, JobFailed, SpecError
+from llmo.jobspecs import RungSpec, TrainJobSpec, TrialSpec
 from llmo.methods import METHODS
 from llmo.specfile import validate
-from llmo.specs import RungSpec, TrainJobSpec, TrialSpec
 from llmo.training import checkpoint, peak, relief, scoring
 from llmo.training.failures import StepTooLarge, memory_errors
 from llmo.training.loop import Loop

@@ -13,11 +13,11 @@ from llmo.context import Context, Stopped
 from llmo.data.dataset import Dataset, Rows
 from llmo.data.folds import held_out
 from llmo.errors import DataError, SpecError
+from llmo.jobspecs import FoldSpec, TrialSpec, TuneJobSpec
 from llmo.methods import METHODS
 from llmo.plugins import operation
 from llmo.searchspec import EARLIER, merged, nested
 from llmo.specfile import validate
-from llmo.specs import FoldSpec, TrialSpec, TuneJobSpec
 from llmo.training.base import config_of, inspect
 from llmo.tuning import report, space
 from llmo.tuning.clock import Clock

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmo.files import publish, publish_json
+from llmo.jobspecs import TuneJobSpec
 from llmo.searchspec import nested
-from llmo.specs import TuneJobSpec
 from llmo.tuning import plots, space
 from llmo.tuning.importance import importance
 from llmo.tuning.search import Search, record

@@ -16,8 +16,8 @@ import numpy as np
 
 from llmo.errors import JobFailed, LLMOError, NeedsError
 from llmo.errors import from_json as error_from_json
+from llmo.jobspecs import RungSpec, TuneJobSpec
 from llmo.searchspec import COSTS
-from llmo.specs import RungSpec, TuneJobSpec
 from llmo.tuning import pruner, space
 from llmo.tuning.sampler import Sampler
 from llmo.tuning.space import Dimension, Settings

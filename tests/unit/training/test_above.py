@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmo.context import NullContext
-from llmo.specs import TrainJobSpec
+from llmo.jobspecs import TrainJobSpec
 from llmo.training import states
 from llmo.training.operation import run
 from llmo.training.trunk import Trunk

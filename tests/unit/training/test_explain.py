@@ -9,7 +9,7 @@ import pytest
 
 from llmo.context import NullContext
 from llmo.errors import DataError
-from llmo.specs import TrainJobSpec
+from llmo.jobspecs import TrainJobSpec
 from llmo.training.explain import run
 
 

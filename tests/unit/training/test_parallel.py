@@ -16,7 +16,8 @@ import torch
 from llmo.context import NullContext, Stopped
 from llmo.errors import AttemptLost, NeedsError, SpecError
 from llmo.files import sha256_file
-from llmo.specs import TrainJobSpec, TrainSpec, TuneJobSpec
+from llmo.jobspecs import TrainJobSpec, TuneJobSpec
+from llmo.specs import TrainSpec
 from llmo.training import parallel
 from llmo.training.failures import StepTooLarge
 from llmo.training.parallel import Group

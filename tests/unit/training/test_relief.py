@@ -18,7 +18,8 @@ from llmo.context import NullContext
 from llmo.doors.cli import summary
 from llmo.errors import NeedsError, SpecError
 from llmo.files import sha256_file
-from llmo.specs import TaskSpec, TrainJobSpec, TrainSpec
+from llmo.jobspecs import TrainJobSpec
+from llmo.specs import TaskSpec, TrainSpec
 from llmo.training import relief
 from llmo.training.correction import LEAST_ERROR, correct
 from llmo.training.fitting import fit, refuse

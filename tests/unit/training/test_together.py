@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 from llmo.context import NullContext
 from llmo.data.dataset import Dataset
 from llmo.errors import ModelError, SpecError
-from llmo.specs import TrainJobSpec, TrainSpec
+from llmo.jobspecs import TrainJobSpec
+from llmo.specs import TrainSpec
 from llmo.tasks.base import Task
 from llmo.tasks.card import load_task, read_card
 from llmo.training import operation, part, together

@@ -11,7 +11,8 @@ import pytest
 
 from llmo.context import NullContext, Stopped
 from llmo.errors import DataError, LLMOError
-from llmo.specs import TaskSpec, TrainSpec, TuneJobSpec
+from llmo.jobspecs import TuneJobSpec
+from llmo.specs import TaskSpec, TrainSpec
 from llmo.training import trial
 from llmo.tuning import operation
 from llmo.types import JobState, Needs, Reason, Result

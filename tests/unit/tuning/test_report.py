@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llmo.specs import TaskSpec, TuneJobSpec
+from llmo.jobspecs import TuneJobSpec
+from llmo.specs import TaskSpec
 from llmo.tuning import report, space
 from llmo.tuning.search import Trial
 from llmo.types import Reason, Result

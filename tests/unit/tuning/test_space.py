@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from llmo.jobspecs import TrainJobSpec
 from llmo.searchspec import merged, nested
-from llmo.specs import TaskSpec, TrainJobSpec, TrainSpec, TuneSpec
+from llmo.specs import TaskSpec, TrainSpec, TuneSpec
 from llmo.tuning import space
 from llmo.tuning.space import Dimension, Facts
 
