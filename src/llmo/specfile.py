@@ -141,7 +141,8 @@ def _problem(error: Any, lines: Lines, file: str, model: type[S]) -> SpecError:
         return SpecError(f"the key '{key}' is missing", where=where, hint=f"add '{path[-1]}: ...'")
     told = error["msg"].removeprefix("Value error, ")
     message = SAID.get(error["type"]) or told[:1].lower() + told[1:]
-    return SpecError(f"'{key}': {message} (it is {error['input']!r:.80})", where=where)
+    shown = "" if isinstance(error["input"], dict | list | BaseModel) else f" (it is {error['input']!r:.80})"
+    return SpecError(f"'{key}': {message}{shown}", where=where)
 
 
 def _unfit(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, str]]:

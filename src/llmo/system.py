@@ -406,7 +406,7 @@ class System:
     def _held_up(self, job: Job) -> Job:
         """With what keeps its scheduler from going on, when that runs here; a full store cannot take it down."""
         trouble = self._scheduler.trouble if self._scheduler is not None and not job.state.ended else ""
-        return job.evolve(waiting=trouble) if trouble else job
+        return job.evolve(waiting=f"{trouble}; it goes on by itself once that is mended") if trouble else job
 
     def _report(self, ref: str, name: str) -> Path:
         """A file of the report beside a model, or of one that `evaluate` made; a data set may have the same name."""
