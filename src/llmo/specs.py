@@ -127,6 +127,9 @@ class LoraSpec(Spec):
     )
 
 
+SHARED_OUT = {"fsdp": ("full", "last-n", "lora", "rslora"), "tensor": ("full", "last-n")}
+
+
 class TrainSpec(Spec):
     """How the model is trained."""
 
@@ -142,6 +145,11 @@ class TrainSpec(Spec):
     gradient_accumulation_steps: Positive = Field(1, description="micro-batches per step")
     devices: Positive = Field(
         1, description="processes that share every batch: one a GPU (--gpus), or each with its part of the cores"
+    )
+    parallelism: Literal["data", "fsdp", "tensor"] = Field(
+        "data",
+        description="what several devices share: rows, and with fsdp or tensor the layers too, for a model that does "
+        "not fit one of them",
     )
     part_tokens: Positive | None = Field(
         None, description="padded tokens computed at once in one pass over texts; default: by device"
@@ -202,10 +210,31 @@ class TrainSpec(Spec):
     checkpoint_seconds: Annotated[Number, Field(gt=0)] = Field(30.0, description="time between checkpoints")
     seed: int = Field(13, description="of initialisation, order and dropout")
 
+    @model_validator(mode="after")
+    def shared_out(self) -> TrainSpec:
+        if self.parallelism == "data":
+            return self
+        if self.devices == 1:
+            raise ValueError(f"parallelism {self.parallelism} shares layers out among devices: set train.devices too")
+        fitting = SHARED_OUT[self.parallelism]
+        if self.method not in fitting:
+            raise ValueError(
+                f"parallelism {self.parallelism} is of method {', '.join(fitting)}, and the method is {self.method}"
+            )
+        for name, usual in (("base_weights", "fp32"), ("ema", None)):
+            if getattr(self, name) != usual:
+                raise ValueError(f"parallelism {self.parallelism} does not go with {name}: leave one of them out")
+        if self.optimizer == "adafactor":
+            raise ValueError(
+                f"adafactor looks at whole matrices, of which parallelism {self.parallelism} leaves each device a "
+                "part: set train.optimizer to adamw"
+            )
+        return self
+
 
 MOST_TRIALS = 1000
 # What no search varies: the run's own bookkeeping, and what would change what the metric means.
-FIXED = ("seed", "checkpoint_seconds", "evaluate_every", "objective", "beta", "devices", "temperature")
+FIXED = ("seed", "checkpoint_seconds", "evaluate_every", "objective", "beta", "devices", "parallelism", "temperature")
 
 
 @cache

@@ -28,10 +28,11 @@ class Speaker:
     """A causal transformers model (`Built.network`) in two parts: its trunk, and the projection to the vocabulary.
     `packs` (on a CPU) and `varlen` (on a GPU) say whether rows go end to end, and `why` why not.
 
-    Raises ModelError for an architecture that does something else between the two than the known scalings.
+    Unless it `shares`, its layers run once for every batch, whatever its rows are. Raises ModelError for an
+    architecture that does something else between the two than the known scalings.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, network: Any, shares: bool = True) -> None:
         self.network = network
         self.trunk: nn.Module = network.base_model
         self._head: Any = network.get_output_embeddings()
@@ -48,7 +49,7 @@ class Speaker:
         if self._recomputes:
             self.why = "activations are computed again"
         self._window = getattr(config, "sliding_window", None)
-        self._prove()
+        self._prove(shares)
 
     def flow(self) -> bool:
         """On a GPU that computes bf16: have rows end to end from now on, if the architecture is proved to take them."""
@@ -177,14 +178,14 @@ class Speaker:
         return max(16, CHUNK_BYTES * times // (4 * self.vocabulary))
 
     @torch.no_grad()
-    def _prove(self) -> None:
+    def _prove(self, shares: bool) -> None:
         was = self.network.training
         self.network.eval()
         ids = torch.arange(PROBES, device=next(self.network.parameters()).device)[None] % self.vocabulary
         whole = self.network(input_ids=ids, use_cache=False).logits.float()
         states = self.trunk(input_ids=ids, use_cache=False).last_hidden_state
         parts = self.project(states).float()
-        self._shares = self._proves_sharing(ids, states)
+        self._shares = shares and self._proves_sharing(ids, states)
         self.packs = not self._recomputes and ids.device.type == "cpu" and self._proves_packing(ids.device)
         self.network.train(was)
         if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=CLOSE, atol=CLOSE):

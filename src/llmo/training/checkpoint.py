@@ -88,6 +88,11 @@ def unpack(
             optimiser.state[named[name]][field] = value.to(named[name].device, copy=True)
 
 
+def weight_of(key: str) -> str:
+    """The weight that a tensor of a checkpoint is, or is kept for."""
+    return key.split(".", 2)[2] if key.startswith("optimiser.") else key.split(".", 1)[1]
+
+
 def random_state() -> dict[str, Any]:
     """Every generator's state as JSON values."""
     version, internal, gauss = random.getstate()

@@ -94,7 +94,8 @@ def plan(
     """Tokenise, and put together what fits the objective (`spec.objective` as `resolve` gave it)."""
     splits = {name: data.split(name) for name in ("dev", "test")}
     held = {name: scoring.Tokens(task, tokenizer, split) for name, split in splits.items()}
-    speaker = Speaker(built.network) if isinstance(task, Generation) else None
+    alone = spec.parallelism == "data"  # else all processes have to run the layers as often
+    speaker = Speaker(built.network, shares=alone) if isinstance(task, Generation) else None
     if isinstance(task, Generation) and speaker is not None and spec.objective == "preference":
         return _preferences(task, tokenizer, data, splits, built, speaker, spec, chosen, ctx)
     if spec.method in LABELS_ONLY:
@@ -112,7 +113,7 @@ def plan(
         goal, predictor = lifted or (labels, plain)
     else:
         predictor = functools.partial(scoring.speaker_predictor, built.model, speaker, task, built.pad_id)
-        flows = chosen.device.type == "cuda" and chosen.name == "bf16" and speaker.flow()
+        flows = alone and chosen.device.type == "cuda" and chosen.name == "bf16" and speaker.flow()
         goal = (VarlenLikelihood if flows else Likelihood)(speaker, task, encoded, spec, built.pad_id)
         ctx.note(_rows(speaker, encoded, spec))
     figures = TaskFigures(task, held, predictor, ctx)

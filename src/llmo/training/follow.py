@@ -16,9 +16,11 @@ from llmo.errors import JobFailed, LLMOError
 from llmo.jobspecs import TrainJobSpec
 from llmo.specfile import validate
 from llmo.training.failures import memory_errors
+from llmo.training.loop import Loop
 from llmo.training.model import set_training
 from llmo.training.operation import prepare
-from llmo.training.parallel import NO_MEMORY, Group, HungUp
+from llmo.training.parallel import NO_MEMORY, Command, Group, HungUp
+from llmo.training.sharded import Sharded
 from llmo.types import Device, from_json
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl
@@ -55,15 +57,35 @@ def _follow(asked: dict[str, Any]) -> None:
     inputs = {name: Path(path) for name, path in asked["inputs"].items()}
     request = validate(asked["spec"], TrainJobSpec)
     ready = prepare(request, Dataset.open(inputs["data"]), inputs["model"], ctx)
-    loop = ready.loop(ctx)
-    if loop.resume() != asked["resumed"]:
+    group = Group(asked["rank"], asked["size"], Path(asked["meeting"]), ready.chosen.device, ctx.device.cores)
+    sharded = ready.shared_out(group)
+    loop = ready.loop(ctx, sharded)
+    resumed = loop.resume()
+    if not group.agree(resumed):
         raise JobFailed("the first process goes on from another checkpoint", hint="run it again")
     set_training(ready.course.built.model)
-    group = Group(asked["rank"], asked["size"], Path(asked["meeting"]), ready.chosen.device)
-    loop.join(group)
-    while group.goes_on():
-        loop.step()
+    while (command := group.hear()) != Command.END:
+        if command == Command.JOIN:
+            loop.join(group, resumed)
+        else:
+            _do(command, loop, sharded)
     group.end()
+
+
+def _do(command: Command, loop: Loop, sharded: Sharded | None) -> None:
+    match command:
+        case Command.STEP:
+            loop.step()
+        case Command.PACK:
+            loop.tensors()
+        case Command.KEEP:
+            loop.keep()
+        case Command.FINISH:
+            loop.finish()
+        case Command.RUN if sharded is not None:
+            sharded.answer()
+        case Command.UNDO if sharded is not None:
+            sharded.undo()
 
 
 def _end_with(leader: int) -> None:

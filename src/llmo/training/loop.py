@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,9 +25,10 @@ from llmo.training.along import Along
 from llmo.training.batches import Encoded
 from llmo.training.model import Built, set_training
 from llmo.training.objectives import Inputs, Objective
-from llmo.training.parallel import Group
+from llmo.training.parallel import Command, Group
 from llmo.training.precision import Precision
 from llmo.training.recorded import Recorder, Update
+from llmo.training.sharded import Sharded
 
 SMOOTHING = 0.9  # of the loss that is shown
 
@@ -62,13 +64,15 @@ class Loop:
         ctx: Context,
         precision: Precision,
         after_step: Callable[[], None] | None = None,
+        sharded: Sharded | None = None,
     ) -> None:
         self.built, self.task, self.spec, self.data, self.ctx = built, task, spec, data, ctx
         self._objective, self._evaluate_on_dev, self.precision = objective, evaluate, precision
         self._after_step = after_step
         self.group: Group | None = None
+        self.sharded = sharded
         self.narrowed = None if task.hides else vocabulary.narrow(built, data.ids, spec)
-        self._named: dict[str, nn.Parameter] = dict(built.trainable())
+        self._named: dict[str, nn.Parameter] = dict(built.trainable()) if sharded is None else sharded.take(built)
         self._optimiser = optimiser.build(list(self._named.items()), spec)
         self._per_epoch = data.per_epoch(spec.batch_size)
         self.total = max(1, round(self._per_epoch * spec.epochs))
@@ -79,7 +83,7 @@ class Loop:
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
         self.recorder: Recorder | None = None
         # A step of one task gives the other tasks' heads no gradient, which a recording would make zeros of.
-        self._records = precision.device.type == "cuda" and not len(built.others)
+        self._records = precision.device.type == "cuda" and not len(built.others) and sharded is None
         if self._records and objective.records and not spec.activation_checkpointing:
             self.recorder = Recorder(self._gradients, precision.device, self.forget_gradients, ctx.note)
         self._update: Update | None = None
@@ -108,6 +112,8 @@ class Loop:
         if found is None:
             return False
         tensors, state = found
+        if self.sharded is not None:
+            tensors = self.sharded.parts(tensors)
         checkpoint.unpack(
             {k: v for k, v in tensors.items() if not k.startswith(checkpoint.BEST)}, self._named, self._optimiser
         )
@@ -120,11 +126,16 @@ class Loop:
         checkpoint.restore_random_state(state["random"])
         return True
 
-    def join(self, group: Group | None) -> None:
-        """Take this process's share of every batch from now on; all begin with the first one's weights."""
+    def join(self, group: Group | None, resumed: bool) -> None:
+        """Take this process's share of every batch from now on, with its own cores unless `resumed` with the threads
+        that it had; all begin with the first one's weights."""
         self.group = group
         if group is not None:
-            group.same(list(self._named.values()))
+            if group.rank == 0:
+                group.tell(Command.JOIN)
+            group.same([p for _, p in self._everywhere()])
+            if not resumed:
+                torch.set_num_threads(group.cores)
 
     def run(self) -> None:
         """Train to the end. Raises Stopped (after a checkpoint) when asked to, JobFailed when the loss is lost."""
@@ -142,6 +153,11 @@ class Loop:
                 raise Stopped
             if time.monotonic() - self._saved_at >= self.spec.checkpoint_seconds:
                 self._save()
+        self._tell(Command.FINISH)
+        self.finish()
+
+    def finish(self) -> None:
+        """The steps are over: the model has its final weights from now on."""
         if self._best:
             self._restore_best()
         if self.narrowed is not None:
@@ -153,15 +169,17 @@ class Loop:
         """One step of the optimiser; its loss. Raises JobFailed when that is lost."""
         started = time.monotonic()
         if self.group is not None:
-            self.group.begin(self.spec.seed, self.state.step)
+            self.group.begin(self.spec.seed, self.state.step, apart=self._has_share)
         batch = self.batch()
         self._rate = optimiser.rate(self.spec, self.state.step, self.total)
         mean = self.backward(batch)
         self._along.before()
-        if self._update is None:
-            size = nn.utils.clip_grad_norm_(self._named.values(), self.spec.max_grad_norm)
-        else:
+        if self._update is not None:
             size = self._update(self._rate)
+        elif self.sharded is not None:
+            size = self.sharded.clip(self.spec.max_grad_norm)
+        else:
+            size = nn.utils.clip_grad_norm_(self._named.values(), self.spec.max_grad_norm)
         loss, norm = map(float, torch.stack([mean, size]).tolist())  # a GPU is waited for once
         self.state.step += 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -181,22 +199,52 @@ class Loop:
 
     def backward(self, batch: NDArray[np.int64]) -> torch.Tensor:
         """Gradients of the mean loss `[]` of the whole batch, however many parts it is computed in."""
-        count, tokens = self.spec.gradient_accumulation_steps, self._objective.part_tokens
-        if self.group is not None:
-            batch = self.group.share(self._lengths, batch)
-        pieces = batches.parts(self._lengths, batch, count, tokens)
+        pieces = self._pieces(batch)
         epoch = self.state.step // self._per_epoch
-        parts = [self._objective.batch(piece, epoch) for piece in pieces]
-        masses = [self._objective.mass(targets, piece) for piece, (_, targets) in zip(pieces, parts, strict=True)]
-        whole = 1.0 if self.group is not None else sum(masses) or 1.0  # a group divides by what all have
+        parts = [self._objective.batch(piece, epoch) for piece, _ in pieces]
+        masses = [
+            self._objective.mass(targets, piece) if counts else 0.0
+            for (piece, counts), (_, targets) in zip(pieces, parts, strict=True)
+        ]
+        whole = 1.0 if self._has_share else sum(masses) or 1.0  # else what all have is divided by in the end
         loss = torch.zeros((), device=self.precision.device)
-        for piece, (inputs, targets), mass in zip(pieces, parts, masses, strict=True):
-            if self.recorder is not None:
-                loss += self.recorder(inputs, targets, mass / whole, piece)
-                continue
-            there = {k: v.to(self.precision.device) for k, v in inputs.items()}
-            loss += self._gradients(there, targets.to(self.precision.device), mass / whole, piece)
-        return loss if self.group is None else self.group.add_up(list(self._named.values()), sum(masses), loss)
+        with nullcontext() if self.sharded is None else self.sharded.step():
+            for (piece, _), (inputs, targets), mass in zip(pieces, parts, masses, strict=True):
+                if self.recorder is not None:
+                    loss += self.recorder(inputs, targets, mass / whole, piece)
+                    continue
+                there = {k: v.to(self.precision.device) for k, v in inputs.items()}
+                loss += self._gradients(there, targets.to(self.precision.device), mass / whole, piece)
+        whole = 1.0
+        if self._has_share and self.group is not None:
+            loss, whole = self.group.add_up([p for _, p in self._everywhere()], sum(masses), loss)
+        if self.sharded is not None:
+            self.sharded.take_gradients(whole)
+        return loss
+
+    def _pieces(self, batch: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], bool]]:
+        """The parts that this process computes of a batch, and whether each counts: where all processes have to run the
+        layers as often, a row is repeated for nothing."""
+        mine = self.group.share(self._lengths, batch) if self.group is not None and self._has_share else batch
+        count, tokens = self.spec.gradient_accumulation_steps, self._objective.part_tokens
+        pieces = [(piece, True) for piece in batches.parts(self._lengths, mine, count, tokens)]
+        if self.group is not None and self.sharded is not None:
+            pieces += [(batch[:1], False)] * (self.group.most(len(pieces)) - len(pieces))
+        return pieces
+
+    @property
+    def _has_share(self) -> bool:
+        """Whether this process computes some rows of a batch, and other ones the others."""
+        return self.group is not None and (self.sharded is None or self.sharded.rows_are_shared_out)
+
+    def _everywhere(self) -> list[tuple[str, nn.Parameter]]:
+        """The trained weights that every process has whole."""
+        return [(k, p) for k, p in self._named.items() if self.sharded is None or not self.sharded.is_slice(k)]
+
+    def _tell(self, command: Command) -> None:
+        """Have all processes do what this one is about to do, where none has all of the model."""
+        if self.group is not None and self.sharded is not None:
+            self.group.tell(command)
 
     def _gradients(
         self, inputs: Inputs, targets: torch.Tensor, share: float | torch.Tensor, rows: NDArray[np.int64]
@@ -266,7 +314,12 @@ class Loop:
             return
         state.best, state.best_step, state.stale = value, state.step, 0
         if self.spec.early_stopping is not None:
-            self._best = {name: p.detach().cpu().clone() for name, p in self._named.items()}
+            self._tell(Command.KEEP)
+            self.keep()
+
+    def keep(self) -> None:
+        """The weights as they are now are the best until now."""
+        self._best = {name: p.detach().cpu().clone() for name, p in self._named.items()}
 
     def _settle(self, step: int) -> None:
         """Embeddings that no row uses are those of this step, when the model is looked at."""
@@ -288,9 +341,8 @@ class Loop:
         self.ctx.note(f"kept the weights of step {self.state.best_step}, the best on dev")
 
     def _save(self) -> None:
-        tensors = checkpoint.pack(self._named, self._optimiser)
-        tensors |= {f"{checkpoint.BEST}{name}": tensor for name, tensor in self._best.items()}
-        tensors |= self._along.tensors()
+        self._tell(Command.PACK)
+        tensors = self.tensors()
         epoch, position = divmod(self.state.step, self._per_epoch)
         about = {
             "fingerprint": self._fingerprint(),
@@ -303,6 +355,13 @@ class Loop:
         checkpoint.save(self.ctx.checkpoint(), self.state.step, tensors, about)
         self._saved_at = time.monotonic()
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Of a checkpoint; whole ones, whoever has which part of them."""
+        tensors = checkpoint.pack(self._named, self._optimiser)
+        tensors |= {f"{checkpoint.BEST}{name}": tensor for name, tensor in self._best.items()}
+        tensors |= self._along.tensors()
+        return tensors if self.sharded is None else self.sharded.whole(tensors)
+
     def _fingerprint(self) -> str:
         """Names the run by everything its result depends on, so that a checkpoint of another is never taken. In how
         many parts a step is computed changes rounding only, and a run that found no memory goes on in smaller ones."""
@@ -310,9 +369,10 @@ class Loop:
         for target in self.data.targets:
             rows.update(target.tobytes())
         spec = self.spec.plain()
-        for name in ("checkpoint_seconds", "gradient_accumulation_steps", "part_tokens", "devices"):
+        for name in ("checkpoint_seconds", "gradient_accumulation_steps", "part_tokens", "devices", "parallelism"):
             spec.pop(name)
-        weights = {name: list(p.shape) for name, p in self._named.items()}
+        shapes = self._named if self.sharded is None else self.sharded.weights
+        weights = {name: list(p.shape) for name, p in shapes.items()}
         return digest_of_value([spec, self.task.to_card(), rows.hexdigest(), weights, self.precision.name])
 
     def _lost(self, what: str) -> JobFailed:

@@ -262,12 +262,17 @@ def _final_norms(model: Any) -> list[nn.Module]:
     ]
 
 
-def _last_layers(model: Any, count: int) -> list[nn.Module]:
+def layers(model: Any) -> nn.ModuleList:
+    """The trunk's layers, of the same kind one after the other; empty where there are none."""
     lists = [m for m in model.base_model.modules() if isinstance(m, nn.ModuleList)]
-    layers = max(lists, key=len, default=None)
-    if layers is None or count > len(layers):
+    return max(lists, key=len, default=nn.ModuleList())
+
+
+def _last_layers(model: Any, count: int) -> list[nn.Module]:
+    found = layers(model)
+    if count > len(found):
         raise SpecError(
-            f"last_n is {count}, but the model has {len(layers) if layers is not None else 0} layers",
+            f"last_n is {count}, but the model has {len(found)} layers",
             hint="set train.last_n lower, or train.method to full",
         )
-    return list(layers[-count:])
+    return list(found[-count:])

@@ -15,15 +15,16 @@ CLOSE = 1e-5
 
 
 class Norm:
-    """What stands in for the `forward` of a module with a weight."""
+    """What stands in for the `forward` of a module, whose weight may become another."""
 
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        self._weight, self._eps = weight, eps
+    def __init__(self, module: nn.Module, eps: float) -> None:
+        self._module, self._eps = module, eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self._module.weight
         if x.is_cuda:
-            return functional.rms_norm(x.float(), self._weight.shape, self._weight, self._eps)
-        found: torch.Tensor = _RMSNorm.apply(x, self._weight, self._eps)  # type: ignore[no-untyped-call]
+            return functional.rms_norm(x.float(), weight.shape, weight, self._eps)
+        found: torch.Tensor = _RMSNorm.apply(x, weight, self._eps)  # type: ignore[no-untyped-call]
         return found
 
 
@@ -37,7 +38,7 @@ def replace_norms(model: nn.Module) -> int:
             continue
         if len(inspect.signature(module.forward).parameters) != 1:
             continue  # it may be given a gate too, without which it is this norm
-        norm = Norm(weight, eps)
+        norm = Norm(module, eps)
         probe = torch.linspace(-2.0, 3.0, PROBE * len(weight)).view(PROBE, -1)
         if torch.allclose(module(probe), norm(probe), rtol=CLOSE, atol=CLOSE):
             module.forward = norm

@@ -34,6 +34,7 @@ from llmo.training import (
     relief,
     report,
     scratch,
+    sharded,
     together,
 )
 from llmo.training.above import Above
@@ -47,6 +48,8 @@ from llmo.training.forecast import Rows
 from llmo.training.loop import Loop
 from llmo.training.model import Built, build
 from llmo.training.objectives import Labels, Objective
+from llmo.training.parallel import Command, Group
+from llmo.training.sharded import Sharded
 from llmo.training.together import Learner
 
 
@@ -101,13 +104,19 @@ class Prepared:
     def has_dev(self) -> bool:
         return all(len(one.data.split("dev")) > 0 for one in self.learners)
 
-    def loop(self, ctx: Context, after_step: Callable[[], None] | None = None) -> Loop:
+    def shared_out(self, group: Group | None) -> Sharded | None:
+        """Share the model's layers out among the processes, where that is asked for."""
+        if group is None or self.request.parallelism == "data":
+            return None
+        return Sharded(self.course.built, self.request.parallelism, group, self.chosen)
+
+    def loop(self, ctx: Context, sharded: Sharded | None = None, after_step: Callable[[], None] | None = None) -> Loop:
         """The run itself, not begun. Raises SpecError where it would look at a dev split that is empty."""
         if self.request.early_stopping is not None and not self.has_dev:
             raise SpecError("early_stopping needs a dev split, and it is empty", hint="set data.split.dev above 0")
         course = self.course
         on_dev = self._on_dev if self.has_dev else None
-        about = (self.objective, self.request, self.rows, on_dev, ctx, self.chosen, after_step)
+        about = (self.objective, self.request, self.rows, on_dev, ctx, self.chosen, after_step, sharded)
         return Loop(course.built, course.task, *about)
 
     def fit(self) -> None:
@@ -139,8 +148,9 @@ def prepare(
     others = others or {}
     together.check(request, others)
     task, request = _task(request, data, base)
-    if request.also:
-        request = request.model_copy(update={"keep_states": False})  # they are kept for one task's rows
+    whole = request.parallelism == "data"
+    if request.also or not whole:  # they are kept for one task's rows, and by who has all layers
+        request = request.model_copy(update={"keep_states": False})
     tokenizer = load_tokenizer(base)
     checkpoint.seed_everything(request.seed)
     on_cpu = chosen.device.type == "cpu"
@@ -152,7 +162,10 @@ def prepare(
         other, _ = _task(request.model_copy(update={"task": also.task}), rows, base)
         head = together.on_trunk(built, base, other, request, on_cpu=on_cpu)
         learners.append(Learner(also.name, rows, plan(other, tokenizer, rows, head, request, chosen, exact, ctx)))
-    built.model.to(chosen.device)
+    if whole:
+        built.model.to(chosen.device)
+    else:
+        sharded.check(built, request.parallelism, request.devices)
     built.others.to(chosen.device)
     course = plan(task, tokenizer, data, built, request, chosen, exact, ctx)
     if request.devices > 1 and isinstance(course.objective, Labels | Above) and course.objective.part_tokens is None:
@@ -163,18 +176,16 @@ def prepare(
     objective, encoded = together.joined([course, *(one.course for one in learners)], request.temperature)
     _say(ctx, built, [course, *(one.course for one in learners)], chosen)
     need = _room(request, encoded, base, chosen, ctx)
-    joined = lowrank.join(built, chosen)
+    joined = lowrank.join(built, chosen) if whole else lowrank.Joined([])
     return Prepared(request, data, course, chosen, exact, need, joined, objective, encoded, learners)
 
 
 def _run(request: TrainJobSpec, inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
     started = time.monotonic()
     ready = prepare(request, Dataset.open(inputs["data"]), inputs["model"], ctx, together.data_sets(inputs))
-    with memory_errors(StepTooLarge):
-        done = _learn(ready, inputs, ctx) if ready.course.built.trained else Done()
-    ready.trained()
+    done, outcomes = _trained(ready, inputs, ctx)
     request, course, chosen, base = ready.request, ready.course, ready.chosen, inputs["model"]
-    first, *others = outcomes = _outcomes(ready, done)
+    first, *others = outcomes
     write_golden(out, first.golden)
     folder.write(out, course.built, base, course.task)
     write_card(out, _card(ready, first, base, done))
@@ -253,10 +264,30 @@ class Done:
     tokens_per_second: float = 0.0
 
 
-def _learn(ready: Prepared, inputs: Mapping[str, Path], ctx: Context) -> Done:
+def _trained(ready: Prepared, inputs: Mapping[str, Path], ctx: Context) -> tuple[Done, list[Outcome]]:
+    """Learn, if there is anything that does, and measure; the model is whole then."""
+    done = Done()
+    if ready.course.built.trained:
+        with parallel.group(ready.request, inputs, ctx, ready.chosen.device) as group:
+            sharded = ready.shared_out(group)
+            with memory_errors(StepTooLarge):
+                done = _learn(ready, group, sharded, ctx)
+            if group is not None and sharded is not None:
+                ready.trained()
+                outcomes = _outcomes(ready, done)
+                group.tell(Command.UNDO)
+                sharded.undo()
+                return done, outcomes
+    ready.trained()
+    return done, _outcomes(ready, done)
+
+
+def _learn(ready: Prepared, group: Group | None, sharded: Sharded | None, ctx: Context) -> Done:
     """Run the loop, from its checkpoint if there is one."""
-    loop = ready.loop(ctx)
+    loop = ready.loop(ctx, sharded)
     resumed = loop.resume()
+    if group is not None:
+        group.agree(resumed)
     if resumed:
         ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
     else:
@@ -264,9 +295,8 @@ def _learn(ready: Prepared, inputs: Mapping[str, Path], ctx: Context) -> Done:
         loop.state.extra["before"] = [
             one.course.figures.full("test", "test before training", ready.chosen) for one in ready.learners
         ]
-    with parallel.group(ready.request, inputs, ctx, ready.chosen.device, resumed) as group:
-        loop.join(group)
-        loop.run()
+    loop.join(group, resumed)
+    loop.run()
     state = loop.state
     return Done(state.step, state.history, state.extra["before"], loop.samples_per_second, loop.tokens_per_second)
 

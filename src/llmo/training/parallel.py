@@ -2,8 +2,9 @@
 
 A batch's loss is a sum over its rows, divided by their mass, so that shares of any size add up to the gradients of one
 process but for the order in which numbers are added. The job's own process is the first: it evaluates, reports and
-keeps checkpoints, and says before each step that there is one. The others follow (`follow`): same seed, same rows, same
-weights, so that all that travels are gradients (data parallelism, as in Li et al. 2020, arXiv:2006.15704).
+keeps checkpoints, and says what is to be done (`Command`). The others follow (`follow`): same seed, same rows, same
+weights, so that all that travels are gradients (data parallelism, as in Li et al. 2020, arXiv:2006.15704). Where a
+model does not fit one device its layers are shared out too (`sharded`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,21 @@ BUCKET = 16 << 20  # numbers of gradients that are added up at once
 PATIENCE = timedelta(days=7)  # an evaluation of the first process may take long; the death of one is noticed at once
 DYING_SECONDS, LEAVING_SECONDS = 2.0, 10.0  # from hanging up to being gone, and from the end
 POLL_SECONDS = 0.01
-GO, END = 1, 0
 NO_MEMORY = 5  # what a process that found none ends with
 Rows = NDArray[np.int64]
+
+
+class Command(IntEnum):
+    """What all processes do next."""
+
+    END = 0
+    JOIN = 7  # begin with the first one's weights
+    STEP = 1
+    RUN = 2  # a layer, outside of a step
+    PACK = 3  # put what a checkpoint holds together
+    KEEP = 4  # these weights, the best until now
+    FINISH = 5  # the steps are over
+    UNDO = 6  # give the first process whole layers
 
 
 class HungUp(RuntimeError):
@@ -57,11 +71,12 @@ def _talking() -> Iterator[None]:
 
 
 class Group:
-    """The processes of one training; this one is number `rank` of `size`. They meet in the file `meeting`."""
+    """The processes of one training; this one is number `rank` of `size`, on `cores` of its own. They meet in the file
+    `meeting`."""
 
     @_talking()
-    def __init__(self, rank: int, size: int, meeting: Path, device: torch.device) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, meeting: Path, device: torch.device, cores: int) -> None:
+        self.rank, self.size, self.cores = rank, size, cores
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
@@ -78,6 +93,13 @@ class Group:
         for p in parameters:
             distributed.broadcast(p.detach(), 0)
 
+    @_talking()
+    def agree(self, resumed: bool) -> bool:
+        """Whether the first process says the same."""
+        said = torch.tensor(int(resumed))
+        distributed.broadcast(said, 0)
+        return bool(said) == resumed
+
     def share(self, lengths: Rows, batch: Rows) -> Rows:
         """This process's rows of a batch: the longest are dealt out first, back and forth, so that all have about as
         many tokens."""
@@ -87,23 +109,49 @@ class Group:
         return mine
 
     @_talking()
-    def begin(self, seed: int, step: int) -> None:
-        """Of a step: the first process says so, the others draw random numbers of their own for it."""
+    def begin(self, seed: int, step: int, apart: bool = True) -> None:
+        """Of a step: the first process says so. The others draw random numbers of their own for it; where processes
+        are not `apart`, all draw the same ones."""
         if self.rank == 0:
-            distributed.broadcast(torch.tensor(GO), 0)
-            return
-        torch.manual_seed(int(np.random.SeedSequence([seed, step, self.rank]).generate_state(1)[0]))
+            self.tell(Command.STEP)
+        if self.rank or not apart:
+            own = [self.rank] if apart else []
+            torch.manual_seed(int(np.random.SeedSequence([seed, step, *own]).generate_state(1)[0]))
 
     @_talking()
-    def goes_on(self) -> bool:
+    def tell(self, command: Command) -> None:
+        """Have the others do something, which this process does too."""
+        distributed.broadcast(torch.tensor(int(command)), 0)
+
+    @_talking()
+    def hear(self) -> Command:
         """What the first process says; waits until it does."""
-        said = torch.tensor(END)
+        said = torch.tensor(0)
         distributed.broadcast(said, 0)
-        return int(said) == GO
+        return Command(int(said))
 
     @_talking()
-    def add_up(self, parameters: Sequence[torch.Tensor], mass: float, loss: torch.Tensor) -> torch.Tensor:
-        """Make the gradients, sums over `mass` here, means over the whole batch everywhere; so with the loss `[]`."""
+    def send(self, value: Any) -> None:
+        """To the others, who `receive` it; tensors are on the CPU."""
+        distributed.broadcast_object_list([value], 0)
+
+    @_talking()
+    def receive(self) -> Any:
+        found: list[Any] = [None]
+        distributed.broadcast_object_list(found, 0)
+        return found[0]
+
+    @_talking()
+    def most(self, count: int) -> int:
+        """The largest count of any process."""
+        said = torch.tensor(count)
+        distributed.all_reduce(said, distributed.ReduceOp.MAX)
+        return int(said)
+
+    @_talking()
+    def add_up(self, parameters: Sequence[torch.Tensor], mass: float, loss: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Make the gradients, sums over `mass` here, means over the whole batch everywhere; so with the loss `[]`. The
+        whole batch's mass comes with it."""
         learnt = [float(p.grad is not None) for p in parameters]
         tail = torch.tensor([mass, float(loss), *learnt], dtype=torch.float64)
         distributed.all_reduce(tail)
@@ -117,19 +165,19 @@ class Group:
             distributed.all_reduce(flat)
             parts = torch.split(flat.div_(whole), [slope.numel() for slope in bucket])
             torch._foreach_copy_(list(bucket), [part.view_as(slope) for part, slope in zip(parts, bucket, strict=True)])
-        return (tail[1] / whole).to(loss)
+        return (tail[1] / whole).to(loss), whole
 
     @_talking()
     def end(self) -> None:
         """Of the training; the first process says so."""
         if self.rank == 0:
-            distributed.broadcast(torch.tensor(END), 0)
+            self.tell(Command.END)
         distributed.destroy_process_group()
 
 
 @contextmanager
 def group(
-    request: TrainJobSpec, inputs: Mapping[str, Path], ctx: Context, device: torch.device, resumed: bool
+    request: TrainJobSpec, inputs: Mapping[str, Path], ctx: Context, device: torch.device
 ) -> Iterator[Group | None]:
     """The other processes of `request.devices`, started; None where there are none. They end with the block. Raises
     AttemptLost when one dies, StepTooLarge when one finds no memory, and NeedsError before that for too many."""
@@ -138,17 +186,15 @@ def group(
         yield None
         return
     places = _places(ctx.device, size)
-    if not resumed:  # which goes on with the threads that it had, as the others do
-        torch.set_num_threads(places[0].cores)
     with tempfile.TemporaryDirectory(prefix="llmo-") as folder:
         meeting = Path(folder) / "meeting"
         others: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(1, size):
                 seat = {"rank": rank, "size": size, "meeting": str(meeting)}
-                others.append(_start(request, inputs, ctx, places[rank], seat, resumed))
+                others.append(_start(request, inputs, ctx, places[rank], seat))
             _await(others, meeting)
-            found = Group(0, size, meeting, device)
+            found = Group(0, size, meeting, device, places[0].cores)
             yield found
             found.end()
         except HungUp as error:
@@ -183,7 +229,7 @@ def _places(device: Device, size: int) -> list[Device]:
 
 
 def _start(
-    request: TrainJobSpec, inputs: Mapping[str, Path], ctx: Context, place: Device, seat: dict[str, Any], resumed: bool
+    request: TrainJobSpec, inputs: Mapping[str, Path], ctx: Context, place: Device, seat: dict[str, Any]
 ) -> subprocess.Popen[bytes]:
     asked = seat | {
         "spec": request.plain(),
@@ -191,7 +237,6 @@ def _start(
         "device": to_json(place),
         "checkpoint": str(ctx.checkpoint()),
         "cache": str(ctx.cache()),
-        "resumed": resumed,
         "leader": os.getpid(),
     }
     command = [sys.executable, "-P", "-m", "llmo.training.follow"]
@@ -252,3 +297,12 @@ def _buckets(slopes: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         part.append(slope)
     if part:
         yield part
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """What a layer is given, with its tensors on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(moved(one, device) for one in value)
+    return {key: moved(one, device) for key, one in value.items()} if isinstance(value, dict) else value

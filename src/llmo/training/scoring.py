@@ -153,7 +153,7 @@ def measuring(model: nn.Module, precision: Precision) -> Iterator[None]:
     """The model in eval mode and the given precision; every module's mode is put back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    with torch.inference_mode(), precision.autocast():
+    with torch.no_grad(), precision.autocast():
         yield
     for module, mode in modes:
         module.training = mode

@@ -82,7 +82,7 @@ def _train(ready: Prepared, asked: TrialSpec, ctx: Context) -> dict[str, Any]:
         if climb is not None:
             climb.step()
 
-    loop = ready.loop(ctx, after_step)
+    loop = ready.loop(ctx, after_step=after_step)
     climb = _Climb(loop, ready, asked.rungs)
     if loop.resume():
         ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")

@@ -122,7 +122,7 @@ def test_a_process_that_dies_before_it_meets_the_others_is_not_waited_for(tmp_pa
     inputs, ctx = dict.fromkeys(("data", "model"), tmp_path / "nowhere"), NullContext(2, tmp_path / "c")
     with (
         pytest.raises(AttemptLost, match="process 2 of 2 of this training ended with exit code 1"),
-        parallel.group(request, inputs, ctx, torch.device("cpu"), False),
+        parallel.group(request, inputs, ctx, torch.device("cpu")),
     ):
         pytest.fail("it has nothing to train on")
     assert not psutil.Process().children()
@@ -136,7 +136,7 @@ def test_an_error_of_the_first_process_is_its_own(tmp_path: Path, monkeypatch: p
     ctx = NullContext(2, tmp_path / "c")
     with (
         pytest.raises(RuntimeError, match="shapes do not fit"),
-        parallel.group(request, {}, ctx, torch.device("cpu"), False),
+        parallel.group(request, {}, ctx, torch.device("cpu")),
     ):
         raise RuntimeError("shapes do not fit")
 
