@@ -19,7 +19,7 @@ def test_the_same_output_and_gradients(dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 24).to(dtype).requires_grad_()
     slope = torch.randn(2, 3, 24)
     found = []
-    for forward in (module.forward, Norm(module.weight, 1e-5)):
+    for forward in (module.forward, Norm(module, 1e-5)):
         said = forward(x)
         found.append((said.detach(), *torch.autograd.grad(said, (x, module.weight), slope)))
     for one, other in zip(*found, strict=True):
