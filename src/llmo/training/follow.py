@@ -19,8 +19,7 @@ from llmo.training.failures import memory_errors
 from llmo.training.loop import Loop
 from llmo.training.model import set_training
 from llmo.training.operation import prepare
-from llmo.training.parallel import NO_MEMORY, Command, Group, HungUp
-from llmo.training.sharded import Sharded
+from llmo.training.parallel import NO_MEMORY, Command, Group, hung_up
 from llmo.types import Device, from_json
 
 _SET_PARENT_DEATH_SIGNAL = 1  # of prctl
@@ -46,7 +45,9 @@ def main() -> int:
     except MemoryError as error:
         sys.stderr.write(f"process {asked['rank'] + 1}: {error}\n")
         return NO_MEMORY
-    except (LLMOError, HungUp) as error:
+    except (LLMOError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not hung_up(error):
+            raise
         sys.stderr.write(f"process {asked['rank'] + 1}: {error}\n")
         return 1
     return 0
@@ -65,15 +66,15 @@ def _follow(asked: dict[str, Any]) -> None:
         raise JobFailed("the first process goes on from another checkpoint", hint="run it again")
     set_training(ready.course.built.model)
     while (command := group.hear()) != Command.END:
-        if command == Command.JOIN:
-            loop.join(group, resumed)
-        else:
-            _do(command, loop, sharded)
+        _do(command, group, loop, resumed)
     group.end()
 
 
-def _do(command: Command, loop: Loop, sharded: Sharded | None) -> None:
+def _do(command: Command, group: Group, loop: Loop, resumed: bool) -> None:
+    """The first process does the same."""
     match command:
+        case Command.JOIN:
+            loop.join(group, resumed)
         case Command.STEP:
             loop.step()
         case Command.PACK:
@@ -82,10 +83,12 @@ def _do(command: Command, loop: Loop, sharded: Sharded | None) -> None:
             loop.keep()
         case Command.FINISH:
             loop.finish()
-        case Command.RUN if sharded is not None:
-            sharded.answer()
-        case Command.UNDO if sharded is not None:
-            sharded.undo()
+        case Command.RUN:
+            assert loop.sharded is not None  # noqa: S101 (who says so has shared layers out)
+            loop.sharded.answer()
+        case Command.UNDO:
+            assert loop.sharded is not None  # noqa: S101 (as above)
+            loop.sharded.undo()
 
 
 def _end_with(leader: int) -> None:

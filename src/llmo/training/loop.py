@@ -72,7 +72,7 @@ class Loop:
         self.group: Group | None = None
         self.sharded = sharded
         self.narrowed = None if task.hides else vocabulary.narrow(built, data.ids, spec)
-        self._named: dict[str, nn.Parameter] = dict(built.trainable()) if sharded is None else sharded.take(built)
+        self._named: dict[str, nn.Parameter] = dict(built.trainable()) if sharded is None else sharded.take()
         self._optimiser = optimiser.build(list(self._named.items()), spec)
         self._per_epoch = data.per_epoch(spec.batch_size)
         self.total = max(1, round(self._per_epoch * spec.epochs))
@@ -133,7 +133,7 @@ class Loop:
         if group is not None:
             if group.rank == 0:
                 group.tell(Command.JOIN)
-            group.same([p for _, p in self._everywhere()])
+            group.same(self._everywhere())
             if not resumed:
                 torch.set_num_threads(group.cores)
 
@@ -217,7 +217,7 @@ class Loop:
                 loss += self._gradients(there, targets.to(self.precision.device), mass / whole, piece)
         whole = 1.0
         if self._has_share and self.group is not None:
-            loss, whole = self.group.add_up([p for _, p in self._everywhere()], sum(masses), loss)
+            loss, whole = self.group.add_up(self._everywhere(), sum(masses), loss)
         if self.sharded is not None:
             self.sharded.take_gradients(whole)
         return loss
@@ -237,9 +237,9 @@ class Loop:
         """Whether this process computes some rows of a batch, and other ones the others."""
         return self.group is not None and (self.sharded is None or self.sharded.rows_are_shared_out)
 
-    def _everywhere(self) -> list[tuple[str, nn.Parameter]]:
+    def _everywhere(self) -> list[nn.Parameter]:
         """The trained weights that every process has whole."""
-        return [(k, p) for k, p in self._named.items() if self.sharded is None or not self.sharded.is_slice(k)]
+        return [p for k, p in self._named.items() if self.sharded is None or not self.sharded.is_slice(k)]
 
     def _tell(self, command: Command) -> None:
         """Have all processes do what this one is about to do, where none has all of the model."""

@@ -48,7 +48,7 @@ from llmo.training.forecast import Rows
 from llmo.training.loop import Loop
 from llmo.training.model import Built, build
 from llmo.training.objectives import Labels, Objective
-from llmo.training.parallel import Command, Group
+from llmo.training.parallel import Group
 from llmo.training.sharded import Sharded
 from llmo.training.together import Learner
 
@@ -272,10 +272,9 @@ def _trained(ready: Prepared, inputs: Mapping[str, Path], ctx: Context) -> tuple
             sharded = ready.shared_out(group)
             with memory_errors(StepTooLarge):
                 done = _learn(ready, group, sharded, ctx)
-            if group is not None and sharded is not None:
+            if sharded is not None:
                 ready.trained()
                 outcomes = _outcomes(ready, done)
-                group.tell(Command.UNDO)
                 sharded.undo()
                 return done, outcomes
     ready.trained()

@@ -46,13 +46,13 @@ class Command(IntEnum):
     """What all processes do next."""
 
     END = 0
-    JOIN = 7  # begin with the first one's weights
-    STEP = 1
-    RUN = 2  # a layer, outside of a step
-    PACK = 3  # put what a checkpoint holds together
-    KEEP = 4  # these weights, the best until now
-    FINISH = 5  # the steps are over
-    UNDO = 6  # give the first process whole layers
+    JOIN = 1  # begin with the first one's weights
+    STEP = 2
+    RUN = 3  # a layer, outside of a step
+    PACK = 4  # put what a checkpoint holds together
+    KEEP = 5  # these weights, the best until now
+    FINISH = 6  # the steps are over
+    UNDO = 7  # give the first process whole layers
 
 
 class HungUp(RuntimeError):
@@ -68,6 +68,11 @@ def _talking() -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise HungUp(str(error)) from error
+
+
+def hung_up(error: RuntimeError) -> bool:
+    """Whether it says that another process is not there any more: layers that are shared out talk by themselves."""
+    return isinstance(error, HungUp | distributed.DistError) or "/gloo/" in str(error)
 
 
 class Group:
@@ -197,8 +202,8 @@ def group(
             found = Group(0, size, meeting, device, places[0].cores)
             yield found
             found.end()
-        except HungUp as error:
-            lost = _lost(others, size)
+        except RuntimeError as error:
+            lost = _lost(others, size) if hung_up(error) else None
             if lost is None:
                 raise
             raise lost from error
@@ -297,12 +302,3 @@ def _buckets(slopes: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         part.append(slope)
     if part:
         yield part
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """What a layer is given, with its tensors on the device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(moved(one, device) for one in value)
-    return {key: moved(one, device) for key, one in value.items()} if isinstance(value, dict) else value

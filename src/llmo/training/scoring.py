@@ -150,7 +150,8 @@ def speaker_predictor(model: nn.Module, speaker: Speaker, task: Task, pad_id: in
 
 @contextmanager
 def measuring(model: nn.Module, precision: Precision) -> Iterator[None]:
-    """The model in eval mode and the given precision; every module's mode is put back."""
+    """The model in eval mode and the given precision; every module's mode is put back. Not torch's inference
+    mode: layers that are put together within it could not learn afterwards (`sharded`)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     with torch.no_grad(), precision.autocast():

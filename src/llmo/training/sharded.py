@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from llmo.errors import SpecError
 from llmo.training.checkpoint import weight_of
 from llmo.training.model import Built, layers
-from llmo.training.parallel import Command, Group, moved
+from llmo.training.parallel import Command, Group
 from llmo.training.precision import Precision
 from llmo.training.scoring import measuring
 
@@ -101,9 +101,9 @@ class Sharded:
         self.weights: Named = {}  # that learn, with the shapes of whole ones
         self._here: Named = {}
 
-    def take(self, built: Built) -> Named:
-        """What this process has of the weights that learn, in the same memory."""
-        self.weights = dict(built.trainable())
+    def take(self) -> Named:
+        """What this process has of the weights that learn now, in the same memory."""
+        self.weights = dict(self._built.trainable())
         self._here = {
             name: nn.Parameter(_local(p.detach())) if isinstance(p, DTensor) else p for name, p in self.weights.items()
         }
@@ -118,8 +118,10 @@ class Sharded:
     def step(self) -> Iterator[None]:
         """Within, all processes run the layers by themselves."""
         self._stepping = True
-        yield
-        self._stepping = False
+        try:
+            yield
+        finally:
+            self._stepping = False
 
     def take_gradients(self, mass: float) -> None:
         """Of the slices, sums until now: means over `mass`."""
@@ -169,7 +171,9 @@ class Sharded:
         return pieces[self._group.rank] if there else tensor.new_empty(self._here[name].shape)
 
     def undo(self) -> None:
-        """Give the first process whole layers again, on the CPU. All have to be here."""
+        """Give the first process whole layers again, on the CPU."""
+        if self._group.rank == 0:
+            self._group.tell(Command.UNDO)
         for place in self._places:
             weights = dict(place.among[place.number].named_parameters())
             whole = place.empty.to_empty(device="cpu") if self._group.rank == 0 else None
@@ -193,16 +197,25 @@ class Sharded:
         kind = self._device.type
         cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
         self._group.tell(Command.RUN)
-        self._group.send((number, "bf16" if cast else "fp32", moved((args, kwargs), torch.device("cpu"))))
+        self._group.send((number, "bf16" if cast else "fp32", _moved((args, kwargs), torch.device("cpu"))))
 
     def answer(self) -> None:
         """Run a layer because the first process does."""
         number, precision, given = self._group.receive()
-        args, kwargs = moved(given, self._device)
+        args, kwargs = _moved(given, self._device)
         place = self._places[number]
         layer = place.among[place.number]
         with measuring(layer, Precision(precision, self._device, "as the first process")):
             layer(*args, **kwargs)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """What a layer is given, with its tensors on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_moved(one, device) for one in value)
+    return {key: _moved(one, device) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def _local(tensor: Any) -> torch.Tensor:
