@@ -50,6 +50,8 @@ class Sampler:
             random.Random(seed).shuffle(points)
             self._queue, self._rest = [(point, "grid") for point in points], []
         self._shuffle = random.Random(seed)
+        self._given: dict[int, Settings] = {}
+        self._best: tuple[float, Settings] | None = None
 
     def ask(self, number: int) -> tuple[Settings, str] | None:
         """The settings of trial `number` and where they come from; None when everything was tried."""
@@ -66,7 +68,7 @@ class Sampler:
             self._rest = space.combinations(list(self._dimensions.values())) or []
             self._shuffle.shuffle(self._rest)
         while self._rest:
-            found = self._draw(number, self._rest.pop())
+            found = self._draw(number, self._rest.pop(self._nearest(self._rest)))
             if found is not None:
                 return found, "left over"
         return None
@@ -74,6 +76,8 @@ class Sampler:
     def tell(self, number: int, scores: Sequence[float]) -> None:
         """A trial was finished; greater is better in each objective."""
         self._study.tell(self._asked.pop(number), list(scores))
+        if self._best is None or scores[0] > self._best[0]:
+            self._best = scores[0], self._given[number]
 
     def tell_pruned(self, number: int, reached: Sequence[tuple[float, float]]) -> None:
         """A trial ended early, having `reached` scores at shares of its steps; with none it counts as the worst."""
@@ -98,8 +102,17 @@ class Sampler:
             self._study.tell(trial, state=TrialState.FAIL)
             return None
         self._seen.add(name)
-        self._asked[number] = trial
+        self._asked[number], self._given[number] = trial, settings
         return settings
+
+    def _nearest(self, rest: Sequence[Settings]) -> int:
+        """Which of what is left over is most like the best one so far."""
+        best = self._best[1] if self._best is not None else {}
+
+        def apart(number: int) -> float:
+            return sum(one.apart(rest[number][key], best.get(key)) for key, one in self._dimensions.items())
+
+        return min(range(len(rest)), key=apart)
 
     def _readable(self, key: str, value: Any) -> Any:
         one = self._dimensions[key]

@@ -55,6 +55,13 @@ class Dimension:
             return False
         return self.low <= value <= self.high and (self.step is None or _whole((value - self.low) / self.step))
 
+    def apart(self, one: Any, other: Any) -> float:
+        """How far two of its values are from each other, from 0 to 1; of values without an order, equal or not."""
+        every = self.every() or ()
+        if one == other or (self.values is not None and not self.ordered) or one not in every or other not in every:
+            return float(one != other)
+        return abs(every.index(one) - every.index(other)) / (len(every) - 1)
+
     def every(self) -> tuple[Any, ...] | None:
         """All its values; None for a range that is not stepped."""
         if self.values is not None:

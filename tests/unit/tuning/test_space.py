@@ -10,6 +10,7 @@ from llmo.jobspecs import TrainJobSpec
 from llmo.searchspec import merged, nested
 from llmo.specs import TaskSpec, TrainSpec, TuneSpec
 from llmo.tuning import space
+from llmo.tuning.sampler import Sampler
 from llmo.tuning.space import Dimension, Facts
 
 
@@ -119,3 +120,32 @@ def test_the_learning_rate_goes_by_optimiser_and_by_what_the_rows_are() -> None:
         known = space.facts(task, TrainSpec(method="lora"), 500, {}, 10**6, shape)
         rates[shape] = next(one.text() for one in space.resolve(TuneSpec(), known) if one.key == "learning_rate")
     assert rates == {"messages": "0.0001 to 0.0025, by logarithm", "preference": "1e-05 to 0.00025, by logarithm"}
+
+
+def test_how_far_two_values_are_from_each_other() -> None:
+    ordered, stepped = Dimension("batch_size", (8, 16, 32)), Dimension("epochs", None, 1, 5, step=2, whole=True)
+    assert [ordered.apart(8, other) for other in (8, 16, 32)] == [0.0, 0.5, 1.0]
+    assert stepped.apart(1, 3) == 0.5
+    assert Dimension("lora.target_modules", (["query"], ["key"])).apart(["query"], ["key"]) == 1.0
+    assert ordered.apart(16, None) == 1.0, "nothing is known of the best yet"
+
+
+def test_of_what_is_left_over_the_most_like_the_best_is_next() -> None:
+    dimensions = [Dimension("learning_rate", (1e-4, 1e-3, 1e-2, 1e-1)), Dimension("batch_size", (8, 16, 32, 64))]
+    drawn = Sampler(dimensions, "random", seed=1, trials=16)
+    asked: list[dict[str, Any]] = []
+    origins = []
+    best: tuple[float, dict[str, Any]] = (0.0, {})
+    while (found := drawn.ask(len(asked))) is not None:
+        settings, origin = found
+        if origin == "left over":
+            left = [point for point in space.grid(dimensions) if point not in asked]
+            apart = [sum(one.apart(point[one.key], best[1][one.key]) for one in dimensions) for point in left]
+            assert apart[left.index(settings)] == min(apart)
+        score = settings["learning_rate"] * settings["batch_size"]
+        drawn.tell(len(asked), [score])
+        best = max(best, (score, settings), key=lambda one: one[0])
+        asked.append(settings)
+        origins.append(origin)
+    assert len(asked) == 16
+    assert "left over" in origins
