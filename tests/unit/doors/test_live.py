@@ -71,6 +71,15 @@ def test_brackets_in_notes_and_reasons_are_shown_as_they_are(screen: io.StringIO
     assert "waits: needs [/b] cores" in screen.getvalue()
 
 
+def test_why_a_job_is_tried_again_is_told(screen: io.StringIO) -> None:
+    told = [("queued", "process 2 of 2 ended"), ("queued", ""), ("running", "")]
+    with live.Live(Nothing(None)) as shown:  # type: ignore[arg-type]
+        events = [Event(1, 2, 1, 0.0, "state", {"state": state, "reason": None, "text": text}) for state, text in told]
+        shown.hear(News(job(1, "pipeline"), {2: job(2, child_key="train")}, events))
+    assert screen.getvalue().count("is tried again") == 1
+    assert "train is tried again: process 2 of 2 ended" in screen.getvalue()
+
+
 def test_a_whole_run_that_waits_says_so(screen: io.StringIO) -> None:
     root = job(1, "pipeline", JobState.QUEUED, name="news", waiting="another command works in this store")
     with live.Live(Nothing(None)) as shown:  # type: ignore[arg-type]

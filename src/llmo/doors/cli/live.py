@@ -144,6 +144,8 @@ class Live:
             self._move(job, event)
         elif event.kind == "note":
             self._say(job, str(event.data.get("text", "")))
+        elif event.kind == "state" and event.data.get("state") == JobState.QUEUED and event.data.get("text"):
+            self._say(job, f"is tried again: {event.data['text']}")
 
     def _move(self, job: Job, event: Event) -> None:
         data = event.data
