@@ -315,11 +315,19 @@ Variant = Literal[
 
 
 class CompressSpec(Spec):
-    """What may be lost for speed."""
+    """What may be lost, and for what."""
 
     max_drop: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.005, description="largest loss of the task's metric on dev"
     )
+    metric: str | None = Field(None, description="the figure that is to be kept; default: the task's metric")
+    target: Literal["throughput", "latency", "size", "memory"] = Field(
+        "throughput", description="what is sought: many texts at once, one text soon, a small file, little memory"
+    )
+    max_mb: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="largest size of the weights, in millions of bytes"
+    )
+    minutes: Annotated[Number, Field(gt=0)] = Field(10.0, description="no further variant is begun after so long")
     variants: tuple[Variant, ...] | None = Field(
         None, description="what is tried; default: all that this machine can run", min_length=1, strict=False
     )

@@ -39,7 +39,8 @@ class Engine(Protocol):
 
     `load` must use at most `device.cores` threads and raise ModelError for a folder it cannot run and
     EnvironmentProblem for what the machine lacks; it never falls back in silence. `run` is one batch: the
-    requests are padded together; an encoder yields exactly one chunk per request, in any order.
+    requests are padded together, unless an attribute `pads` of the engine says False; an encoder yields exactly one
+    chunk per request, in any order.
     """
 
     name: ClassVar[str]

@@ -23,7 +23,7 @@ from llmo.errors import (
     TooLargeError,
 )
 from llmo.serve import embedding
-from llmo.serve.batcher import Batcher, Item
+from llmo.engines.batcher import Batcher, Item
 from llmo.serve.embedding import Input
 from llmo.serve.gauge import Gauge
 from llmo.serve.lifecycle import Lifecycle, too_late

@@ -22,6 +22,7 @@ class NativeEncoderEngine:
 
     name: ClassVar[str] = "native"
     abilities: ClassVar[frozenset[str]] = frozenset({"classify", "embed"})
+    pads: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._model: Encoder | None = None

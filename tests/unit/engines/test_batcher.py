@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmo.serve.batcher import Batcher, Item
+from llmo.engines.batcher import Batcher, Item
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=200)
 
