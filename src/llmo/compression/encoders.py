@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ def _row(candidate: Candidate, found: Measured, reference: Measured, bits: float
 
 
 def _changes(exam: Exam, reference: Sequence[Logits], other: Sequence[Logits]) -> dict[str, Any]:
-    """The share of texts that are answered alike, and by how much a probability changed at most, where there are any."""
+    """The share of texts that are answered alike, and by how much a probability changed at most, if there are any."""
     pairs = list(zip(reference, other, exam.encodings, strict=True))
     agreed = sum(exam.task.agree(a, b, encoding) for a, b, encoding in pairs)
     found: dict[str, Any] = {"agreement": agreed / len(pairs)}

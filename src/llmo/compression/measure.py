@@ -1,7 +1,7 @@
 """One model measured in a process of its own: `python -m llmo.compression.measure ENGINE MODEL WORK CORES`.
 
-Its orders: `answers FILE` runs every text and keeps the logits, `load CLIENTS COUNT` times that many texts of clients who
-each wait for their answer before they send the next text.
+Its orders: `answers FILE` runs every text and keeps the logits, `load CLIENTS COUNT` times that many texts of clients
+who each wait for their answer before they send the next text.
 """
 
 from __future__ import annotations

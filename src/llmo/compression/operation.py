@@ -28,8 +28,8 @@ SAMPLE_SEED = 13
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """Write the compressed model folder. Returns `{"metric", "target", "variants", "chosen", "why", "texts", "hardware"}`,
-    and `width` of a model that generates.
+    """Write the compressed model folder. Returns `{"metric", "target", "variants", "chosen", "why", "texts",
+    "hardware"}`, and `width` of a model that generates.
 
     Raises GateRefused, with the table in `extra`, when no variant is better than the original for the target, within
     `max_drop` of its metric on dev, and within `max_mb`.

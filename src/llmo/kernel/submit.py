@@ -76,8 +76,8 @@ def submit(
 
 
 def cache_key(operation: Operation, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """What names a piece of work: equal keys give equal results. The name of the output is not part of it; the processor
-    is where the result was measured on it."""
+    """What names a piece of work: equal keys give equal results. The name of the output is not part of it; where the
+    result was measured, the processor is."""
     place = [hardware.described(os.cpu_count() or 1)] if operation.measured else []
     return digest_of_value([operation.name, operation.revision, __version__, spec, inputs, *place])
 

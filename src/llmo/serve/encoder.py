@@ -13,8 +13,8 @@ import numpy as np
 
 from llmo import plugins
 from llmo.engines.base import Engine, Shared
-from llmo.errors import GateRefused, LLMOError, ModelError
 from llmo.engines.batcher import batcher_for
+from llmo.errors import GateRefused, LLMOError, ModelError
 from llmo.serve.pipeline import Call, Pipeline
 from llmo.serve.session import EncoderSession as Session
 from llmo.specs import adapter_bytes

@@ -15,6 +15,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 
 from llmo.engines.base import Embedder, Engine, Request
+from llmo.engines.batcher import Batcher, Item
 from llmo.errors import (
     BusyError,
     InputError,
@@ -23,7 +24,6 @@ from llmo.errors import (
     TooLargeError,
 )
 from llmo.serve import embedding
-from llmo.engines.batcher import Batcher, Item
 from llmo.serve.embedding import Input
 from llmo.serve.gauge import Gauge
 from llmo.serve.lifecycle import Lifecycle, too_late
