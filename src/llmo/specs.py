@@ -341,6 +341,9 @@ class DeploySpec(Spec):
     gpus: Annotated[int, Field(ge=0, le=1)] = Field(0, description="1: the replica computes on a GPU of its own")
     max_batch_tokens: Positive = Field(4096, description="padded tokens in one batch")
     queue: Positive = Field(1024, description="texts or prompts that may wait; more are answered 429")
+    repeats_mib: Annotated[int, Field(ge=0)] = Field(
+        16, description="over an encoder: memory for answers to texts that a key asks again, in MiB; 0: none are kept"
+    )
     engine: str | None = Field(None, description="generation: the engine; default: the one the model was measured on")
     streams: Positive | None = Field(
         None, description="generation: answers written at once; default: what compressing measured as best, else 16"

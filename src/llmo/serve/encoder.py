@@ -61,6 +61,7 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
         engine,
         load,
         queue=spec["queue"],
+        repeats=spec.get("repeats_mib", 0) << 20,
         batcher=batcher_for(engine, device, spec["max_batch_tokens"]),
         check_adapter=check_adapter,
     )

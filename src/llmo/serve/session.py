@@ -170,6 +170,7 @@ class EncoderSession(Session):
             logits=body.get("logits", False),
             embed=op == "embed",
             adapter=body.get("adapter"),
+            tenant=body.get("tenant", ""),
         )
 
     def tell(self) -> None:
