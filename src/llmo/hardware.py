@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,12 +38,13 @@ def processor(root: Path = Path("/")) -> Processor:
     return Processor(model, tuple(feature for feature in FEATURES if feature in flags))
 
 
+def sums_bytes(features: Iterable[str]) -> bool:
+    """Whether sums of products of bytes have 32 bits there; those of x86 without VNNI have 16, and overflow."""
+    there = set(features)
+    return "avx2" not in there or bool({"avx512_vnni", "avx_vnni", "amx_int8"} & there)
+
+
 def described(cores: int) -> dict[str, Any]:
     """What measurements depend on, as a card or a cache keeps it."""
     found = processor()
     return {"processor": found.model, "features": list(found.features), "cores": cores}
-
-
-def missing(measured: Mapping[str, Any]) -> list[str]:
-    """Those of the instructions a description names that this processor lacks."""
-    return [feature for feature in measured.get("features", ()) if feature not in processor().features]

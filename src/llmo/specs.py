@@ -333,6 +333,12 @@ class CompressSpec(Spec):
     )
 
 
+class ObjectiveSpec(Spec):
+    """What an endpoint is to keep to; within it, as many texts a second as can be."""
+
+    p99_ms: Annotated[Number, Field(gt=0)] = Field(description="99 of 100 texts are answered within so long")
+
+
 class DeploySpec(Spec):
     """How the model is served."""
 
@@ -341,6 +347,9 @@ class DeploySpec(Spec):
     gpus: Annotated[int, Field(ge=0, le=1)] = Field(0, description="1: the replica computes on a GPU of its own")
     max_batch_tokens: Positive = Field(4096, description="padded tokens in one batch")
     queue: Positive = Field(1024, description="texts or prompts that may wait; more are answered 429")
+    slo: ObjectiveSpec | None = Field(
+        None, description="over an encoder: threads and batches are chosen by a short load test to keep to this"
+    )
     repeats_mib: Annotated[int, Field(ge=0)] = Field(
         16, description="over an encoder: memory for answers to texts that a key asks again, in MiB; 0: none are kept"
     )

@@ -357,6 +357,11 @@ class System:
                 f"{artifact.ref} answers nothing: it is a base for other tasks",
                 hint=f"train one on it: llmo train --model {artifact.ref}, and deploy that",
             )
+        if spec.slo is not None and artifact.card.get("task", {}).get("task") == "generation":
+            raise SpecError(
+                "an objective (deploy.slo) is for models that answer in one pass, and this one writes",
+                hint="leave it out: streams and threads of what writes are measured by `llmo compress`",
+            )
         reference = artifact.inputs.get("model") if "reference" in artifact.card else None
         steps = [to_json(step) for step in pipeline.deployment(model, reference, spec.plain())]
         return self._start("pipeline", {"steps": steps}, {}, name=spec.endpoint)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
 from llmo.compression.graph import add_domain, weights
-from llmo.hardware import processor
+from llmo.hardware import processor, sums_bytes
 
 MICROSOFT = "com.microsoft"
 SMALLEST_TABLE = 1 << 16  # weights; smaller tables save nothing worth their error
@@ -42,8 +42,7 @@ def quantise(model: onnx.ModelProto, *, bits: int = 8) -> onnx.ModelProto:
 
 def safe_bits(root: Path = Path("/")) -> int:
     """7 on x86 without VNNI, whose 16-bit sums of 8-bit products overflow; 8 everywhere else."""
-    features = set(processor(root).features)
-    return 7 if "avx2" in features and not {"avx512_vnni", "avx_vnni", "amx_int8"} & features else 8
+    return 8 if sums_bytes(processor(root).features) else 7
 
 
 def measured_bits(model: onnx.ModelProto, parameters: int) -> float:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from llmo import plugins
+from llmo import hardware, plugins
+from llmo.context import Context
 from llmo.engines.base import Engine, Shared
 from llmo.engines.batcher import batcher_for
-from llmo.errors import GateRefused, LLMOError, ModelError
+from llmo.errors import EnvironmentProblem, GateRefused, LLMOError, ModelError
+from llmo.serve.objective import settle
 from llmo.serve.pipeline import Call, Pipeline
 from llmo.serve.session import EncoderSession as Session
 from llmo.specs import adapter_bytes
@@ -41,7 +44,11 @@ class EncoderPipeline(Pipeline):
 
 
 def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device: Device) -> Pipeline:
-    """The pipeline of the model in `folder`, not started yet."""
+    """The pipeline of the model in `folder`, not started yet.
+
+    Raises EnvironmentProblem for a graph whose arithmetic this processor does otherwise.
+    """
+    _check_processor(folder, card)
     engine: Engine = plugins.load("llmo.engines", card["engine"])()
     load = partial(engine.load, folder, device)
     if "adapters" in engine.abilities:
@@ -65,6 +72,34 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
         batcher=batcher_for(engine, device, spec["max_batch_tokens"]),
         check_adapter=check_adapter,
     )
+
+
+def settled(
+    folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device: Device, ctx: Context
+) -> tuple[dict[str, Any], Device]:
+    """The deployment and the device as they keep to the stated objective best. Raises as `objective.settle` does."""
+    texts = [golden["text"] for golden in read_golden(folder)]
+    limit = spec["slo"]["p99_ms"]
+    found = settle(
+        lambda threads: make(folder, card, spec, replace(device, cores=threads)), texts, folder, device.cores, spec, ctx
+    )
+    ctx.note(
+        f"99 of 100 texts within {limit:g} ms: {found.texts_per_second:g} texts/s at {found.clients} clients "
+        f"({found.p99_ms:g} ms), with {found.threads} threads and {found.max_batch_tokens} tokens a batch"
+    )
+    return {**spec, "max_batch_tokens": found.max_batch_tokens}, replace(device, cores=found.threads)
+
+
+def _check_processor(folder: Path, card: Mapping[str, Any]) -> None:
+    measured = card.get("hardware", {}).get("features")
+    if measured is None or (card["engine"], card["precision"]) != ("onnx", "int8"):
+        return
+    if hardware.sums_bytes(measured) and not hardware.sums_bytes(hardware.processor().features):
+        raise EnvironmentProblem(
+            "the model's int8 graph was made on a processor with VNNI instructions, and would overflow on this one",
+            hint="compress it again on this machine: llmo compress MODEL",
+            where=str(folder),
+        )
 
 
 def check(pipeline: Pipeline, folder: Path, card: Mapping[str, Any]) -> str:

@@ -161,6 +161,15 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
         for start in dict.fromkeys(i // _CHUNK * _CHUNK for i in left):
             self._work.put((call, start))
 
+    @property
+    def max_batch_tokens(self) -> int:
+        """What one run of the engine holds at most; to be set while nothing waits."""
+        return self._batcher.max_batch_tokens
+
+    @max_batch_tokens.setter
+    def max_batch_tokens(self, tokens: int) -> None:
+        self._batcher.max_batch_tokens = tokens
+
     def _repeated(self, call: Call, index: int) -> bool:
         """Answer a text that was asked before, if it is known."""
         if not self._repeats or call.test:

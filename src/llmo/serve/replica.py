@@ -43,6 +43,8 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     cores = min(ctx.device.cores, spec["cores"] or ctx.device.cores)
     device = dataclasses.replace(ctx.device, cores=cores)
     kind: Any = generator if card["task"]["task"] == "generation" else encoder
+    if spec.get("slo") is not None:
+        spec, device = encoder.settled(folder, card, spec, device, ctx)
     pipeline = kind.make(folder, card, spec, device)
     pipeline.start()
     try:
