@@ -1,4 +1,4 @@
-"""A saved language model as an OpenVINO graph with a key-value state, at fp32, bf16 or int8, checked against torch.
+"""A saved language model as an OpenVINO graph with a key-value state, at fp32, bf16, int8 or int4, against torch.
 
 The graph is spelt in the way that OpenVINO's own passes know (root mean square norms, rotary embeddings, attention
 over a growing state), so that they turn it into fused kernels and into paged attention; GenAI opens the folder too.
@@ -24,7 +24,7 @@ from llmo.engines.folder import read_config
 from llmo.engines.torch import quiet
 from llmo.errors import ModelError
 
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16", "int8", "int4"]
 
 GRAPH = "openvino_model.xml"
 PRECISION_KEY = "llmo_precision"  # in the graph's own notes: what its weights are
@@ -34,7 +34,8 @@ TOLERANCE = 1e-3  # largest error of a logit against torch with the same rounded
 LENGTHS = (1, 9, 40)  # of the texts on which the graph is compared with torch
 MASKED = -65504.0
 GROUP = 64  # inputs that share a scale at int8: one for all of them cost SmolLM2 2% of perplexity, and no time
-LOOKED_UP = ("model.embed_tokens.weight", "lm_head.weight")  # a scale a row: OpenVINO looks up no groups
+LOOKED_UP = ("model.embed_tokens.weight", "lm_head.weight")  # a scale a row: OpenVINO looks up no groups, and no int4
+STEPS = {"int8": 127, "int4": 7}  # on either side of zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,16 +248,17 @@ class _Builder:
         return out
 
     def _compressed(self, weight: NDArray[np.float32], group: int | None) -> Any:
-        """The matrix as the graph stores it; see `quantise` for int8."""
+        """The matrix as the graph stores it; see `quantise` for int8 and int4. Without a group it is never int4."""
         match self._precision:
             case "fp32":
                 return opset13.constant(weight)
             case "bf16":
                 rounded = torch.from_numpy(weight).bfloat16().float().numpy()  # OpenVINO itself cuts the rest off
                 return opset13.convert(_constant(rounded, Type.bf16), Type.f32)
-            case "int8":
-                levels, scales = quantise(weight, group)
-                wide = opset13.multiply(opset13.convert(opset13.constant(levels), Type.f32), opset13.constant(scales))
+            case "int8" | "int4":
+                kind = Type.i4 if self._precision == "int4" and group is not None else Type.i8
+                levels, scales = quantise(weight, group, STEPS["int4" if kind == Type.i4 else "int8"])
+                wide = opset13.multiply(opset13.convert(_constant(levels, kind), Type.f32), opset13.constant(scales))
                 return (
                     wide
                     if levels.ndim == 2
@@ -268,14 +270,16 @@ class _Builder:
         return tensor
 
 
-def quantise(weight: NDArray[np.float32], group: int | None) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """`[rows, columns]` as int8 levels in -127..127 and scales, 1 for zeros: `[rows, columns / group, group]` and
+def quantise(
+    weight: NDArray[np.float32], group: int | None, steps: int = STEPS["int8"]
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """`[rows, columns]` as levels in `-steps..steps` and scales, 1 for zeros: `[rows, columns / group, group]` and
     `[rows, columns / group, 1]`, or `[rows, columns]` and `[rows, 1]` without a group or where it does not fit."""
     rows, columns = weight.shape
     if group is not None and columns > group and columns % group == 0:
         weight = weight.reshape(rows, -1, group)
     largest = np.abs(weight).max(axis=-1, keepdims=True)
-    scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
+    scales = np.where(largest > 0, largest / steps, 1).astype(np.float32)
     return np.rint(weight / scales).astype(np.int8), scales
 
 
@@ -299,7 +303,8 @@ def _round(model: Any, precision: Precision) -> None:
         if precision == "bf16":
             parameter.data.copy_(parameter.data.bfloat16())
         else:
-            levels, scales = quantise(parameter.data.numpy(), None if name in LOOKED_UP else GROUP)
+            group = None if name in LOOKED_UP else GROUP
+            levels, scales = quantise(parameter.data.numpy(), group, STEPS["int8" if group is None else precision])
             parameter.data.copy_(torch.from_numpy(levels * scales).view_as(parameter))
 
 

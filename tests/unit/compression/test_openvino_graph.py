@@ -105,7 +105,7 @@ def test_logits_are_those_of_transformers_for_every_family_with_padding_and_stat
     assert np.abs(found - expected)[seen.astype(bool)].max() < 1e-4 * expected.std()
 
 
-@pytest.mark.parametrize(("precision", "most", "bits"), [("bf16", 0.1, 16), ("int8", 0.5, 8)])
+@pytest.mark.parametrize(("precision", "most", "bits"), [("bf16", 0.1, 16), ("int8", 0.5, 8), ("int4", 3.0, 5)])
 def test_lower_precisions_cost_little_and_take_the_space_they_say(
     precision: Any, most: float, bits: int, folder: Path, out: Path
 ) -> None:

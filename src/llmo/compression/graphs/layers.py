@@ -59,11 +59,13 @@ def array_of(graph: onnx.GraphProto, name: str) -> NDArray[np.float32]:
 
 
 def give(graph: onnx.GraphProto, node: onnx.NodeProto, place: int, array: NDArray[np.float32]) -> None:
-    """Let one input of a node be a new constant; others that share the old one keep it."""
-    name = f"{node.output[0]}_input{place}"
-    while name in weights(graph):
-        name += "_"
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    """Let one input of a node be another constant: under the same name, or a new one if others share the old."""
+    name = node.input[place]
+    old = weights(graph)[name]
+    if sum(list(one.input).count(name) for one in graph.node) > 1:
+        name = f"{node.output[0]}_input{place}"
+        old = graph.initializer.add()
+    old.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
     node.input[place] = name
 
 
