@@ -94,7 +94,7 @@ def reference(folder: Path, ids: Sequence[int]) -> np.ndarray:
 
 
 def test_scores_are_those_of_transformers(folder: Path, engine: OpenVinoEngine) -> None:
-    most = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.15, "int4": 1.0}[folder.name]
+    most = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.15, "int4": 1.5}[folder.name]
     sequences = prompts((2, 3, 65, 66, 129, 150))
     for ids, found in zip(sequences, engine.score(sequences), strict=True):
         expected = reference(folder, ids)[range(len(ids) - 1), ids[1:]]

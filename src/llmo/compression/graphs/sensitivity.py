@@ -47,7 +47,10 @@ class Kept:
 
 
 def divergence(before: Sequence[Logits], after: Sequence[Logits]) -> float:
-    """Mean Kullback-Leibler divergence of the class probabilities (softmax over the last axis), in nats."""
+    """Mean Kullback-Leibler divergence of the class probabilities (softmax over the last axis), in nats.
+
+    Calibration texts are the model's training texts, of which it is so sure that it says ten times less than on others.
+    """
     found = []
     for a, b in zip(before, after, strict=True):
         p, q = _log_softmax(a), _log_softmax(b)
@@ -56,7 +59,7 @@ def divergence(before: Sequence[Logits], after: Sequence[Logits]) -> float:
 
 
 def relative_error(before: Sequence[Logits], after: Sequence[Logits]) -> float:
-    """Root mean square change of the outputs over their own root mean square: for tasks without classes."""
+    """Root mean square change of the outputs over their own root mean square; for tasks without classes too."""
     change = sum(float(((b - a) ** 2).sum()) for a, b in zip(before, after, strict=True))
     return float(np.sqrt(change / max(sum(float((a**2).sum()) for a in before), SMALLEST)))
 
@@ -67,7 +70,7 @@ def keep(
     target: float,
     quantise: Quantiser,
     *,
-    distance: Distance = divergence,
+    distance: Distance = relative_error,
     cores: int = 1,
 ) -> Kept:
     """The fewest of the most sensitive layers to leave out of `quantise` so that the answers to the calibration texts
