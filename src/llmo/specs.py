@@ -310,7 +310,15 @@ def measurable(task: TaskSpec, tune: TuneSpec, train: TrainSpec | None) -> None:
 
 
 Variant = Literal[
-    "onnx-fp32", "onnx-int8", "native-int8", "torch-bf16", "torch-int8", "openvino-bf16", "openvino-int8", "llamacpp-q8"
+    "onnx-fp32",
+    "onnx-int8",
+    "native-int8",
+    "torch-bf16",
+    "torch-int8",
+    "openvino-bf16",
+    "openvino-int8",
+    "openvino-int4",
+    "llamacpp-q8",
 ]
 
 

@@ -47,18 +47,18 @@ class _Outputs(torch.nn.Module):
         return logits, hidden[-1][:, -input_ids.shape[1] :]  # virtual tokens stand before the text
 
 
-def export(folder: Path, target: Path) -> str:
+def export(folder: Path, target: Path, *, fused: bool = True) -> str:
     """Write the model of a saved folder to the file `target`, with dynamic batch and length.
 
     Returns which attention it has. "fused": each layer's attention is one ONNX Runtime node; "plain": as
-    transformers spells it, for models whose attention or mask is not the usual one. Raises ModelError when
+    transformers spells it, for models whose attention or mask is not the usual one, or if asked. Raises ModelError when
     neither gives torch's logits, or the weights are more than one file can hold.
     """
     model = open_model(folder)
     _refuse_too_large(model, folder)
     expected = [_torch_logits(model, length) for length in LENGTHS]
     reasons = []
-    for attention in (FUSED, "eager"):
+    for attention in (FUSED, "eager") if fused else ("eager",):
         try:
             with quiet():  # it warns of models that keep the attention they have; the graph shows it
                 model.set_attn_implementation(attention)

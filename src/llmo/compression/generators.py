@@ -256,7 +256,7 @@ def _numbers(model: Path) -> int:
     return sum(math.prod(entry["shape"]) for name, entry in head.items() if name != "__metadata__")
 
 
-def _openvino(precision: Literal["bf16", "int8"]) -> Callable[[Path, Path], None]:
+def _openvino(precision: Literal["bf16", "int8", "int4"]) -> Callable[[Path, Path], None]:
     def build(model: Path, target: Path) -> None:
         try:
             from llmo.compression.openvino_graph import write
@@ -285,5 +285,6 @@ VARIANTS: dict[str, Variant] = {
     "torch-int8": Variant("torch", "int8"),
     "openvino-bf16": Variant("openvino", "bf16", _openvino("bf16")),
     "openvino-int8": Variant("openvino", "int8", _openvino("int8")),
+    "openvino-int4": Variant("openvino", "int4", _openvino("int4")),
     "llamacpp-q8": Variant("llamacpp", "int8", _gguf),
 }

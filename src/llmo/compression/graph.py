@@ -16,7 +16,7 @@ def tidy(model: onnx.ModelProto) -> onnx.ModelProto:
             if dimension.HasField("dim_param"):
                 dimension.dim_param = name
     _drop_reshapes_around_attention(graph)
-    _drop_unused(graph)
+    drop_unused(graph)
     return model
 
 
@@ -72,7 +72,8 @@ def _replace(graph: onnx.GraphProto, old: str, new: str) -> None:
                 node.input[place] = new
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Take out nodes and constants that no output depends on."""
     while True:
         used = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
         unused = [node for node in graph.node if used.isdisjoint(node.output)]

@@ -1,4 +1,4 @@
-"""A saved language model as an OpenVINO graph with a key-value state, at fp32, bf16 or int8, checked against torch.
+"""A saved language model as an OpenVINO graph with a key-value state, at fp32, bf16, int8 or int4, against torch.
 
 The graph is spelt in the way that OpenVINO's own passes know (root mean square norms, rotary embeddings, attention
 over a growing state), so that they turn it into fused kernels and into paged attention; GenAI opens the folder too.
@@ -24,7 +24,7 @@ from llmo.engines.folder import read_config
 from llmo.engines.torch import quiet
 from llmo.errors import ModelError
 
-Precision = Literal["fp32", "bf16", "int8"]
+Precision = Literal["fp32", "bf16", "int8", "int4"]
 
 GRAPH = "openvino_model.xml"
 PRECISION_KEY = "llmo_precision"  # in the graph's own notes: what its weights are
@@ -34,7 +34,7 @@ TOLERANCE = 1e-3  # largest error of a logit against torch with the same rounded
 LENGTHS = (1, 9, 40)  # of the texts on which the graph is compared with torch
 MASKED = -65504.0
 GROUP = 64  # inputs that share a scale at int8: one for all of them cost SmolLM2 2% of perplexity, and no time
-LOOKED_UP = ("model.embed_tokens.weight", "lm_head.weight")  # a scale a row: OpenVINO looks up no groups
+LOOKED_UP = ("model.embed_tokens.weight", "lm_head.weight")  # int8, a scale a row: OpenVINO looks up nothing finer
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,21 +247,24 @@ class _Builder:
         return out
 
     def _compressed(self, weight: NDArray[np.float32], group: int | None) -> Any:
-        """The matrix as the graph stores it; see `quantise` for int8."""
+        """The matrix as the graph stores it; see `quantise`, and `quantise_coarsely` for int4, which needs a group."""
         match self._precision:
             case "fp32":
                 return opset13.constant(weight)
             case "bf16":
                 rounded = torch.from_numpy(weight).bfloat16().float().numpy()  # OpenVINO itself cuts the rest off
                 return opset13.convert(_constant(rounded, Type.bf16), Type.f32)
-            case "int8":
-                levels, scales = quantise(weight, group)
-                wide = opset13.multiply(opset13.convert(opset13.constant(levels), Type.f32), opset13.constant(scales))
-                return (
-                    wide
-                    if levels.ndim == 2
-                    else opset13.reshape(wide, _constant(list(weight.shape)), special_zero=False)
-                )
+            case "int4" if group is not None:
+                sides = quantise_coarsely(weight, group)
+                small, zeros = (opset13.convert(_constant(side, Type.u4), Type.f32) for side in sides[:2])
+                levels, scales = opset13.subtract(small, zeros), sides[2]
+            case "int8" | "int4":
+                whole, scales = quantise(weight, group)
+                levels = opset13.convert(opset13.constant(whole), Type.f32)
+        wide = opset13.multiply(levels, opset13.constant(scales))
+        if scales.ndim == 2:
+            return wide
+        return opset13.reshape(wide, _constant(list(weight.shape)), special_zero=False)
 
     def _take(self, name: str) -> NDArray[np.float32]:
         tensor: NDArray[np.float32] = self._left.pop(name).float().numpy()
@@ -271,12 +274,34 @@ class _Builder:
 def quantise(weight: NDArray[np.float32], group: int | None) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """`[rows, columns]` as int8 levels in -127..127 and scales, 1 for zeros: `[rows, columns / group, group]` and
     `[rows, columns / group, 1]`, or `[rows, columns]` and `[rows, 1]` without a group or where it does not fit."""
-    rows, columns = weight.shape
-    if group is not None and columns > group and columns % group == 0:
-        weight = weight.reshape(rows, -1, group)
+    weight = _grouped(weight, group)
     largest = np.abs(weight).max(axis=-1, keepdims=True)
     scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
     return np.rint(weight / scales).astype(np.int8), scales
+
+
+def quantise_coarsely(
+    weight: NDArray[np.float32], group: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
+    """`[rows, columns]` as int4: levels in 0..15, zeros among them and scales, shaped as those of `quantise`;
+    `(levels - zeros) * scales` is the weight.
+
+    Zeros are whole numbers: with others OpenVINO takes a kernel whose answers depend on what runs beside them.
+    """
+    weight = _grouped(weight, group)
+    low = np.minimum(weight.min(axis=-1, keepdims=True), 0)
+    high = np.maximum(weight.max(axis=-1, keepdims=True), 0)
+    scales = np.where(high > low, (high - low) / 15, 1).astype(np.float32)
+    zeros = np.rint(-low / scales)
+    levels = np.clip(np.rint(weight / scales) + zeros, 0, 15)
+    return levels.astype(np.uint8), zeros.astype(np.uint8), scales
+
+
+def _grouped(weight: NDArray[np.float32], group: int | None) -> NDArray[np.float32]:
+    rows, columns = weight.shape
+    if group is None or columns <= group or columns % group:
+        return weight
+    return weight.reshape(rows, -1, group)
 
 
 def _mask(ids: Any, seen: Any) -> Any:
@@ -298,9 +323,14 @@ def _round(model: Any, precision: Precision) -> None:
             continue
         if precision == "bf16":
             parameter.data.copy_(parameter.data.bfloat16())
+            continue
+        if precision == "int4" and name not in LOOKED_UP:
+            small, zeros, scales = quantise_coarsely(parameter.data.numpy(), GROUP)
+            rounded = (small.astype(np.float32) - zeros) * scales
         else:
             levels, scales = quantise(parameter.data.numpy(), None if name in LOOKED_UP else GROUP)
-            parameter.data.copy_(torch.from_numpy(levels * scales).view_as(parameter))
+            rounded = levels * scales
+        parameter.data.copy_(torch.from_numpy(rounded).view_as(parameter))
 
 
 def _texts(vocabulary: int) -> list[NDArray[np.int64]]:

@@ -7,6 +7,7 @@ any batch, and the error is smaller. Embedding tables keep one scale a row.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,24 @@ import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
-from llmo.compression.graph import add_domain, weights
+from llmo.compression.graph import add_domain, producers, weights
 from llmo.hardware import processor, sums_bytes
 
 MICROSOFT = "com.microsoft"
 SMALLEST_TABLE = 1 << 16  # weights; smaller tables save nothing worth their error
 TINY = 1e-10  # keeps the scale of an all-zero row above zero
+STEPS = 127  # of int8 on either side of zero
+GELU_DEPTH = 0.171  # no value of Gelu is below -0.17, so its largest value says how far a token reaches
 
 
-def quantise(model: onnx.ModelProto, *, bits: int = 8) -> onnx.ModelProto:
+def quantise(model: onnx.ModelProto, *, bits: int = 8, keep: Collection[str] = ()) -> onnx.ModelProto:
     """Changes the graph in place. `bits` is 7 where the CPU would overflow on 8 (see `safe_bits`), else 8.
 
     MatMul with constant weights `[in, out]` and Gather from large tables are quantised; the head (Gemm),
-    normalisation and attention stay at fp32.
+    normalisation and attention stay at fp32, and so do products whose outputs are named in `keep`.
     """
     graph = model.graph
-    rewrite = _Rewrite(graph, bits)
+    rewrite = _Rewrite(graph, bits, keep)
     nodes = [new for node in graph.node for new in rewrite.replacement(node)]
     del graph.node[:]
     graph.node.extend(nodes)
@@ -64,18 +67,26 @@ def _size(tensor: onnx.TensorProto) -> int:
     return int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
+def rounded(array: NDArray[np.float32], axis: int, limit: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """int8 values in `-limit..limit` and their scales, one for what lies along `axis`."""
+    scales = np.maximum(np.abs(array).max(axis=axis, keepdims=True), TINY).astype(np.float32) / np.float32(limit)
+    return np.clip(np.round(array / scales), -limit, limit).astype(np.int8), scales
+
+
 class _Rewrite:
     """One pass over a graph's nodes; activations that feed several layers are quantised once."""
 
-    def __init__(self, graph: onnx.GraphProto, bits: int) -> None:
+    def __init__(self, graph: onnx.GraphProto, bits: int, keep: Collection[str]) -> None:
         self._graph = graph
         self._weights = weights(graph)
+        self._keep = keep
+        self._gelus = {name for name, node in producers(graph).items() if node.op_type == "Gelu"}
         self._limit = 2 ** (bits - 1) - 1
         self._activations: dict[str, tuple[str, str]] = {}
         self._made: set[str] = set()
 
     def replacement(self, node: NodeProto) -> list[NodeProto]:
-        if node.op_type == "MatMul" and self._is_table(node.input[1]):
+        if node.op_type == "MatMul" and self._is_table(node.input[1]) and node.output[0] not in self._keep:
             return self._linear(node)
         if node.op_type == "Gather" and self._is_table(node.input[0], SMALLEST_TABLE):
             return self._lookup(node)
@@ -91,10 +102,10 @@ class _Rewrite:
         )
 
     def _linear(self, node: NodeProto) -> list[NodeProto]:
-        """`x @ w` as `token scale * (int8(x) @ int8(w)) * channel scale`."""
+        """`x @ w` as `largest of the token * (int8(x) @ int8(w)) * channel scale / 127`."""
         source, weight = node.input
-        before, (quantised, scale) = self._quantised_activation(source)
-        values, scales = self._quantised_weight(weight, axis=0)
+        before, (quantised, largest) = self._quantised_activation(source)
+        values, scales = self._quantised_weight(weight, axis=0, per_step=1 / STEPS)
         zero, one = self._constant("llmo_zero_point", np.uint8(128)), self._constant("llmo_one", np.float32(1))
         product = node.output[0] + "_unscaled"
         return [
@@ -102,30 +113,33 @@ class _Rewrite:
             helper.make_node(
                 "MatMulIntegerToFloat", [quantised, values, one, scales, zero], [product], domain=MICROSOFT
             ),
-            helper.make_node("Mul", [product, scale], list(node.output)),
+            helper.make_node("Mul", [product, largest], list(node.output)),
         ]
 
     def _quantised_activation(self, source: str) -> tuple[list[NodeProto], tuple[str, str]]:
-        """Nodes that make uint8 values around 128 and their scale `[batch, length, 1]`."""
+        """Nodes that make uint8 values around 128, and the largest absolute value `[batch, length, 1]` of each token.
+
+        On short texts every node costs more than its work, on long ones every pass over the values: so few of both.
+        """
         if source in self._activations:
             return [], self._activations[source]
         axis = self._constant("llmo_last_axis", np.array([-1], dtype=np.int64))
-        per_step = self._constant("llmo_per_step", np.float32(1 / 127))
-        tiny, one = self._constant("llmo_tiny", np.float32(TINY)), self._constant("llmo_one", np.float32(1))
+        steps, one = self._constant("llmo_steps", np.float32(STEPS)), self._constant("llmo_one", np.float32(1))
         zero = self._constant("llmo_zero_point", np.uint8(128))
-        name = {k: f"{source}_{k}" for k in ("max", "min", "neg", "abs", "step", "scale", "inverse", "steps", "uint8")}
-        nodes = [
-            helper.make_node("ReduceMax", [source, axis], [name["max"]], keepdims=1),
-            helper.make_node("ReduceMin", [source, axis], [name["min"]], keepdims=1),
-            helper.make_node("Neg", [name["min"]], [name["neg"]]),
-            helper.make_node("Max", [name["max"], name["neg"]], [name["abs"]]),
-            helper.make_node("Mul", [name["abs"], per_step], [name["step"]]),
-            helper.make_node("Max", [name["step"], tiny], [name["scale"]]),
-            helper.make_node("Reciprocal", [name["scale"]], [name["inverse"]]),
+        name = {k: f"{source}_{k}" for k in ("abs", "max", "largest", "inverse", "steps", "uint8")}
+        if source in self._gelus:
+            nodes, upper, least = [], source, self._constant("llmo_gelu_depth", np.float32(GELU_DEPTH))
+        else:
+            nodes, upper = [helper.make_node("Abs", [source], [name["abs"]])], name["abs"]
+            least = self._constant("llmo_tiny", np.float32(TINY))
+        nodes += [
+            helper.make_node("ReduceMax", [upper, axis], [name["max"]], keepdims=1),
+            helper.make_node("Max", [name["max"], least], [name["largest"]]),
+            helper.make_node("Div", [steps, name["largest"]], [name["inverse"]]),
             helper.make_node("Mul", [source, name["inverse"]], [name["steps"]]),
             helper.make_node("QuantizeLinear", [name["steps"], one, zero], [name["uint8"]]),
         ]
-        self._activations[source] = name["uint8"], name["scale"]
+        self._activations[source] = name["uint8"], name["largest"]
         return nodes, self._activations[source]
 
     def _lookup(self, node: NodeProto) -> list[NodeProto]:
@@ -139,12 +153,11 @@ class _Rewrite:
             helper.make_node("Mul", [name["float"], name["scale"]], list(node.output)),
         ]
 
-    def _quantised_weight(self, name: str, axis: int) -> tuple[str, str]:
-        """int8 values and fp32 scales: `[out]` for a linear layer (axis 0), `[rows, 1]` for a table (axis 1)."""
-        array = numpy_helper.to_array(self._weights[name])
-        scales = np.maximum(np.abs(array).max(axis=axis, keepdims=True), TINY).astype(np.float32) / self._limit
-        values = np.clip(np.round(array / scales), -self._limit, self._limit).astype(np.int8)
-        shaped = scales.reshape(-1) if axis == 0 else scales
+    def _quantised_weight(self, name: str, axis: int, per_step: float = 1.0) -> tuple[str, str]:
+        """int8 values and fp32 scales, times `per_step`: `[out]` for a linear layer (axis 0), `[rows, 1]` for a table
+        (axis 1)."""
+        values, scales = rounded(numpy_helper.to_array(self._weights[name]), axis, self._limit)
+        shaped = (scales.reshape(-1) if axis == 0 else scales) * np.float32(per_step)
         return self._constant(f"{name}_int8", values), self._constant(f"{name}_scale", shaped)
 
     def _constant(self, name: str, value: NDArray[np.generic] | np.generic) -> str:

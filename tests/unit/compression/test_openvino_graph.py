@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from llmo.compression.openvino_graph import GRAPH, PRECISION_KEY, quantise, write
+from llmo.compression.openvino_graph import GRAPH, PRECISION_KEY, quantise, quantise_coarsely, write
 from llmo.engines.torch import quiet
 from llmo.errors import ModelError
 from support.tiny_chat import tiny_chat_model
@@ -105,7 +105,7 @@ def test_logits_are_those_of_transformers_for_every_family_with_padding_and_stat
     assert np.abs(found - expected)[seen.astype(bool)].max() < 1e-4 * expected.std()
 
 
-@pytest.mark.parametrize(("precision", "most", "bits"), [("bf16", 0.1, 16), ("int8", 0.5, 8)])
+@pytest.mark.parametrize(("precision", "most", "bits"), [("bf16", 0.1, 16), ("int8", 0.5, 8), ("int4", 3.0, 5)])
 def test_lower_precisions_cost_little_and_take_the_space_they_say(
     precision: Any, most: float, bits: int, folder: Path, out: Path
 ) -> None:
@@ -113,6 +113,12 @@ def test_lower_precisions_cost_little_and_take_the_space_they_say(
     assert 1e-4 < made.difference < most
     assert bits - 0.1 < made.bits < bits + 1
     assert ov.Core().read_model(out / GRAPH).get_rt_info(PRECISION_KEY).value == precision
+
+
+def test_int4_costs_several_times_what_int8_does(folder: Path, out: Path) -> None:
+    """So a gate that lets int8 through may well refuse it."""
+    costs = [write(folder, out, precision).difference for precision in ("int8", "int4")]
+    assert costs[1] > 3 * costs[0]
 
 
 @pytest.mark.parametrize(("group", "shape"), [(None, (5, 40)), (10, (5, 4, 10)), (7, (5, 40)), (40, (5, 40))])
@@ -128,6 +134,19 @@ def test_int8_levels_are_symmetric_with_a_scale_a_row_or_group(group: int | None
     assert (largest[2] == 0).all()
     assert (np.delete(largest, 2, axis=0) == 127).all()
     assert (np.abs(levels * scales - weight.reshape(shape)) <= scales * 0.5001).all()
+
+
+@pytest.mark.parametrize(("columns", "shape"), [(96, (5, 3, 32)), (32, (5, 32)), (40, (5, 40))])
+def test_int4_levels_reach_from_the_smallest_weight_to_the_largest(columns: int, shape: tuple[int, ...]) -> None:
+    weight = np.random.default_rng(0).normal(1.0, 1.0, (5, columns)).astype(np.float32)
+    weight[2], weight[3] = 0, 7
+    levels, zeros, scales = quantise_coarsely(weight, 32)
+    assert levels.shape == shape
+    assert (levels.max(), levels.dtype, zeros.dtype) == (15, np.uint8, np.uint8)
+    assert zeros.shape == scales.shape == (*shape[:-1], 1)
+    found = ((levels.astype(np.float32) - zeros) * scales).reshape(weight.shape)
+    assert np.abs(found - weight).max() <= 1.001 * scales.max()
+    assert np.abs(found[2:4] - weight[2:4]).max() < 1e-5
 
 
 @pytest.mark.parametrize(

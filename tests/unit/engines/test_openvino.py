@@ -26,7 +26,7 @@ from support.tiny_chat import END, POSITIONS, tiny_chat_model
 CPU = Device("cpu", "cpu", memory=0, free=0, cores=2)
 OPTIONS = GenerationOptions(streams=8, cache_bytes=4 << 20, chunk=64)
 GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_end=True)
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
 LENGTHS = (1, 2, 31, 32, 33, 65, 97, 150)
 
 
@@ -94,7 +94,7 @@ def reference(folder: Path, ids: Sequence[int]) -> np.ndarray:
 
 
 def test_scores_are_those_of_transformers(folder: Path, engine: OpenVinoEngine) -> None:
-    most = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.15}[folder.name]
+    most = {"fp32": 1e-5, "bf16": 0.05, "int8": 0.15, "int4": 1.5}[folder.name]
     sequences = prompts((2, 3, 65, 66, 129, 150))
     for ids, found in zip(sequences, engine.score(sequences), strict=True):
         expected = reference(folder, ids)[range(len(ids) - 1), ids[1:]]
@@ -245,7 +245,14 @@ def test_the_precision_is_what_the_graph_holds_or_is_refused(folders: dict[str, 
         scores.append(engine.score(ids)[0])
         engine.close()
     assert 1e-4 < np.abs(scores[0] - scores[1]).mean() < 0.1
-    for made, asked in (("fp32", "int8"), ("int8", "fp32"), ("bf16", "fp32"), ("int8", "bf16")):
+    for made, asked in (
+        ("fp32", "int8"),
+        ("int8", "fp32"),
+        ("bf16", "fp32"),
+        ("int8", "bf16"),
+        ("int4", "int8"),
+        ("int8", "int4"),
+    ):
         with pytest.raises(ModelError, match=f"are {made}.*{asked}"):
             loaded(folders[made], GenerationOptions(precision=asked))
 

@@ -24,10 +24,10 @@ FED = (
     "max_context_len", "sampled_tokens_indices",
 )  # fmt: skip
 # What it computes in, and what it keeps keys and values in. OpenVINO itself would take bf16 for fp32 graphs and u8 for
-# the cache, where a block's values depend on how it was filled. An int8 graph's products are of int8 by int8, the
+# the cache, where a block's values depend on how it was filled. The products of int8 and int4 graphs are with int8, the
 # activations rounded in groups of 32 (64 would be a tenth faster, and cost SmolLM2 1.7% of perplexity); what lies
 # between is bf16.
-COMPUTE = {"fp32": ("f32", "f32"), "bf16": ("bf16", "bf16"), "int8": ("bf16", "bf16")}
+COMPUTE = {"fp32": ("f32", "f32"), "bf16": ("bf16", "bf16"), "int8": ("bf16", "bf16"), "int4": ("bf16", "bf16")}
 
 
 @dataclass(frozen=True, slots=True)
