@@ -103,7 +103,13 @@ def subject(api: Api, name: str) -> Subject:
 def texts_of(api: Api, found: Subject, data: str | None = None) -> tuple[str, list[Asked]]:
     """Inputs of the test split, else of dev, of `data` (default: what the model was trained on), evenly spread; and
     which split of what they are. Raises DataError when there are none."""
-    dataset = api.artifact(data or flow.data_of(api, found.model), Kind.DATASET)
+    try:
+        dataset = api.artifact(data or flow.data_of(api, found.model), Kind.DATASET)
+    except InputError as error:
+        if data is not None and isinstance(error, NotFoundError):
+            error.what = f"there is no file '{data}', and {error.what}"
+        error.hint = "give texts: --texts FILE, or a stored data set (see: llmo data list)"
+        raise
     for split in HELD_OUT:
         rows: list[dict[str, Any]] = []
         while page := api.rows(dataset.digest, split, offset=len(rows), limit=PAGE):
@@ -164,7 +170,7 @@ def bench(
         "texts": {"count": len(texts), "mean_tokens": round(statistics.fmean(lengths), 1), "longest": max(lengths)},
         "sides": measured,
         "times": _times(sides),
-        "peak": _share(sides["endpoint"], work, lengths, peak),
+        "peak": None if work is None or peak is None else share(sides["endpoint"], work, lengths, peak),
         "left_out": left_out,
     }
 
@@ -292,10 +298,8 @@ def _peak(cores: int, precision: str, left_out: dict[str, str]) -> float | None:
     return peaks.get(precision)
 
 
-def _share(side: Side, work: Work | None, lengths: Sequence[int], peak: float | None) -> dict[str, Any] | None:
+def share(side: Side, work: Work, lengths: Sequence[int], peak: float) -> dict[str, Any]:
     """How much of the machine's peak the best level used; a multiply-add is two operations."""
-    if work is None or peak is None:
-        return None
     best = max(joined(windows).requests_per_second for windows in side.windows.values())
     operations = 2 * work.of(lengths) / len(lengths)
     return {

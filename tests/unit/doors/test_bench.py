@@ -18,7 +18,10 @@ import pytest
 
 from llmo.context import NullContext
 from llmo.data.operation import run as import_data
+from llmo.doors import benching
 from llmo.doors.cli.commands import run
+from llmo.doors.load import Target, Window
+from llmo.engines.work import nominal_work
 from llmo.kernel.submit import submit
 from llmo.settings import Settings
 from llmo.specs import DataSpec, SplitSpec, TaskSpec
@@ -124,7 +127,7 @@ def test_texts_of_a_file_without_the_pipeline(bench: Bench, tmp_path: Path) -> N
         (("topics", "--clients", "1,none"), "numbers of clients"),
         (("topics", "--clients", "0"), "from 1 to 1024"),
         (("topics", "--texts", "whole"), "holds out no rows"),
-        (("topics", "--texts", "nothing"), "nothing"),
+        (("topics", "--texts", "nothing.txt"), "there is no file 'nothing.txt', and"),
     ],
 )
 def test_bad_input(bench: Bench, arguments: tuple[str, ...], words: str) -> None:
@@ -157,3 +160,12 @@ def test_ctrl_c_leaves_nothing(home: Path, more: tuple[str, ...]) -> None:
     assert not psutil.wait_procs(family, timeout=5)[1]
     with System(Settings(home=home)) as system:
         assert all(key.revoked_at for key in system.api_keys() if key.owner == "this command")
+
+
+def test_the_share_of_the_peak_is_that_of_the_best_level() -> None:
+    side = benching.Side(Target("", "", []))
+    side.windows = {1: [Window(2.0, [1] * 10)], 16: [Window(1.0, [1] * 30), Window(1.0, [1] * 50)]}
+    work = nominal_work({"model_type": "bert", "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 32})
+    found = benching.share(side, work, [10, 20], peak=1e6)
+    one = 2 * (2 * (4 * 64 + 2 * 8 * 32) * 15 + 2 * 2 * 8 * (100 + 400) / 2)  # operations of a text at the mean
+    assert found == {"operations_per_second": 1e6, "operations_per_text": one, "share": round(40 * one / 1e6, 3)}
