@@ -145,14 +145,15 @@ def fastapi(folder: Path, max_length: int) -> Iterator[Side]:
 @contextmanager
 def other(name: str, python: Path, folder: Path, max_length: int, about: str) -> Iterator[Side]:
     port = free_port()
-    path, body, label = {
+    asked: dict[str, tuple[str, Callable[[str], Any], Callable[[Any], str]]] = {
         "litserve": ("predict", lambda text: {"text": text}, lambda found: str(found["label"])),
         "infinity": (
             "classify",
             lambda text: {"model": "model", "input": [text]},
             lambda found: str(found["data"][0][0]["label"]),
         ),
-    }[name]
+    }
+    path, body, label = asked[name]
     url, began = f"http://127.0.0.1:{port}/{path}", time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process: Any = psutil.Popen(
@@ -294,8 +295,8 @@ def show(found: dict[str, Any]) -> None:
             for level in (one for one in side["levels"] if one["clients"] == clients):
                 times = "{median:.2f} ({low:.2f} to {high:.2f})".format(**level["times"])
                 latency = " ".join(f"{level[key]:7.1f}" for key in FIGURES[1:])
-                rate = level["requests_per_second"]
-                print(f"{clients:7}  {name:9} {rate:10.1f}  {times:>20}  {latency}  {level['failed']}")
+                told = f"{level['p99_ratio']['median']:14.2f}  {level['failed']}"
+                print(f"{clients:7}  {name:9} {level[FIGURES[0]]:10.1f}  {times:>20}  {latency}  {told}")
     for name, side in found["sides"].items():
         held = " + ".join(f"{who} {(count or 0) / 2**20:.0f}" for who, count in side["memory_bytes"].items())
         start, rest = f"cold start {side['cold_start_seconds']:.1f} s", f"idle {side['idle_cores']:.1%} of a core"

@@ -151,14 +151,14 @@ def bench(
         cores = _cores(api, endpoint)
         work = _work(home, found.model, left_out)
         peak = None if work is None else _peak(cores, endpoint.precision, left_out)
-        sides = {"endpoint": Side(Target(door.endpoint(found.name), door.key, _bodies(texts)))}
-        sides["endpoint"].cold_seconds, sides["endpoint"].memory = replica_of(api, endpoint, home)
+        cold, memory = replica_of(api, endpoint, home)
+        sides = {"endpoint": Side(Target(door.endpoint(found.name), door.key, _bodies(texts)), cold, memory)}
         folder = _pipeline_folder(home, found, left_out) if plan.pipeline else None
         if folder is not None:
             hear("loading the plain pipeline", 0.0, 1.0)
             usual = stack.enter_context(plain(found.task.name, folder, found.task.max_length, cores))
-            target = Target(usual.url, "", _bodies(texts))
-            sides["pipeline"] = Side(target, usual.cold_seconds, {"pipeline": partial(processes.memory, usual.pid)})
+            held = {"pipeline": partial(processes.memory, usual.pid)}
+            sides["pipeline"] = Side(Target(usual.url, "", _bodies(texts)), usual.cold_seconds, held)
         _load(stack.enter_context(Load()), sides, plan, hear)
         measured = {name: side.figures() for name, side in sides.items()}
     return {

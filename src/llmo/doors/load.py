@@ -1,6 +1,6 @@
 """Closed-loop load from a process of its own: N clients, each with one request in flight, on bare sockets.
 
-It shares the machine with the server that it measures, so it is as light as Python gets (40 to 100 us of CPU a request;
+It shares the machine with the server that it measures, so it is as light as Python gets (20 to 100 us of CPU a request;
 every window tells its own): no event loop, no HTTP library, requests made before the clock runs.
 
 `python -m llmo.doors.load` answers each line of standard input, an order, with one line, a window; it ends when
