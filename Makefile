@@ -39,7 +39,7 @@ chaos: $(READY) ## Kill training, groups and servers at 30 random moments
 	LLMO_CHAOS=30 $(BIN)/pytest -m chaos tests/flows
 
 bench: $(READY) ## The figures of the README: serving and training against the usual choices
-	$(BIN)/python benchmarks/serving.py
+	$(BIN)/python benchmarks/serve_encoder.py
 	$(BIN)/python benchmarks/train_classifier.py
 
 clean: ## Remove .venv, caches and the demo's store

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -23,12 +24,22 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from load import mixed_texts
 
 from llmo.specs import DeploySpec
 
 REPLICA = Path(__file__).parents[1] / "tests" / "support" / "replica_process.py"
 CORES, REQUESTS, LABELS = 2, 32, 8
+WORDS = (  # noqa: SIM905
+    "market shares profit bank trade price company growth match goal team coach league player win cup software phone "
+    "chip network game computer internet data the a of in on and to was said year new good people time today"
+).split()
+
+
+def mixed_texts(count: int = 400, seed: int = 7) -> list[str]:
+    """Texts of mixed length: log-normal, median 25 words, cut to 5..250."""
+    rng = random.Random(seed)
+    lengths = [min(250, max(5, int(rng.lognormvariate(3.2, 0.9)))) for _ in range(count)]
+    return [" ".join(rng.choices(WORDS, k=n)) for n in lengths]
 
 
 def make(folder: Path, base: Path, method: str, seed: int) -> Path:

@@ -7,6 +7,8 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 # In the environment of every worker and of all it starts, whatever group or session they move to.
 MARKER = "LLMO_JOB_DIR"
 
@@ -74,6 +76,17 @@ def kill(processes: list[Process]) -> None:
             continue  # gone, or not ours to kill: `members` will tell
         finally:
             os.close(handle)
+
+
+def memory(pid: int, *, children: bool = True) -> int | None:
+    """Bytes that a process holds, with all that it started unless told otherwise; memory that processes share is
+    divided among them (proportional set size). None when it is gone, or another user's."""
+    try:
+        process = psutil.Process(pid)
+        family = [process, *(process.children(recursive=True) if children else ())]
+        return sum(int(one.memory_full_info().pss) for one in family)
+    except psutil.Error:
+        return None
 
 
 def _carries(pid: int, mark: bytes) -> bool:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from llmo.errors import SpecError
+from llmo.doors.cli.show import shorten
+from llmo.errors import InputError, SpecError
 from llmo.settings import parse_bytes
-from llmo.types import Needs
+from llmo.types import Asked, Needs
 
 Set = Annotated[
     list[str] | None,
@@ -51,3 +55,43 @@ def needs_of(op: str, cores: int | None, memory: str | None, gpus: int | None = 
     usual = operation(op).needs
     amount = parse_bytes(memory, "--memory") if memory else usual.memory
     return Needs(cores=cores or usual.cores, cores_max=cores or usual.cores_max, memory=amount, gpus=gpus or usual.gpus)
+
+
+def lines_of(file: Path) -> Iterator[str]:
+    """The texts of a file. Raises InputError for one that cannot be read."""
+    try:
+        with file.open("rb") as handle:
+            yield from texts_in(handle, str(file))
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
+
+
+def texts_in(lines: Iterable[bytes], source: str) -> Iterator[str]:
+    """One text a line; empty lines are left out."""
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"this line is not UTF-8 text (byte {error.start + 1})",
+                where=f"{source}:{number}",
+                hint="convert it first, e.g. with: iconv -f latin1 -t utf-8",
+            ) from None
+        if text.strip():
+            yield text
+
+
+def one_asked(line: str) -> Asked:
+    """A line of a .jsonl file: a text, or an object of texts by name. Raises InputError."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if isinstance(found, str):
+        return found
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise InputError(
+            f"not an object of texts: {shorten(line, 60)}",
+            hint='write one a line: {"question": "...", "context": "..."}',
+        )
+    return found

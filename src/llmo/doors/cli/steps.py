@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,19 @@ import typer
 from llmo.api import Api
 from llmo.doors import flow
 from llmo.doors.cli import report, summary
-from llmo.doors.cli.given import Cores, Data, Fresh, Gpus, Memory, Set, assignments, needs_of
+from llmo.doors.cli.given import (
+    Cores,
+    Data,
+    Fresh,
+    Gpus,
+    Memory,
+    Set,
+    assignments,
+    lines_of,
+    needs_of,
+    one_asked,
+    texts_in,
+)
 from llmo.doors.cli.live import Live, follow
 from llmo.doors.cli.show import Json, console, emit, figure, shorten, table
 from llmo.errors import InputError
@@ -258,15 +269,15 @@ def predict(
         raise InputError("texts were given twice", hint="give texts, or --file FILE, not both")
     lines: Iterator[str]
     if file is not None:
-        lines = _lines(file)
+        lines = lines_of(file)
     elif given == ["-"] or (not given and not sys.stdin.isatty()):
-        lines = _texts(sys.stdin.buffer, "standard input")
+        lines = texts_in(sys.stdin.buffer, "standard input")
     else:
         lines = iter(given)
     as_objects = file is not None and file.suffix == ".jsonl"
     if as_objects and (context is not None or pair is not None):
         raise InputError("the texts of a .jsonl file are all in its lines", hint="leave out --context and --pair")
-    asked = map(_object, lines) if as_objects else (_with(text, context, pair) for text in lines)
+    asked = map(one_asked, lines) if as_objects else (_with(text, context, pair) for text in lines)
     count = 0
     with closing(flow.connect()) as api:
         for chunk in _chunks(asked, batch):
@@ -292,21 +303,6 @@ def _with(text: str, context: str | None, pair: str | None) -> Asked:
     return text if pair is None else {"text": text, "pair": pair}
 
 
-def _object(line: str) -> Asked:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, str):
-        return found
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise InputError(
-            f"not an object of texts: {shorten(line, 60)}",
-            hint='write one a line: {"question": "...", "context": "..."}',
-        )
-    return found
-
-
 def _asked(api: Api, endpoint: str, texts: Sequence[Asked], before: int) -> list[dict[str, Any]]:
     """The answers; what is wrong with one text is said of its number among all, not in its batch."""
     try:
@@ -316,29 +312,6 @@ def _asked(api: Api, endpoint: str, texts: Sequence[Asked], before: int) -> list
         if at is not None:
             error.where = f"text {before + int(at[1]) + 1}{at[2] or ''}"
         raise
-
-
-def _lines(file: Path) -> Iterator[str]:
-    try:
-        with file.open("rb") as handle:
-            yield from _texts(handle, str(file))
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _texts(lines: Iterable[bytes], source: str) -> Iterator[str]:
-    """One text a line; empty lines are left out."""
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"this line is not UTF-8 text (byte {error.start + 1})",
-                where=f"{source}:{number}",
-                hint="convert it first, e.g. with: iconv -f latin1 -t utf-8",
-            ) from None
-        if text.strip():
-            yield text
 
 
 def _chunks(texts: Iterator[Asked], size: int) -> Iterator[Sequence[Asked]]:
