@@ -1,0 +1,236 @@
+"""A smaller student of a trained model, and the short training that brings any shape back to what its teacher says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from torch import nn
+
+from llmo.compression.shapes import anatomy, columns, fake, folder, more
+from llmo.compression.shapes import layers as stack
+from llmo.compression.shapes.imitation import Imitation
+from llmo.compression.shapes.source import Source, check, opened
+from llmo.context import Context
+from llmo.data.dataset import Dataset
+from llmo.errors import ModelError
+from llmo.files import digest_of_value, sha256_file
+from llmo.specs import TrainSpec
+from llmo.training import batches, checkpoint, precision, scoring
+from llmo.training.batches import Encoded
+from llmo.training.figures import TaskFigures
+from llmo.training.loop import Loop
+from llmo.training.model import DROPOUTS, Built, build, layers
+from llmo.training.objectives import Labels
+from llmo.training.precision import Precision
+
+
+def student(
+    teacher: Path, data: Dataset, out: Path, ctx: Context, *, keep: int, inner: int | None = None
+) -> dict[str, Any]:
+    """Write a student made of `keep` of the teacher's layers, evenly spread with the last one among them (Sanh et al.
+    2019, DistilBERT, arXiv:1910.01108), with a feed-forward width of `inner` where that is given (`columns.narrow`).
+
+    It knows little until it is trained (`recover`). Returns `{"step": "student", "kept": [numbers], "inner",
+    "parameters", "metrics"}`. Raises ModelError, DataError, InputError, Stopped.
+    """
+    with folder.made(out) as aside:
+        source = opened(teacher, data, ctx)
+        there = len(layers(source.model))
+        kept = list(anatomy.spread(anatomy.count(keep, there, "layers"), there))
+        if inner is not None:
+            anatomy.count(inner, anatomy.anatomy(source.model)[0].up.out_features, "feed-forward columns")
+            columns.keep_columns(source, ctx, inner)
+        stack.keep_layers(source.model, kept)
+        return folder.write(source, source.model, {"step": "student", "kept": kept, "inner": inner}, aside, ctx)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """How a shape is trained again. `more` parts of training texts are made for each of them, where the task allows it
+    (`more`); an epoch goes over both. The loss is told in `Imitation`. `int8` computes the layers as they will be when
+    they are quantised (`fake`). After `patience` measurements on dev without gain it ends, with the best weights."""
+
+    epochs: float = 6.0
+    learning_rate: float = 4e-4
+    batch_size: int = 16
+    temperature: float = 2.0
+    hidden: float = 1.0
+    labels: float = 0.5
+    more: float = 2.0
+    int8: bool = False
+    patience: int = 4
+    seed: int = 13
+
+
+def recover(
+    student: Path, teacher: Path, data: Dataset, out: Path, ctx: Context, how: Recovery | None = None
+) -> dict[str, Any]:
+    """Write the student, trained on what the teacher says of the training texts and of parts of them; dev says when it
+    is best, and test is not looked at. Linear weights of its layers that are zero stay zero.
+
+    The student's vocabulary may be a part of the teacher's. A run that was stopped goes on from its last checkpoint in
+    `ctx.checkpoint()`. Returns `{"step": "recovery", ..., "rows", "steps", "seconds", "parameters", "metrics"}`.
+    Raises ModelError for two that do not belong together, DataError, InputError, JobFailed when the loss is lost, and
+    Stopped.
+    """
+    how = how or Recovery()
+    check(student, data)
+    with folder.made(out) as aside:
+        guide, mine = opened(teacher, data, ctx), opened(student, data, ctx)
+        ids = translation(mine, guide)
+        own = _Own(
+            ctx, digest_of_value([sha256_file(f / "model.safetensors") for f in (student, teacher)] + [asdict(how)])
+        )
+        run = _Run(mine, guide, ids, how, own)
+        loop = run.train()
+        step = {
+            "step": "recovery",
+            **asdict(how),
+            "rows": [run.labelled, len(run.encoded) - run.labelled],
+            "steps": loop.state.step,
+            "best_step": loop.state.best_step or loop.state.step,
+            "samples_per_second": round(loop.samples_per_second, 1),
+        }
+        found = folder.write(mine, run.plain(), step, aside, ctx)
+    checkpoint.clear(own.checkpoint())
+    return found
+
+
+def translation(student: Source, teacher: Source) -> NDArray[np.int64]:
+    """The teacher's id of each id of the student. Raises ModelError for two that do not belong together."""
+    if student.task.to_card() != teacher.task.to_card():
+        raise ModelError(
+            "the student and the teacher were trained for different tasks", hint="give the model it was made from"
+        )
+    widths = [x.model.config.hidden_size for x in (student, teacher)]
+    if widths[0] != widths[1]:
+        raise ModelError(
+            f"the student's hidden states have {widths[0]} numbers, the teacher's {widths[1]}",
+            hint="give the model that the student was made from",
+        )
+    return _translated(student.tokenizer, teacher.tokenizer, student.model.get_input_embeddings().num_embeddings)
+
+
+def _translated(student: Tokenizer, teacher: Tokenizer, size: int) -> NDArray[np.int64]:
+    theirs = teacher.get_vocab(with_added_tokens=True)
+    found = np.zeros(size, np.int64)
+    for token, i in student.get_vocab(with_added_tokens=True).items():
+        if token not in theirs:
+            raise ModelError(
+                f"the student has the token {token!r}, which the teacher does not know",
+                hint="give the model that the student was made from",
+            )
+        if i < size:
+            found[i] = theirs[token]
+    return found
+
+
+class _Run:
+    """One recovery: the student as it is trained, its rows, and the loop over them."""
+
+    def __init__(self, student: Source, teacher: Source, ids: NDArray[np.int64], how: Recovery, ctx: Context) -> None:
+        self._source, self._how, self._ctx = student, how, ctx
+        self._chosen = precision.choose("auto", ctx.device)
+        checkpoint.seed_everything(how.seed)
+        dev = student.data.split("dev")
+        self._spec = TrainSpec(
+            epochs=how.epochs,
+            batch_size=how.batch_size,
+            learning_rate=how.learning_rate,
+            early_stopping=how.patience if len(dev) else None,
+            dropout=0.0,
+            seed=how.seed,
+        )
+        on_cpu = self._chosen.device.type == "cpu"
+        self._built = build(student.folder, student.task, self._spec, on_cpu=on_cpu)
+        self._built.model.to(self._chosen.device)
+        labelled, self.encoded = self._rows()
+        self.labelled = len(labelled)
+        inner = Labels(
+            self._built.model, student.task, self.encoded, self._spec, self._built.pad_id, self._chosen.device
+        )
+        weights = {"temperature": how.temperature, "hidden": how.hidden, "labels": how.labels}
+        self._objective = Imitation(
+            self._built, teacher.model, ids, student.task, self.encoded, self.labelled, inner, **weights
+        )
+        held = {"dev": scoring.Tokens(student.task, student.tokenizer, folder.sample(dev, folder.MOST_ROWS))}
+        self._figures = TaskFigures(student.task, held, self._predictor, ctx) if len(dev) else None
+
+    def _rows(self) -> tuple[Encoded, Encoded]:
+        """The training rows, and these with the parts of them that were made."""
+        task, tokenizer, rows = self._source.task, self._source.tokenizer, list(self._source.data.split("train"))
+        labelled = batches.encode(
+            task, tokenizer, rows, lambda done: self._ctx.report(done, len(rows), phase="tokenise")
+        )
+        count = round(self._how.more * len(labelled)) if more.possible(task) else 0
+        made = more.parts(task, tokenizer, rows, count, self._how.seed) if count else []
+        return labelled, more.joined(labelled, made)
+
+    def _predictor(self, how: Precision) -> scoring.Predict:
+        return scoring.model_predictor(self._built.model, self._source.task, self._built.pad_id, how)
+
+    def _on_dev(self) -> dict[str, float]:
+        assert self._figures is not None  # noqa: S101 (else the loop has nothing to measure with)
+        return self._figures.plain("dev", "dev", self._chosen)
+
+    def train(self) -> Loop:
+        """The loop, at its end."""
+        quantised = [m for m in layers(self._built.network).modules() if isinstance(m, nn.Linear)]
+        with fake.quantised(quantised if self._how.int8 else []):
+            evaluate = self._on_dev if self._figures is not None else None
+            about = (self._spec, self.encoded, evaluate, self._ctx, self._chosen)
+            loop = Loop(self._built, self._source.task, self._objective, *about)
+            if loop.resume():
+                self._ctx.note(f"resumed from the checkpoint of step {loop.state.step} of {loop.total}")
+            handles = keep_zeros(self._built)
+            loop.run()
+            for handle in handles:
+                handle.remove()
+        return loop
+
+    def plain(self) -> Any:
+        """The trained model, as it is saved: with the dropout that it had."""
+        network = self._built.network.to(self._source.exact.device)
+        before = self._source.model.config
+        for name in DROPOUTS:
+            if hasattr(before, name):
+                setattr(network.config, name, getattr(before, name))
+        return network
+
+
+def keep_zeros(built: Built) -> list[Any]:
+    """Have the layers' matrices learn only where they are not zero now: their gradient is zero elsewhere, and so is
+    what an optimiser that scales each weight's gradient, or decays it, makes of it. Returns the hooks."""
+    found = []
+    for linear in layers(built.network).modules():
+        if isinstance(linear, nn.Linear) and bool((linear.weight == 0).any()):
+            there = (linear.weight != 0).detach()
+            found.append(linear.weight.register_hook(_times(there)))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _times(there: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda slope: slope * there
+
+
+class _Own:
+    """A context whose checkpoints are one recovery's: a job may run several."""
+
+    def __init__(self, ctx: Context, digest: str) -> None:
+        self._ctx = ctx
+        self._name = f"recovery-{digest.removeprefix('sha256:')[:16]}"
+
+    def checkpoint(self) -> Path:
+        found = self._ctx.checkpoint() / self._name
+        found.mkdir(parents=True, exist_ok=True)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)

@@ -1,0 +1,112 @@
+"""What a student makes small: how far it is from its teacher's logits and hidden states, and from the labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from llmo.compression.shapes import anatomy
+from llmo.compression.shapes.importance import through
+from llmo.engines.heads import logits_of
+from llmo.tasks.base import Task
+from llmo.training.batches import Encoded
+from llmo.training.model import Built, layers
+from llmo.training.objectives import Inputs, Labels
+
+
+class Imitation:
+    """As `Labels`, with a teacher; of the rows the first `own` have labels, the others were made of them.
+
+    `ids` are the teacher's ids by the student's. The loss is `labels` times the task's own, and the distance of the
+    logits (`logits_apart`), and `hidden` times the mean cosine distance of the states after each of the student's
+    layers from those after the teacher's layer at the same height (Sanh et al. 2019, arXiv:1910.01108; Sun et al.
+    2019, arXiv:1908.09355). Attention itself is not compared: heads that were taken out may not be missed.
+    """
+
+    records = False
+
+    def __init__(
+        self,
+        built: Built,
+        teacher: Any,
+        ids: NDArray[np.int64],
+        task: Task,
+        data: Encoded,
+        own: int,
+        inner: Labels,
+        *,
+        temperature: float,
+        hidden: float,
+        labels: float,
+    ) -> None:
+        self.metric, self.higher_is_better, self.part_tokens = inner.metric, inner.higher_is_better, inner.part_tokens
+        self._built, self._teacher, self._task, self._inner = built, teacher, task, inner
+        self._own, self._group = own, data.group
+        self._temperature, self._hidden, self._labels = temperature, hidden, labels
+        self._ids = torch.from_numpy(ids).to(next(teacher.parameters()).device)
+        self._mine, there = layers(built.network), layers(teacher)
+        self._theirs = [there[i] for i in anatomy.spread(len(self._mine), len(there))] if len(self._mine) else []
+
+    def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
+        return self._inner.batch(rows, epoch)
+
+    def mass(self, targets: torch.Tensor, rows: NDArray[np.int64]) -> float:
+        return float(len(rows))
+
+    def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+        mask = inputs["attention_mask"]
+        with torch.no_grad(), through(self._theirs) as shown:
+            given = {**inputs, "input_ids": self._ids[inputs["input_ids"]]}
+            wanted = logits_of(self._teacher(**given), mask).float()
+        with through(self._mine) as mine:
+            said = logits_of(self._built.model(**inputs), mask).float()
+        total = logits_apart(self._task, said, wanted, mask, self._temperature)
+        if self._hidden and self._theirs:
+            total = total + self._hidden * _states_apart([s for _, s in mine], [s for _, s in shown], mask)
+        own = torch.from_numpy(np.repeat(rows < self._own, self._group)).to(said.device)
+        if self._labels and bool(own.any()):
+            share = self._labels * float(own.float().mean())
+            total = total + share * self._inner.loss_of(said[own], targets[own] if self._group == 1 else targets)
+        return total
+
+
+def logits_apart(
+    task: Task, said: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The mean distance `[]` of a student's logits from its teacher's, fp32, `[rows, labels]` or `[rows, tokens,
+    labels]` with the texts' `mask`.
+
+    Of classes: the divergence of the distributions at a temperature, times its square (Hinton et al. 2015,
+    arXiv:1503.02531), for each text or token, of several labels for each of them; of where an answer begins and ends
+    the same over the text's tokens. Of numbers and vectors: the squared difference.
+    """
+    there = mask.bool()
+    if task.auto_class == "AutoModelForQuestionAnswering":
+        low = torch.finfo(said.dtype).min
+        said, wanted = (x.masked_fill(~there[..., None], low).transpose(1, 2) for x in (said, wanted))
+    elif said.ndim == 3:
+        said, wanted = said[there], wanted[there]
+    elif not task.labels or task.problem_type == "regression":
+        return (said - wanted).square().sum(-1).mean()
+    said, wanted = said / temperature, wanted / temperature
+    if task.problem_type == "multi_label_classification":
+        aim = wanted.sigmoid()
+        apart = functional.binary_cross_entropy_with_logits(said, aim) - functional.binary_cross_entropy_with_logits(
+            wanted, aim
+        )
+        return apart * temperature**2
+    apart = functional.kl_div(said.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none")
+    return apart.sum(-1).mean() * temperature**2
+
+
+def _states_apart(said: list[torch.Tensor], wanted: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    there = mask.bool()
+    each = [
+        1.0 - functional.cosine_similarity(a[there].float(), b[there].float(), dim=-1).mean()
+        for a, b in zip(said, wanted, strict=True)
+    ]
+    return torch.stack(each).mean()
