@@ -312,6 +312,8 @@ def measurable(task: TaskSpec, tune: TuneSpec, train: TrainSpec | None) -> None:
 Variant = Literal[
     "onnx-fp32",
     "onnx-int8",
+    "onnx-int8-static",
+    "onnx-int8-default",
     "native-int8",
     "torch-bf16",
     "torch-int8",
@@ -336,6 +338,10 @@ class CompressSpec(Spec):
         None, description="largest size of the weights, in millions of bytes"
     )
     minutes: Annotated[Number, Field(gt=0)] = Field(10.0, description="no further variant is begun after so long")
+    shapes: Literal["auto", "none", "all"] = Field(
+        "auto",
+        description="encoders of fewer layers and tokens, distilled: where the room or the target asks, or always",
+    )
     variants: tuple[Variant, ...] | None = Field(
         None, description="what is tried; default: all that this machine can run", min_length=1, strict=False
     )

@@ -15,12 +15,14 @@ Target = Literal["throughput", "latency", "size", "memory"]
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What must be kept and what is sought: a choice loses at most `max_drop` of `metric` and takes at most
-    `max_bytes`. Nothing further is tried after `ends` (monotonic clock)."""
+    `max_bytes`. `shapes` says whether smaller shapes of the model are tried; nothing further is after `ends` (monotonic
+    clock)."""
 
     metric: str
     max_drop: float
     target: Target = "throughput"
     max_bytes: float | None = None
+    shapes: Literal["auto", "none", "all"] = "auto"
     ends: float = math.inf
 
 

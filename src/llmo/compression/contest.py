@@ -65,7 +65,8 @@ def contest(
     worth: Callable[[Candidate, Sequence[Logits]], str | None] = lambda candidate, logits: None,
     problems: dict[str, str] | None = None,
 ) -> dict[str, Measured]:
-    """Measure every candidate on the same texts (token ids); the first is the reference.
+    """Measure every candidate on the same texts (token ids, a candidate's own where it reads them otherwise); the first
+    is the reference.
 
     Each runs in a fresh process with the device's cores. Logits are taken of all texts; speed in `ROUNDS` rounds, under
     1, 16 and 64 clients, in which the candidates take turns, forwards and backwards. `folder` is for scratch files.
@@ -75,7 +76,6 @@ def contest(
     """
     work = folder / "work.json"
     schedule = plan(texts)
-    work.write_text(json.dumps(schedule), encoding="utf-8")
     found: dict[str, Measured] = {}
     timed: list[tuple[Probe, Measured]] = []
     counts: dict[int, int] = {}
@@ -83,6 +83,8 @@ def contest(
         for number, candidate in enumerate(candidates):
             ctx.report(number, len(candidates) + ROUNDS, stage=f"answers of {candidate.name}")
             try:
+                own = schedule if candidate.texts is None else {**schedule, "texts": candidate.texts}
+                work.write_text(json.dumps(own), encoding="utf-8")
                 probe, measured, seconds = _answering(candidate, work, folder, len(texts), stack, ctx)
             except LLMOError as error:
                 if problems is None or not found:

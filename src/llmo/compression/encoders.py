@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,25 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from llmo import plugins
-from llmo.compression.choice import Limits, Table
+from llmo.compression.choice import Limits, Table, choose
 from llmo.compression.contest import CLIENTS, Measured, contest, speedup
+from llmo.compression.graphs import calibration
+from llmo.compression.outcome import Made, Outcome
 from llmo.compression.probe import Candidate
+from llmo.compression.recipes import Maker, recipes
 from llmo.compression.variants import FP32_BITS, VARIANTS, WEIGHTS, Source
 from llmo.context import Context, Stopped
 from llmo.data.dataset import Dataset
 from llmo.errors import LLMOError
 from llmo.tasks.base import Encoding, Logits, Row, Task, gathered, sequences
-from llmo.tasks.card import load_tokenizer
+from llmo.tasks.card import CARD, load_task, load_tokenizer
 from llmo.tasks.metrics import sigmoid, softmax
 from llmo.training.against import differences
 
 REFERENCE = "torch-fp32"
+LATE = "not tried: the time was up"
 MOST_ROWS = 1000  # of dev; more would take minutes on the reference
-CALIBRATION_ROWS, CALIBRATION_SEED = 300, 17
+CALIBRATION_ROWS, CALIBRATION_TEXTS, CALIBRATION_SEED = 2000, 64, 17
 LOWER_IS_BETTER = frozenset({"rmse", "mae"})  # of the figures a task has beside its metric
 
 
@@ -40,14 +45,55 @@ class Exam:
     encodings: Sequence[Encoding]
     metric: str
 
-    def drop(self, reference: Sequence[Logits], other: Sequence[Logits]) -> dict[str, float]:
-        """How much worse the other is, `{"value", "low", "high"}` with the 95% paired interval."""
-        counts = [self.task.counted(logits, self.rows, self.encodings) for logits in (reference, other)]
-        found = differences((self.task, counts[0]), (self.task, counts[1]))[self.metric]
+    def drop(
+        self, reference: Sequence[Logits], other: Sequence[Logits], encodings: Sequence[Encoding]
+    ) -> dict[str, float]:
+        """How much worse the other is, which read the rows as `encodings`: `{"value", "low", "high"}` with the 95%
+        paired interval."""
+        ours = self.task.counted(reference, self.rows, self.encodings)
+        theirs = self.task.counted(other, self.rows, encodings)
+        found = differences((self.task, ours), (self.task, theirs))[self.metric]
         higher = self.task.higher_is_better if self.metric == self.task.metric else self.metric not in LOWER_IS_BETTER
         if higher:
             return found
         return {"value": -found["value"], "low": -found["high"], "high": -found["low"]}
+
+    def changes(
+        self, reference: Sequence[Logits], other: Sequence[Logits], encodings: Sequence[Encoding]
+    ) -> dict[str, Any]:
+        """The share of texts that are answered alike, and by how much a probability changed at most, if there are any.
+        Of texts that both read in the same number of pieces."""
+        alike = [
+            (a, b, encoding)
+            for a, b, encoding in zip(reference, other, encodings, strict=True)
+            if np.shape(a) == np.shape(b)
+        ]
+        if not alike:
+            return {"agreement": 0.0}
+        found: dict[str, Any] = {"agreement": sum(self.task.agree(a, b, e) for a, b, e in alike) / len(alike)}
+        if self.task.has_classes:
+            said = sigmoid if self.task.problem_type == "multi_label_classification" else softmax
+            found["probability_change"] = round(max(float(np.abs(said(a) - said(b)).max()) for a, b, _ in alike), 4)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What can be measured: a variant of a shape, in a folder of its own. `shape` is the model folder it was made from,
+    and `encodings` are the exam's rows as that one's tokeniser reads them."""
+
+    name: str
+    engine: str
+    precision: str
+    folder: Path
+    files: tuple[str, ...]
+    bits: float
+    shape: Path
+    encodings: Sequence[Encoding]
+
+    @property
+    def size(self) -> int:
+        return sum((self.folder / name).stat().st_size for name in self.files)
 
 
 def compete(
@@ -59,105 +105,176 @@ def compete(
     limits: Limits,
     work: Path,
     ctx: Context,
-) -> tuple[Table, dict[str, Any]]:
-    """Build each variant as a folder `work/VARIANT` and measure it on `rows` of dev; those that are calibrated see
-    texts of train.
-
-    Returns one row a candidate, the reference first, with empty verdicts but for those that cannot run or were not
-    begun; and by name its metrics with intervals.
-    """
-    tokenizer, metric = load_tokenizer(model), limits.metric
-    encodings = task.encode_rows(tokenizer, rows)
-    exam = Exam(task, rows, encodings, metric)
-    problems: dict[str, str] = {}
-    source = Source(model, work, lambda: _calibration(task, tokenizer, data))
-    bits = _build(source, variants, problems, limits.ends, ctx)
-    candidates = [Candidate(REFERENCE, "torch", model)]
-    candidates += [Candidate(name, VARIANTS[name].engine, work / name) for name in bits]
-    reference: list[Logits] = []
-    drops: dict[str, dict[str, float]] = {}
-
-    def worth(candidate: Candidate, logits: Sequence[Logits]) -> str | None:
-        answers = gathered(logits, encodings)
-        if not reference:
-            reference.extend(answers)
-        drop = drops[candidate.name] = exam.drop(reference, answers)
-        return "drops too much" if drop["value"] > limits.max_drop + 1e-9 else None
-
-    measured = contest(candidates, sequences(encodings), work, ctx, worth=worth, problems=problems)
-    table: Table = []
-    metrics: dict[str, Any] = {}
-    for candidate in candidates:
-        found = measured.get(candidate.name)
-        if found is None:
-            continue
-        found.logits = gathered(found.logits, encodings)
-        metrics[candidate.name] = task.intervals(task.tally(found.logits, rows, encodings))
-        value = metrics[candidate.name][metric]["value"]
-        table.append(
-            _row(candidate, found, measured[REFERENCE], bits.get(candidate.name, FP32_BITS))
-            | {"metric": metric, "value": value}
-            | {"drop" if key == "value" else f"drop_{key}": x for key, x in drops[candidate.name].items()}
-            | _changes(exam, reference, found.logits)
-        )
-    table += [{"name": name, "verdict": why} for name, why in problems.items()]
-    return table, metrics
+) -> Outcome:
+    """Build each variant as a folder of `work` and measure it on `rows` of dev, and then the best of them of smaller
+    shapes where that is asked for or needed. Those that are calibrated or trained see texts of train."""
+    search = _Search(model, task, data, rows, limits, work, ctx)
+    search.try_variants(variants)
+    if wants_shapes(search.table, limits):
+        search.try_shapes(variants)
+    return Outcome(search.table, search.metrics, search.made)
 
 
-def settle(model: Path, work: Path, chosen: str, ctx: Context) -> dict[str, Any]:
-    """Nothing: an encoder's batches follow from the texts."""
-    return {}
+def wants_shapes(table: Table, limits: Limits) -> bool:
+    """Whether smaller shapes are to be tried: always or never, or where the smallest is sought, or nothing that keeps
+    the quality is small enough."""
+    if limits.shapes != "auto":
+        return limits.shapes == "all"
+    return limits.target == "size" or (limits.max_bytes is not None and choose(deepcopy(table), limits) is None)
 
 
-def files(model: Path, work: Path, chosen: str) -> list[Path]:
-    """What the chosen variant brings into the model folder beside what serves any engine."""
-    return [work / chosen / name for name in VARIANTS[chosen].files]
+class _Search:
+    """One use: the table grows as candidates are built and measured."""
 
+    def __init__(
+        self,
+        model: Path,
+        task: Task,
+        data: Dataset,
+        rows: Sequence[Row],
+        limits: Limits,
+        work: Path,
+        ctx: Context,
+    ) -> None:
+        self._model, self._data, self._limits, self._work, self._ctx = model, data, limits, work, ctx
+        encodings = task.encode_rows(load_tokenizer(model), rows)
+        self._exam = Exam(task, rows, encodings, limits.metric)
+        self._maker = Maker(model, data, work / "shapes", ctx)
+        self._reference = Entry(REFERENCE, "torch", "fp32", model, (WEIGHTS,), FP32_BITS, model, encodings)
+        self._answers: list[Logits] = []  # of the reference
+        self._entries = {REFERENCE: self._reference}
+        self._problems: dict[str, str] = {}
+        self._rows: Table = []
+        self.metrics: dict[str, Any] = {}
 
-def _build(
-    source: Source, variants: Sequence[str], problems: dict[str, str], ends: float, ctx: Context
-) -> dict[str, float]:
-    """Make a folder `work/VARIANT` for each; returns the bits of a weight. Why others cannot be had goes to
-    `problems`."""
-    bits: dict[str, float] = {}
-    for number, name in enumerate(variants):
-        if ctx.should_stop():
-            raise Stopped
-        if time.monotonic() > ends:
-            problems[name] = "not tried: the time was up"
-            continue
-        ctx.report(number, len(variants), stage=f"build {name}")
-        folder = source.work / name
-        folder.mkdir()
-        shutil.copy(source.model / "config.json", folder)
-        shutil.copy(source.model / "llmo.json", folder)
-        try:
-            plugins.load("llmo.engines", VARIANTS[name].engine)
-            bits[name] = VARIANTS[name].build(source, folder)
-        except LLMOError as error:
-            problems[name] = f"cannot run: {error.what}"
-            ctx.note(f"{name} cannot be built: {error.what}")
-    if source.attention:
-        ctx.note(f"exported to ONNX with {source.attention} attention")
-    return bits
+    @property
+    def table(self) -> Table:
+        return [*self._rows, *({"name": name, "verdict": why} for name, why in self._problems.items())]
+
+    def try_variants(self, variants: Sequence[str]) -> None:
+        self._measure([self._reference, *self._build(self._model, self._work, variants)])
+
+    def try_shapes(self, variants: Sequence[str]) -> None:
+        """From the mildest shape on, until the quality is lost, the room suffices, or the time is up."""
+        best = self._best(variants)
+        (self._work / "shapes").mkdir()
+        for recipe in recipes(self._model):
+            if time.monotonic() > self._limits.ends:
+                self._problems[recipe.name] = LATE
+                continue
+            self._ctx.report(0, stage=f"make the shape {recipe.name}")
+            try:
+                shape = self._maker.make(recipe)
+            except LLMOError as error:
+                self._problems[recipe.name] = f"cannot be made: {error.what}"
+                self._ctx.note(f"the shape {recipe.name} cannot be made: {error.what}")
+                continue
+            folder = self._work / f"of-{recipe.name}"
+            folder.mkdir()
+            made = self._build(shape, folder, [best], f"{recipe.name}+")
+            self._measure([self._reference, *made])
+            found = [row for row in self._rows if row["name"] == f"{recipe.name}+{best}"]
+            if self._limits.shapes == "auto" and found and self._enough(found[0]):
+                break
+
+    def made(self, name: str) -> Made:
+        entry = self._entries[name]
+        steps = self._maker.steps.get(name.partition("+")[0])
+        more = {} if steps is None else {"shape": steps}
+        return Made(entry.shape, [entry.folder / file for file in entry.files], more)
+
+    def _enough(self, row: Mapping[str, Any]) -> bool:
+        """Whether stronger shapes need not be tried: they would lose more still, or this one fits already."""
+        if row["drop"] > self._limits.max_drop + 1e-9:
+            return True
+        fits = self._limits.max_bytes is None or row["size_bytes"] <= self._limits.max_bytes
+        return fits and self._limits.target != "size"
+
+    def _best(self, variants: Sequence[str]) -> str:
+        """The variant that would be chosen if size did not matter; the first one where none would be."""
+        return choose(deepcopy(self._rows), replace(self._limits, max_bytes=None)) or variants[0]
+
+    def _build(self, shape: Path, work: Path, variants: Sequence[str], prefix: str = "") -> list[Entry]:
+        """Make a folder `work/VARIANT` for each. Why others cannot be had is noted among the problems."""
+        task, tokenizer = load_task(shape), load_tokenizer(shape)
+        encodings = task.encode_rows(tokenizer, self._exam.rows)
+        source = Source(shape, work, lambda: _calibration(task, tokenizer, self._data))
+        entries = []
+        for number, name in enumerate(variants):
+            if self._ctx.should_stop():
+                raise Stopped
+            if time.monotonic() > self._limits.ends and not prefix:
+                self._problems[name] = LATE
+                continue
+            self._ctx.report(number, len(variants), stage=f"build {prefix}{name}")
+            variant, folder = VARIANTS[name], work / name
+            folder.mkdir()
+            for file in ("config.json", CARD):
+                shutil.copy(shape / file, folder)
+            try:
+                plugins.load("llmo.engines", variant.engine)
+                bits = variant.build(source, folder)
+            except LLMOError as error:
+                self._problems[prefix + name] = f"cannot run: {error.what}"
+                self._ctx.note(f"{prefix}{name} cannot be built: {error.what}")
+                continue
+            entries.append(
+                Entry(prefix + name, variant.engine, variant.precision, folder, variant.files, bits, shape, encodings)
+            )
+        if source.attention:
+            self._ctx.note(f"exported to ONNX with {source.attention} attention")
+        return entries
+
+    def _measure(self, entries: Sequence[Entry]) -> None:
+        """Take their answers and their speed, the reference first among them; a row for each that runs."""
+        self._entries |= {entry.name: entry for entry in entries}
+        drops: dict[str, dict[str, float]] = {}
+
+        def worth(candidate: Candidate, logits: Sequence[Logits]) -> str | None:
+            entry = self._entries[candidate.name]
+            answers = gathered(logits, entry.encodings)
+            if not self._answers:
+                self._answers = answers
+            drop = drops[entry.name] = self._exam.drop(self._answers, answers, entry.encodings)
+            return "drops too much" if drop["value"] > self._limits.max_drop + 1e-9 else None
+
+        candidates = [
+            Candidate(entry.name, entry.engine, entry.folder, texts=sequences(entry.encodings)) for entry in entries
+        ]
+        texts = sequences(self._exam.encodings)
+        measured = contest(candidates, texts, self._work, self._ctx, worth=worth, problems=self._problems)
+        for entry in entries:
+            found = measured.get(entry.name)
+            if found is None or entry.name in self.metrics:
+                continue
+            answers = gathered(found.logits, entry.encodings)
+            tally = self._exam.task.tally(answers, self._exam.rows, entry.encodings)
+            self.metrics[entry.name] = self._exam.task.intervals(tally)
+            value = self.metrics[entry.name][self._limits.metric]["value"]
+            self._rows.append(
+                _row(entry, found, measured[REFERENCE])
+                | {"metric": self._limits.metric, "value": value}
+                | {"drop" if key == "value" else f"drop_{key}": x for key, x in drops[entry.name].items()}
+                | self._exam.changes(self._answers, answers, entry.encodings)
+            )
 
 
 def _calibration(task: Task, tokenizer: Tokenizer, data: Dataset) -> list[list[int]]:
+    """Raises DataError where the training texts are too few or all alike."""
     rows = data.split("train")
     some = np.random.default_rng(CALIBRATION_SEED).permutation(len(rows))[:CALIBRATION_ROWS]
-    return sequences(task.encode_rows(tokenizer, [rows[int(number)] for number in some]))
+    texts = sequences(task.encode_rows(tokenizer, [rows[int(number)] for number in some]))
+    return calibration.choose(texts, CALIBRATION_TEXTS, CALIBRATION_SEED)
 
 
-def _row(candidate: Candidate, found: Measured, reference: Measured, bits: float) -> dict[str, Any]:
+def _row(entry: Entry, found: Measured, reference: Measured) -> dict[str, Any]:
     """What a candidate is and how fast; speeds are there where they were taken."""
-    variant = VARIANTS.get(candidate.name)
-    names = (WEIGHTS,) if variant is None else variant.files
     row: dict[str, Any] = {
-        "name": candidate.name,
-        "engine": candidate.engine,
-        "precision": "fp32" if variant is None else variant.precision,
-        "bits": round(bits, 2),
-        "size_bytes": sum((candidate.folder / name).stat().st_size for name in names),
+        "name": entry.name,
+        "engine": entry.engine,
+        "precision": entry.precision,
+        "bits": round(entry.bits, 2),
+        "size_bytes": entry.size,
         "ready_seconds": round(found.ready_seconds, 2),
         "rss_bytes": found.rss_bytes,
         "verdict": "",
@@ -180,15 +297,3 @@ def _row(candidate: Candidate, found: Measured, reference: Measured, bits: float
             for clients, level in found.levels.items()
         },
     }
-
-
-def _changes(exam: Exam, reference: Sequence[Logits], other: Sequence[Logits]) -> dict[str, Any]:
-    """The share of texts that are answered alike, and by how much a probability changed at most, if there are any."""
-    pairs = list(zip(reference, other, exam.encodings, strict=True))
-    agreed = sum(exam.task.agree(a, b, encoding) for a, b, encoding in pairs)
-    found: dict[str, Any] = {"agreement": agreed / len(pairs)}
-    if exam.task.has_classes:
-        several = exam.task.problem_type == "multi_label_classification"
-        said = sigmoid if several else softmax
-        found["probability_change"] = round(max(float(np.abs(said(a) - said(b)).max()) for a, b, _ in pairs), 4)
-    return found

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from llmo import plugins
 from llmo.compression import widths
 from llmo.compression.choice import Limits, Table
+from llmo.compression.outcome import Made, Outcome
 from llmo.compression.probe import Candidate, Probe
 from llmo.context import Context, Stopped
 from llmo.data.dataset import Dataset
@@ -68,12 +69,9 @@ def compete(
     limits: Limits,
     work: Path,
     ctx: Context,
-) -> tuple[Table, dict[str, Any]]:
+) -> Outcome:
     """Build each variant as a folder `work/VARIANT` and measure it on `rows` of dev: their perplexity, and the speed of
-    answers as long as theirs, one at a time and all together. None is calibrated.
-
-    Returns one row a candidate, the reference first; a variant that cannot be built or run has its reason as verdict.
-    And by name its metrics with intervals.
+    answers as long as theirs, one at a time and all together. None is calibrated or shaped.
     """
     tokenizer = load_tokenizer(model)
     encodings = task.encode_rows(tokenizer, rows)
@@ -99,10 +97,12 @@ def compete(
         )
         table[-1]["drop"] = task.drop(table[0]["value"], value)
     table += [{"name": name, "verdict": why} for name, why in problems.items()]
-    return table, metrics
+    return Outcome(
+        table, metrics, lambda name: Made(model, _files(model, work, name), _settled(model, work, name, ctx))
+    )
 
 
-def settle(model: Path, work: Path, chosen: str, ctx: Context) -> dict[str, Any]:
+def _settled(model: Path, work: Path, chosen: str, ctx: Context) -> dict[str, Any]:
     """What the card says beside the choice: `width`, the chosen variant's throughput by streams and threads."""
     plan = json.loads((work / PLAN).read_text(encoding="utf-8"))
     variant = VARIANTS[chosen]
@@ -114,7 +114,7 @@ def settle(model: Path, work: Path, chosen: str, ctx: Context) -> dict[str, Any]
         return {}
 
 
-def files(model: Path, work: Path, chosen: str) -> list[Path]:
+def _files(model: Path, work: Path, chosen: str) -> list[Path]:
     """What the chosen variant brings into the model folder beside what serves any engine."""
     if VARIANTS[chosen].build is None:
         return [model / WEIGHTS]

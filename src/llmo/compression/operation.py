@@ -15,6 +15,7 @@ import numpy as np
 from llmo import hardware
 from llmo.compression import encoders, generators
 from llmo.compression.choice import Limits, choose, refusal, why
+from llmo.compression.outcome import Outcome
 from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.engines.folder import refuse_applied
@@ -58,18 +59,21 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         spec["max_drop"],
         spec["target"],
         None if spec["max_mb"] is None else spec["max_mb"] * 1e6,
+        spec["shapes"],
         time.monotonic() + 60 * spec["minutes"],
     )
     with storage_errors(out), TemporaryDirectory(dir=out, prefix=".work-") as scratch:
         work = Path(scratch)
-        table, metrics = kind.compete(model, task, data, rows, variants, limits, work, ctx)
+        found: Outcome = kind.compete(model, task, data, rows, variants, limits, work, ctx)
+        table = found.table
         chosen = choose(table, limits)
         reason = why(table, chosen, limits)
         ctx.note(reason)
         if chosen is None:
             raise refusal(reason, table)
-        settled = kind.settle(model, work, chosen, ctx)
-        _assemble(model, kind.files(model, work, chosen), out)
+        made = found.made(chosen)
+        _assemble(made.model, made.files, out)
+        card = read_card(made.model)
     row = next(row for row in table if row["name"] == chosen)
     result = {
         "metric": limits.metric,
@@ -79,9 +83,9 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         "why": reason,
         "texts": len(rows),
         "hardware": hardware.described(ctx.device.cores),
-        **settled,
+        **made.more,
     }
-    write_card(out, _card(card, model, result, row, metrics[chosen]))
+    write_card(out, _card(card, model, result, row, found.metrics[chosen]))
     return result
 
 

@@ -7,6 +7,7 @@ import os
 import selectors
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to run the model: the engine, the folder that it opens, what the measuring module is told more, and the
-    threads that compute (None: one for each of the job's cores)."""
+    """One way to run the model: the engine, the folder that it opens, what the measuring module is told more, the
+    threads that compute (None: one for each of the job's cores), and the texts as its tokeniser reads them (None: as
+    all others do)."""
 
     name: str
     engine: str
     folder: Path
     options: tuple[str, ...] = ()
     threads: int | None = None
+    texts: Sequence[list[int]] | None = None
 
 
 class Probe:

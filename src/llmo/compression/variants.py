@@ -10,11 +10,12 @@ import onnx
 
 from llmo.compression import native
 from llmo.compression.export import export
+from llmo.compression.graphs import attention, default, heads, lean, smooth, static
 from llmo.compression.quantise import measured_bits, parameter_count, quantise, safe_bits
 from llmo.engines.native.encoder_model import FILE as NATIVE
 from llmo.engines.onnx import GRAPH
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, PLAIN = "model.safetensors", "plain.onnx"
 FP32_BITS = 32.0
 
 
@@ -34,6 +35,13 @@ class Source:
         if not file.exists():
             self.attention = export(self.model, file)
         return onnx.load(file)
+
+    def plain(self) -> Path:
+        """The same with attention as transformers spells it."""
+        file = self.work / PLAIN
+        if not file.exists():
+            export(self.model, file, fused=False)
+        return file
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +65,31 @@ def _onnx(change: Callable[[onnx.ModelProto, Source], onnx.ModelProto]) -> Calla
     return build
 
 
+def _by_token(graph: onnx.ModelProto, source: Source) -> onnx.ModelProto:
+    """int8 with a scale for each token."""
+    heads.cut(graph)
+    lean.lean(graph)
+    return attention.spell(quantise(graph, bits=safe_bits()))
+
+
+def _static(graph: onnx.ModelProto, source: Source) -> onnx.ModelProto:
+    """int8 with scales that calibration found, after outliers were moved into the weights."""
+    texts = source.calibration()
+    heads.cut(graph)
+    lean.lean(graph)
+    smooth.rescale(graph, texts)
+    quantised = static.quantise(graph, static.ranges(graph, texts), bits=safe_bits())
+    return attention.spell(quantise(quantised, bits=safe_bits()))
+
+
+def _default(source: Source, folder: Path) -> float:
+    """ONNX Runtime's own int8 as its default makes it."""
+    graph = source.graph()
+    parameters = parameter_count(graph)
+    default.quantise(source.plain(), folder / GRAPH)
+    return measured_bits(onnx.load(folder / GRAPH), parameters)
+
+
 def _native(source: Source, folder: Path) -> float:
     return native.write(source.model, folder).bits
 
@@ -64,5 +97,7 @@ def _native(source: Source, folder: Path) -> float:
 VARIANTS: Mapping[str, Variant] = {
     "native-int8": Variant("native", "int8", (NATIVE,), _native),
     "onnx-fp32": Variant("onnx", "fp32", (GRAPH,), _onnx(lambda graph, source: graph)),
-    "onnx-int8": Variant("onnx", "int8", (GRAPH,), _onnx(lambda graph, source: quantise(graph, bits=safe_bits()))),
+    "onnx-int8": Variant("onnx", "int8", (GRAPH,), _onnx(_by_token)),
+    "onnx-int8-static": Variant("onnx", "int8", (GRAPH,), _onnx(_static)),
+    "onnx-int8-default": Variant("onnx", "int8", (GRAPH,), _default),
 }

@@ -85,7 +85,7 @@ def _checks(spec: Mapping[str, Any], model: Path, reference: Path | None, ctx: C
     if saved is not None:
         ctx.report(1, 3, stage="saved model")
         found += [_reference_check(card, saved)] if compressed else []
-        found += _saved_checks(saved, subject, ctx.device)
+        found += _saved_checks(saved, subject, ctx.device) if "shape" not in card else []
     ctx.report(2, 3, stage=f"engine {card['engine']}")
     found += _engine_checks(subject, ctx.device)
     if spec.get("heard") is not None:
@@ -211,7 +211,7 @@ def _answers_check(name: str, pair: str, found: Sequence[Logits], subject: Subje
 @contextmanager
 def _loaded(name: str, folder: Path, device: Device) -> Iterator[Engine]:
     engine: Engine = plugins.load("llmo.engines", name)()
-    engine.load(folder, replace(device, kind="cpu", name="cpu") if name == "onnx" else device)
+    engine.load(folder, device if name == "torch" else replace(device, kind="cpu", name="cpu"))
     try:
         yield engine
     finally:

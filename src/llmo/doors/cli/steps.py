@@ -164,6 +164,9 @@ def compress(
     ] = "throughput",
     max_mb: Annotated[float | None, typer.Option(help="Largest size of the weights, in millions of bytes.")] = None,
     minutes: Annotated[float, typer.Option(help="Begin no further variant after so long.")] = 10.0,
+    shapes: Annotated[
+        str, typer.Option(help="Distil smaller shapes: auto (where the room or the target asks), none or all.")
+    ] = "auto",
     settings: Set = None,
     fresh: Fresh = False,
     as_json: Json = False,
@@ -173,8 +176,8 @@ def compress(
 
     Example: llmo compress newsdesk --max-drop 0.005 --target latency
     """
-    asked = {"max_drop": max_drop, "metric": metric, "target": target, "max_mb": max_mb, "minutes": minutes}
-    spec = {**asked, **assignments(settings)}
+    asked = {"max_drop": max_drop, "metric": metric, "target": target, "max_mb": max_mb}
+    spec = {**asked, "minutes": minutes, "shapes": shapes, **assignments(settings)}
     flow.check("compress", spec)
     with closing(flow.connect()) as api:
         artifact = _servable(api, model, as_json)

@@ -1,0 +1,30 @@
+"""What a search among variants found, and what becomes of the chosen one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmo.compression.choice import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The model folder that a variant was made from, what it brings beside that folder's small files, and what its card
+    says more."""
+
+    model: Path
+    files: Sequence[Path]
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One row a candidate, the reference first, with empty verdicts but for those that cannot run or were not begun; by
+    name their metrics with intervals; and `made(name)`."""
+
+    table: Table
+    metrics: Mapping[str, Any]
+    made: Callable[[str], Made]

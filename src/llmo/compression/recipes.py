@@ -1,0 +1,71 @@
+"""Smaller shapes of an encoder, from the mildest to the strongest, each a model folder that any variant is built of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmo.compression.shapes import distil, vocabulary
+from llmo.compression.shapes.distil import Recovery
+from llmo.context import Context
+from llmo.data.dataset import Dataset
+from llmo.engines.folder import read_config
+
+Step = Callable[[Path, Path], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """`layers` of the model's and a feed-forward width of `inner`, distilled from the model; None leaves it whole. The
+    vocabulary is trimmed to the training texts in any case, for that costs nothing."""
+
+    name: str
+    layers: int | None = None
+    inner: int | None = None
+
+
+@dataclass(slots=True)
+class Maker:
+    """Makes shapes of one model, each once."""
+
+    model: Path
+    data: Dataset
+    work: Path
+    ctx: Context
+    steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def make(self, recipe: Recipe) -> Path:
+        """The shape's folder. Raises ModelError for a model that cannot be shaped so, DataError, JobFailed, Stopped."""
+        out = self.work / recipe.name
+        out.mkdir()
+        steps: list[dict[str, Any]] = []
+        shape = self.model
+        if recipe.layers is not None:
+            student, shape = out / "student", out / "trained"
+            steps.append(
+                distil.student(self.model, self.data, student, self.ctx, keep=recipe.layers, inner=recipe.inner)
+            )
+            how = Recovery(int8=True)
+            steps.append(distil.recover(student, self.model, self.data, shape, self.ctx, how))
+        steps.append(vocabulary.trim(shape, self.data, out / "model", self.ctx))
+        self.steps[recipe.name] = steps
+        return out / "model"
+
+
+def recipes(model: Path) -> list[Recipe]:
+    """What can be tried of a model folder, the mildest first."""
+    config: Mapping[str, Any] = read_config(model)
+    layers = int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
+    inner = int(config.get("intermediate_size") or config.get("hidden_dim") or 0)
+    found = [Recipe("vocabulary")]
+    for kept, narrow in ((2 / 3, False), (1 / 2, False), (1 / 2, True), (1 / 3, True)):
+        count = round(layers * kept)
+        if not 0 < count < layers:
+            continue
+        width = inner // 2 if narrow and inner >= 128 else None
+        name = f"layers-{count}" + (f"-inner-{width}" if width else "")
+        if all(recipe.name != name for recipe in found):
+            found.append(Recipe(name, count, width))
+    return found
