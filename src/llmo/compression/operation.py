@@ -73,7 +73,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             raise refusal(reason, table)
         made = found.made(chosen)
         _assemble(made.model, made.files, out)
-        card = read_card(made.model)
+        own = read_card(made.model)
     row = next(row for row in table if row["name"] == chosen)
     result = {
         "metric": limits.metric,
@@ -85,7 +85,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         "hardware": hardware.described(ctx.device.cores),
         **made.more,
     }
-    write_card(out, _card(card, model, result, row, found.metrics[chosen]))
+    write_card(out, _card(own, card, model, result, row, found.metrics[chosen]))
     return result
 
 
@@ -132,11 +132,17 @@ def _assemble(model: Path, engine_files: Sequence[Path], out: Path) -> None:
 
 
 def _card(
-    card: Mapping[str, Any], model: Path, result: Mapping[str, Any], row: Mapping[str, Any], dev: Mapping[str, Any]
+    own: Mapping[str, Any],
+    card: Mapping[str, Any],
+    model: Path,
+    result: Mapping[str, Any],
+    row: Mapping[str, Any],
+    dev: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The original's card with what is different now; `metrics` are this variant's own."""
+    """The card of the shape (`own`), or the original's where it is the same, with what is different now; `metrics` are
+    this variant's own."""
     return {
-        **card,
+        **own,
         "engine": row["engine"],
         "precision": row["precision"],
         "bits": row["bits"],

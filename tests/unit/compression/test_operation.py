@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llmo.compression.choice import Limits, choose, refusal, why
+from llmo.compression.encoders import wants_shapes
 from llmo.compression.operation import run
 from llmo.context import NullContext
 from llmo.engines.base import Request
@@ -202,7 +204,7 @@ def test_the_target_says_which_is_best_and_the_room_what_may_be(
 
 def test_a_budget_that_nothing_keeps_to_registers_nothing(workshop: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    spec = CompressSpec(max_drop=0.5, max_mb=0.001).plain()
+    spec = CompressSpec(max_drop=0.5, max_mb=0.001, shapes="none", variants=("native-int8",)).plain()
     with pytest.raises(GateRefused, match="too large") as caught:
         run(spec, {"data": workshop / "data", "model": workshop / "model"}, tmp_path / "out", NullContext(1))
     assert caught.value.exit_code == 3
@@ -219,3 +221,38 @@ def test_another_figure_can_be_kept_and_when_the_time_is_up_no_variant_is_begun(
     spec = CompressSpec(max_drop=0.5, metric="macro_f1", minutes=1e-9).plain()
     with pytest.raises(GateRefused, match="macro_f1 on dev: native-int8: not tried: the time was up"):
         run(spec, {"data": workshop / "data", "model": workshop / "model"}, tmp_path, NullContext(1))
+
+
+def test_where_no_variant_is_small_enough_a_smaller_shape_is_made(
+    workshop: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    sizes = {one["name"]: one["size_bytes"] for one in done[1]["variants"]}
+    (tmp_path / "out").mkdir()
+    room = 0.9 * sizes["native-int8"] / 1e6
+    spec = CompressSpec(max_drop=0.9, max_mb=room, variants=("native-int8",)).plain()
+    inputs = {"data": workshop / "data", "model": workshop / "model"}
+    result = run(spec, inputs, tmp_path / "out", NullContext(1, tmp_path / "checkpoint"))
+    rows = {one["name"]: one for one in result["variants"]}
+    assert rows["native-int8"]["verdict"] == "too large"
+    assert result["chosen"].endswith("+native-int8")
+    assert rows[result["chosen"]]["size_bytes"] <= room * 1e6
+    card = read_card(tmp_path / "out")
+    assert [step["step"] for step in card["shape"]][-1] == "vocabulary"
+    assert card["reference"]["metrics"] == read_card(workshop / "model")["metrics"]
+    (tmp_path / "verified").mkdir()
+    report = verify(
+        {}, {"model": tmp_path / "out", "reference": workshop / "model"}, tmp_path / "verified", NullContext(1)
+    )
+    assert report["passed"]
+
+
+def test_shapes_are_tried_only_where_they_are_wanted() -> None:
+    table = [sized("torch-fp32", 1.0, 1.0, 100, 100), sized("int8", 4.0, 4.0, 25, 25)]
+    fits, small = Limits("accuracy", 0.01, max_bytes=30), Limits("accuracy", 0.01, max_bytes=20)
+    assert not wants_shapes(table, Limits("accuracy", 0.01))
+    assert not wants_shapes(table, fits)
+    assert wants_shapes(table, small)
+    assert wants_shapes(table, Limits("accuracy", 0.01, "size"))
+    assert wants_shapes(table, replace(fits, shapes="all"))
+    assert not wants_shapes(table, replace(small, shapes="none"))
+    assert [one["verdict"] for one in table] == ["", ""]
