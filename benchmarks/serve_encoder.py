@@ -214,15 +214,22 @@ def answers(side: Side, texts: Sequence[str]) -> list[str]:
         return [side.label(client.post(side.url, json=side.body(text)).raise_for_status().json()) for text in texts]
 
 
+def spent(side: Side) -> float:
+    """Seconds of CPU that its processes have had."""
+    return sum(sum(one.cpu_times()[:2]) for one in side.processes())
+
+
+def busy() -> float:
+    """Seconds of CPU that everybody on this machine has had."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+
 def idle(sides: dict[str, Side], seconds: float = 3.0) -> dict[str, float]:
     """The share of one core that each takes when nobody asks."""
-
-    def spent() -> dict[str, float]:
-        return {name: sum(sum(one.cpu_times()[:2]) for one in side.processes()) for name, side in sides.items()}
-
-    before = spent()
+    before = {name: spent(side) for name, side in sides.items()}
     time.sleep(seconds)
-    return {name: round((after - before[name]) / seconds, 4) for name, after in spent().items()}
+    return {name: round((spent(side) - before[name]) / seconds, 4) for name, side in sides.items()}
 
 
 def by_python(load: Load, url: str, key: str, clients: int, seconds: float, bodies: Sequence[str]) -> dict[str, Any]:
@@ -260,7 +267,11 @@ def load_all(sides: dict[str, Side], texts: Sequence[str], rounds: int, seconds:
             for name in [*names[turn:], *names[:turn]]:
                 time.sleep(REST)
                 with alone(sides, name) as side:
+                    began, machine, own = time.perf_counter(), busy(), spent(side)
                     found = measure(side.url, side.key, clients, seconds, bodies[name])
+                    took, rest = time.perf_counter() - began, busy() - machine - (spent(side) - own)
+                rest -= found["cpu_us"] * found["requests_per_second"] * seconds / 1e6
+                found["strangers"] = max(0.0, rest / took)
                 side.windows.setdefault(clients, []).append(found)
             told = ", ".join(f"{n} {sides[n].windows[clients][-1]['requests_per_second']:.0f}" for n in names)
             print(f"{clients} clients, round {number + 1} of {rounds}, requests/s: {told}", file=sys.stderr, flush=True)
@@ -275,6 +286,7 @@ def summary(sides: dict[str, Side]) -> dict[str, Any]:
             level: dict[str, Any] = {"clients": clients}
             level |= {key: statistics.median(one[key] for one in windows) for key in FIGURES}
             level["failed"] = sum(one["failed"] for one in windows)
+            level["strangers_cores"] = max(one["strangers"] for one in windows)
             level["load_us"] = statistics.median(one["cpu_us"] for one in windows)
             pairs = list(zip(windows, sides[USUAL].windows[clients], strict=True))
             for key, of in (("times", FIGURES[0]), ("p99_ratio", "p99_ms")):
@@ -297,6 +309,10 @@ def show(found: dict[str, Any]) -> None:
                 latency = " ".join(f"{level[key]:7.1f}" for key in FIGURES[1:])
                 told = f"{level['p99_ratio']['median']:14.2f}  {level['failed']}"
                 print(f"{clients:7}  {name:9} {level[FIGURES[0]]:10.1f}  {times:>20}  {latency}  {told}")
+    strangers = max(level["strangers_cores"] for side in found["sides"].values() for level in side["levels"])
+    print(
+        f"processes of strangers took at most {strangers:.2f} cores in a window; torch's spinning threads suffer most"
+    )
     for name, side in found["sides"].items():
         held = " + ".join(f"{who} {(count or 0) / 2**20:.0f}" for who, count in side["memory_bytes"].items())
         start, rest = f"cold start {side['cold_start_seconds']:.1f} s", f"idle {side['idle_cores']:.1%} of a core"
