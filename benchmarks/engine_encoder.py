@@ -1,9 +1,9 @@
 """Sentences per second of every encoder engine and precision: one at a time, 32 as they come, and 32 by length.
 
 Sentences of 25 tokens on average are cut from held-out articles; token ids go in, so nothing but the engine is timed
-(the pipeline tokenises too: 24,000 texts a second). Each way runs in a process of its own, and they take turns, forwards
-and backwards; a figure is the median of all turns. Beside it stand the labels equal to plain transformers at fp32, and
-the share, by length, of what the machine's processor can multiply at that precision.
+(the pipeline tokenises too: 24,000 texts a second). Each way runs in a process of its own, and they take turns,
+forwards and backwards; a figure is the median of all turns. Beside it stand the labels equal to plain transformers at
+fp32, and the share, by length, of what the machine's processor can multiply at that precision.
 Run `make demo` first, then: python benchmarks/engine_encoder.py [--rounds 5] [--only onnx] [--json FILE]
 """
 
@@ -96,6 +96,12 @@ def openvino(precision: Any) -> Build:
     return build
 
 
+def native(model: Model, out: Path) -> None:
+    from llmo.compression.native import write
+
+    write(model.folder, out)
+
+
 WAYS: dict[str, Way] = {
     REFERENCE: Way("pipeline", "fp32", trained),
     "torch fp32": Way("torch", "fp32", trained),
@@ -106,6 +112,7 @@ WAYS: dict[str, Way] = {
     "openvino fp32": Way("openvino", "fp32", openvino("fp32")),
     "openvino bf16": Way("openvino", "bf16", openvino("bf16")),
     "openvino int8": Way("openvino", "int8", openvino("int8")),
+    "native int8": Way("native", "int8", native),
 }
 if importlib.util.find_spec("torchao"):  # it says much on importing, and slows every import of transformers
     WAYS["torchao int8 (no engine)"] = Way("torchao", "int8", trained)
@@ -125,7 +132,7 @@ def of_engine(name: str, folder: Path, work: dict[str, Any], cores: int) -> tupl
     def run(numbers: Sequence[int]) -> dict[int, list[float]]:
         return {chunk.id: chunk.data.tolist() for chunk in engine.run([requests[number] for number in numbers])}
 
-    return run, to_json(engine.facts())
+    return run, to_json(engine.facts()) if hasattr(engine, "facts") else {}
 
 
 def of_pipeline(folder: Path, work: dict[str, Any], cores: int) -> tuple[Run, Any]:

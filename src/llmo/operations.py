@@ -32,7 +32,12 @@ EVALUATE = Operation(
     "evaluate", "llmo.training.evaluate:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB), revision=3
 )
 COMPRESS = Operation(
-    "compress", "llmo.compression.operation:run", produces=Kind.MODEL, needs=Needs(memory=3 * _GIB), revision=4
+    "compress",
+    "llmo.compression.operation:run",
+    produces=Kind.MODEL,
+    needs=Needs(memory=3 * _GIB),
+    revision=5,
+    measured=True,
 )
 VERIFY = Operation(
     "verify", "llmo.verify.operation:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB), makes_room=True

@@ -20,7 +20,8 @@ class Operation:
     `produces` names the kind of artifact that `out/` becomes; a `service` stays up; `cached` operations
     are skipped when the same spec and inputs are already done. `revision` is raised when the operation's
     result for the same spec and inputs changes, so that older results are not taken for new ones. Endpoints that
-    nobody uses give way to a service, and to what `makes_room`: it must be short, for it keeps them from waking.
+    nobody uses give way to a service, and to what `makes_room`: it must be short, for it keeps them from waking. What
+    is `measured` is true of the processor it ran on: on another one it is done again.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Operation:
     needs: Needs = field(default_factory=Needs)
     revision: int = 1
     makes_room: bool = False
+    measured: bool = False
 
 
 @cache

@@ -315,11 +315,19 @@ Variant = Literal[
 
 
 class CompressSpec(Spec):
-    """What may be lost for speed."""
+    """What may be lost, and for what."""
 
     max_drop: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.005, description="largest loss of the task's metric on dev"
     )
+    metric: str | None = Field(None, description="the figure that is to be kept; default: the task's metric")
+    target: Literal["throughput", "latency", "size", "memory"] = Field(
+        "throughput", description="what is sought: many texts at once, one text soon, a small file, little memory"
+    )
+    max_mb: Annotated[Number, Field(gt=0)] | None = Field(
+        None, description="largest size of the weights, in millions of bytes"
+    )
+    minutes: Annotated[Number, Field(gt=0)] = Field(10.0, description="no further variant is begun after so long")
     variants: tuple[Variant, ...] | None = Field(
         None, description="what is tried; default: all that this machine can run", min_length=1, strict=False
     )
@@ -333,6 +341,9 @@ class DeploySpec(Spec):
     gpus: Annotated[int, Field(ge=0, le=1)] = Field(0, description="1: the replica computes on a GPU of its own")
     max_batch_tokens: Positive = Field(4096, description="padded tokens in one batch")
     queue: Positive = Field(1024, description="texts or prompts that may wait; more are answered 429")
+    repeats_mib: Annotated[int, Field(ge=0)] = Field(
+        16, description="over an encoder: memory for answers to texts that a key asks again, in MiB; 0: none are kept"
+    )
     engine: str | None = Field(None, description="generation: the engine; default: the one the model was measured on")
     streams: Positive | None = Field(
         None, description="generation: answers written at once; default: what compressing measured as best, else 16"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,93 +15,133 @@ import numpy as np
 
 from llmo.compression.probe import Candidate, Probe
 from llmo.context import Context
+from llmo.errors import LLMOError
 from llmo.tasks.base import Logits
 
 BATCH = 16
-TIMED_TEXTS = 96
-SINGLES = 16
+CLIENTS = (1, 16, 64)
+MOST_TIMED = {1: 16, 16: 96, 64: 192}  # texts of one round, where the first candidate is quick enough
+LEAST_TIMED = 8
+ROUND_SECONDS = 4.0  # of the first candidate, about
 ROUNDS = 3
+SEED = 5
 MEASURE = "llmo.compression.measure"
 
 
 @dataclass(slots=True)
-class Measured:
-    """What one candidate showed. `logits` are in the order of the texts; the first candidate's `speedup` is 1."""
+class Level:
+    """What one candidate showed under a number of clients: of each round its seconds, and of each text its latency."""
 
-    load_seconds: float
-    rss_bytes: int = 0
-    logits: list[Logits] = field(default_factory=list)
-    rounds: list[float] = field(default_factory=list)  # seconds of each pass over the timed texts
+    seconds: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     texts_per_second: float = 0.0
-    speedup: float = 1.0
 
     @property
-    def latency_ms(self) -> float:
+    def median_ms(self) -> float:
         return 1e3 * median(self.latencies)
 
     @property
-    def p95_ms(self) -> float:
-        return 1e3 * float(np.percentile(self.latencies, 95))
+    def p99_ms(self) -> float:
+        return 1e3 * float(np.percentile(self.latencies, 99))
 
 
-def contest(candidates: Sequence[Candidate], texts: Sequence[list[int]], folder: Path, ctx: Context) -> list[Measured]:
-    """Measure every candidate on the same texts (token ids); the first is the reference that speedups are relative to.
+@dataclass(slots=True)
+class Measured:
+    """What one candidate showed. `logits` are in the order of the texts; `ready_seconds` from the start of its process
+    to its first answer."""
 
-    Each runs in a fresh process with the device's cores. Logits are taken of all texts; speed in `ROUNDS`
-    rounds in which the candidates take turns, forwards and backwards. `folder` is for scratch files.
-    Raises the candidate's own error, JobFailed when its process dies, and Stopped.
+    ready_seconds: float = 0.0
+    rss_bytes: int = 0
+    logits: list[Logits] = field(default_factory=list)
+    levels: dict[int, Level] = field(default_factory=dict)
+
+
+def contest(
+    candidates: Sequence[Candidate],
+    texts: Sequence[list[int]],
+    folder: Path,
+    ctx: Context,
+    *,
+    worth: Callable[[Candidate, Sequence[Logits]], str | None] = lambda candidate, logits: None,
+    problems: dict[str, str] | None = None,
+) -> dict[str, Measured]:
+    """Measure every candidate on the same texts (token ids); the first is the reference.
+
+    Each runs in a fresh process with the device's cores. Logits are taken of all texts; speed in `ROUNDS` rounds, under
+    1, 16 and 64 clients, in which the candidates take turns, forwards and backwards. `folder` is for scratch files.
+    `worth` hears what a candidate answers, and says why its speed need not be known. What cannot run, the first one
+    apart, is left out and its reason goes to `problems`; without them it raises the candidate's own error, or JobFailed
+    when its process dies. Raises Stopped.
     """
     work = folder / "work.json"
     schedule = plan(texts)
     work.write_text(json.dumps(schedule), encoding="utf-8")
-    timed = sum(len(batch) for batch in schedule["timed"])
+    found: dict[str, Measured] = {}
+    timed: list[tuple[Probe, Measured]] = []
+    counts: dict[int, int] = {}
     with ExitStack() as stack:
-        probes, results = [], []
-        for candidate in candidates:
-            probe = stack.enter_context(Probe(MEASURE, candidate, work, folder, ctx))
-            measured = Measured(load_seconds=probe.read()["load_seconds"])
-            measured.logits = _answers(probe, folder / f"{candidate.name}.npz", len(texts))
-            probes.append(probe)
-            results.append(measured)
-            ctx.report(len(results), len(candidates) + ROUNDS, stage=f"answers of {candidate.name}")
-        turns = list(zip(probes, results, strict=True))
+        for number, candidate in enumerate(candidates):
+            ctx.report(number, len(candidates) + ROUNDS, stage=f"answers of {candidate.name}")
+            try:
+                probe, measured, seconds = _answering(candidate, work, folder, len(texts), stack, ctx)
+            except LLMOError as error:
+                if problems is None or not found:
+                    raise
+                problems[candidate.name] = f"cannot run: {error.what}"
+                continue
+            counts = counts or _counts(seconds / len(texts))
+            found[candidate.name] = measured
+            if worth(candidate, measured.logits) is None:
+                timed.append((probe, measured))
         for number in range(ROUNDS):
-            for probe, measured in turns if number % 2 == 0 else reversed(turns):
-                answer = probe.ask("round")
-                measured.rounds.append(answer["seconds"])
-                measured.latencies += answer["latencies"]
-                measured.rss_bytes = answer["rss_bytes"]
-            ctx.report(len(results) + number + 1, len(candidates) + ROUNDS, stage="speed")
-    for measured in results:
-        measured.texts_per_second = timed / median(measured.rounds)
-        pairs = zip(results[0].rounds, measured.rounds, strict=True)
-        measured.speedup = median(reference / own for reference, own in pairs)
-    return results
+            ctx.report(len(candidates) + number, len(candidates) + ROUNDS, stage="speed")
+            for clients, count in counts.items():
+                for probe, measured in timed if number % 2 == 0 else reversed(timed):
+                    answer = probe.ask(f"load {clients} {count}")
+                    level = measured.levels.setdefault(clients, Level())
+                    level.seconds.append(answer["seconds"])
+                    level.latencies += answer["latencies"]
+                    measured.rss_bytes = answer["rss_bytes"]
+    for measured in found.values():
+        for clients, level in measured.levels.items():
+            level.texts_per_second = min(counts[clients], len(schedule["timed"])) / median(level.seconds)
+    return found
+
+
+def speedup(reference: Measured, other: Measured, clients: int) -> float:
+    """The median of the rounds' own ratios: both took their turn in the same moments."""
+    pairs = zip(reference.levels[clients].seconds, other.levels[clients].seconds, strict=True)
+    return median(theirs / own for theirs, own in pairs)
 
 
 def plan(texts: Sequence[list[int]]) -> dict[str, Any]:
-    """What a measuring process is given: batches of like length, and evenly spread ones among them to time."""
+    """What a measuring process is given: batches of like length to answer all, and evenly spread ones in any order, as
+    they come, to time."""
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
-    return {
-        "texts": list(texts),
-        "batches": batches,
-        "timed": _spread(batches, TIMED_TEXTS // BATCH),
-        "singles": _spread(order, SINGLES),
-    }
+    timed = [order[round(i)] for i in np.linspace(0, len(order) - 1, min(len(order), max(MOST_TIMED.values())))]
+    np.random.default_rng(SEED).shuffle(timed)
+    return {"texts": list(texts), "batches": batches, "timed": timed}
 
 
-def _spread(items: list[Any], count: int) -> list[Any]:
-    """At most `count` items at even distances, the last one included."""
-    if len(items) <= count:
-        return items
-    return [items[round(i)] for i in np.linspace(0, len(items) - 1, count)]
+def _counts(seconds: float) -> dict[int, int]:
+    """How many texts each number of clients sends, where the first candidate needs so long for one."""
+    fits = ROUND_SECONDS / len(CLIENTS) / seconds
+    return {clients: int(min(MOST_TIMED[clients], max(LEAST_TIMED, fits))) for clients in CLIENTS}
 
 
-def _answers(probe: Probe, file: Path, count: int) -> list[Logits]:
-    probe.ask(f"answers {file}")
+def _answering(
+    candidate: Candidate, work: Path, folder: Path, count: int, stack: ExitStack, ctx: Context
+) -> tuple[Probe, Measured, float]:
+    """The candidate's process once it has answered all texts, what it showed, and the seconds it took for them."""
+    started = time.perf_counter()
+    probe = stack.enter_context(Probe(MEASURE, candidate, work, folder, ctx))
+    probe.read()
+    measured = Measured(ready_seconds=time.perf_counter() - started)
+    file = folder / f"{candidate.name}.npz"
+    answer = probe.ask(f"answers {file}")
+    measured.rss_bytes = answer["rss_bytes"]
     with np.load(file, allow_pickle=False) as kept:
-        logits = [kept[str(number)] for number in range(count)]
+        measured.logits = [kept[str(number)] for number in range(count)]
     file.unlink()
-    return logits
+    return probe, measured, answer["seconds"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,9 +19,10 @@ from tokenizers import Tokenizer
 
 from llmo import plugins
 from llmo.compression import widths
-from llmo.compression.choice import Table
+from llmo.compression.choice import Limits, Table
 from llmo.compression.probe import Candidate, Probe
 from llmo.context import Context, Stopped
+from llmo.data.dataset import Dataset
 from llmo.errors import EnvironmentProblem, LLMOError
 from llmo.tasks.base import Encoding, Row
 from llmo.tasks.card import load_tokenizer
@@ -58,10 +60,17 @@ class Measured:
 
 
 def compete(
-    model: Path, task: Generation, rows: Sequence[Row], variants: Sequence[str], work: Path, ctx: Context
+    model: Path,
+    task: Generation,
+    data: Dataset,
+    rows: Sequence[Row],
+    variants: Sequence[str],
+    limits: Limits,
+    work: Path,
+    ctx: Context,
 ) -> tuple[Table, dict[str, Any]]:
-    """Build each variant as a folder `work/VARIANT` and measure it on `rows`: their perplexity, and the speed of
-    answers as long as theirs, one at a time and all together.
+    """Build each variant as a folder `work/VARIANT` and measure it on `rows` of dev: their perplexity, and the speed of
+    answers as long as theirs, one at a time and all together. None is calibrated.
 
     Returns one row a candidate, the reference first; a variant that cannot be built or run has its reason as verdict.
     And by name its metrics with intervals.
@@ -71,7 +80,7 @@ def compete(
     plan = _plan(task, tokenizer, rows, encodings)
     file = work / PLAN
     file.write_text(json.dumps(plan), encoding="utf-8")
-    folders, problems = _build(model, work, variants, ctx)
+    folders, problems = _build(model, work, variants, limits.ends, ctx)
     candidates = [Candidate(REFERENCE, "torch", model, ("fp32",))]
     candidates += [Candidate(n, VARIANTS[n].engine, folders[n], (VARIANTS[n].precision,)) for n in folders]
     measured = _contest(candidates, file, work, problems, ctx)
@@ -89,7 +98,7 @@ def compete(
             _row(candidate, model, found, measured[REFERENCE], tokens) | {"metric": task.metric, "value": value}
         )
         table[-1]["drop"] = task.drop(table[0]["value"], value)
-    table += [{"name": name, "verdict": f"cannot run: {why}"} for name, why in problems.items()]
+    table += [{"name": name, "verdict": why} for name, why in problems.items()]
     return table, metrics
 
 
@@ -132,13 +141,18 @@ def _plan(task: Generation, tokenizer: Tokenizer, rows: Sequence[Row], encodings
     }
 
 
-def _build(model: Path, work: Path, variants: Sequence[str], ctx: Context) -> tuple[dict[str, Path], dict[str, str]]:
+def _build(
+    model: Path, work: Path, variants: Sequence[str], ends: float, ctx: Context
+) -> tuple[dict[str, Path], dict[str, str]]:
     """Folders by name, and why the others cannot be had."""
     folders: dict[str, Path] = {}
     problems: dict[str, str] = {}
     for number, name in enumerate(variants):
         if ctx.should_stop():
             raise Stopped
+        if time.monotonic() > ends:
+            problems[name] = "not tried: the time was up"
+            continue
         ctx.report(number, len(variants), stage=f"build {name}")
         variant = VARIANTS[name]
         try:
@@ -150,7 +164,7 @@ def _build(model: Path, work: Path, variants: Sequence[str], ctx: Context) -> tu
                 variant.build(model, folders[name])
         except LLMOError as error:
             folders.pop(name, None)
-            problems[name] = error.what
+            problems[name] = f"cannot run: {error.what}"
             ctx.note(f"{name} cannot be built: {error.what}")
     return folders, problems
 
@@ -178,7 +192,7 @@ def _contest(
             except LLMOError as error:
                 if candidate.name == REFERENCE:
                     raise
-                problems[candidate.name] = error.what
+                problems[candidate.name] = f"cannot run: {error.what}"
                 continue
             results[candidate.name], probes[candidate.name] = found, probe
         for number in range(ROUNDS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,26 +12,27 @@ from typing import Any
 
 import numpy as np
 
+from llmo import hardware
 from llmo.compression import encoders, generators
-from llmo.compression.choice import choose, refusal, why
+from llmo.compression.choice import Limits, choose, refusal, why
 from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.engines.folder import refuse_applied
-from llmo.errors import DataError, ModelError, SpecError
+from llmo.errors import DataError, ModelError, SpecError, nearest
 from llmo.files import digest_of, manifest_of, storage_errors
 from llmo.specs import BASE_TASKS
-from llmo.tasks.base import Row
+from llmo.tasks.base import Row, Task
 from llmo.tasks.card import CARD, load_task, read_card, write_card
 
 SAMPLE_SEED = 13
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """Write the compressed model folder. Returns `{"metric", "variants", "chosen", "why", "texts"}`, and
-    `width` of a model that generates.
+    """Write the compressed model folder. Returns `{"metric", "target", "variants", "chosen", "why", "texts",
+    "hardware"}`, and `width` of a model that generates.
 
-    Raises GateRefused, with the table in `extra`, when no variant is both faster than the original and within
-    `max_drop` of its metric on dev.
+    Raises GateRefused, with the table in `extra`, when no variant is better than the original for the target, within
+    `max_drop` of its metric on dev, and within `max_mb`.
     """
     model = inputs["model"]
     card = read_card(model)
@@ -47,23 +49,51 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         )
     if task.generates:
         refuse_applied(model)
-    kind = generators if task.generates else encoders
-    rows = _sample(Dataset.open(inputs["data"]).split("dev"), kind.MOST_ROWS)
+    kind: Any = generators if task.generates else encoders
+    data = Dataset.open(inputs["data"])
+    rows = _sample(data.split("dev"), kind.MOST_ROWS)
     variants = _variants(spec["variants"], kind, task.name)
+    limits = Limits(
+        _metric(spec["metric"], card, task),
+        spec["max_drop"],
+        spec["target"],
+        None if spec["max_mb"] is None else spec["max_mb"] * 1e6,
+        time.monotonic() + 60 * spec["minutes"],
+    )
     with storage_errors(out), TemporaryDirectory(dir=out, prefix=".work-") as scratch:
         work = Path(scratch)
-        table, metrics = kind.compete(model, task, rows, variants, work, ctx)
-        chosen = choose(table, spec["max_drop"])
-        reason = why(table, chosen, task.metric, spec["max_drop"])
+        table, metrics = kind.compete(model, task, data, rows, variants, limits, work, ctx)
+        chosen = choose(table, limits)
+        reason = why(table, chosen, limits)
         ctx.note(reason)
         if chosen is None:
             raise refusal(reason, table)
         settled = kind.settle(model, work, chosen, ctx)
         _assemble(model, kind.files(model, work, chosen), out)
     row = next(row for row in table if row["name"] == chosen)
-    result = {"metric": task.metric, "variants": table, "chosen": chosen, "why": reason, "texts": len(rows), **settled}
+    result = {
+        "metric": limits.metric,
+        "target": limits.target,
+        "variants": table,
+        "chosen": chosen,
+        "why": reason,
+        "texts": len(rows),
+        "hardware": hardware.described(ctx.device.cores),
+        **settled,
+    }
     write_card(out, _card(card, model, result, row, metrics[chosen]))
     return result
+
+
+def _metric(asked: str | None, card: Mapping[str, Any], task: Task) -> str:
+    """The figure that is to be kept. Raises SpecError for one the task does not have."""
+    known = [name for name in card.get("metrics", {}).get("dev", {}) if "/" not in name]
+    if asked is None or asked == task.metric or asked in known:
+        return asked or task.metric
+    raise SpecError(
+        f"a model for {task.name} has no '{asked}'{nearest(asked, known)}",
+        hint=f"compress.metric may be: {', '.join(known or [task.metric])}",
+    )
 
 
 def _sample(rows: Sequence[Row], most: int) -> list[Row]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
 
 from llmo.compression.graph import add_domain, weights
+from llmo.hardware import processor
 
 MICROSOFT = "com.microsoft"
 SMALLEST_TABLE = 1 << 16  # weights; smaller tables save nothing worth their error
@@ -39,13 +40,10 @@ def quantise(model: onnx.ModelProto, *, bits: int = 8) -> onnx.ModelProto:
     return model
 
 
-def safe_bits(cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
+def safe_bits(root: Path = Path("/")) -> int:
     """7 on x86 without VNNI, whose 16-bit sums of 8-bit products overflow; 8 everywhere else."""
-    try:
-        flags = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")).split()
-    except (OSError, StopIteration):
-        return 8
-    return 8 if {"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags) else 7
+    features = set(processor(root).features)
+    return 7 if "avx2" in features and not {"avx512_vnni", "avx_vnni", "amx_int8"} & features else 8
 
 
 def measured_bits(model: onnx.ModelProto, parameters: int) -> float:

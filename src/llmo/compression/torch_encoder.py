@@ -8,10 +8,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from llmo.engines.folder import require
+from llmo.engines.folder import card_applied, require
 from llmo.engines.lowered import DTYPES
 from llmo.errors import ModelError
-from llmo.tasks.card import ADAPTER, CARD, read_card, write_card
+from llmo.tasks.card import CARD, read_card, write_card
 
 WEIGHTS = "model.safetensors"
 
@@ -19,9 +19,16 @@ WEIGHTS = "model.safetensors"
 def write(folder: Path, out: Path) -> float:
     """Write the model of a trained folder into the folder `out`, weights rounded to bf16. Returns bits a weight.
 
-    Raises ModelError for a folder without a card or with broken weights.
+    Raises ModelError for a folder without a card, with broken weights, or with more than weights.
     """
     card = read_card(folder)
+    beside = card_applied(folder)
+    if beside is not None:
+        raise ModelError(
+            f"the model runs with a {beside} beside its weights, which stays at fp32",
+            hint="leave this variant out, or train with a method that changes the weights",
+            where=str(folder),
+        )
     path = require(folder, WEIGHTS)
     try:
         tensors = load_file(path)
@@ -32,8 +39,6 @@ def write(folder: Path, out: Path) -> float:
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".txt", ".jinja") and file.name != CARD:
             shutil.copyfile(file, out / file.name)
-    if (folder / ADAPTER).is_dir():
-        shutil.copytree(folder / ADAPTER, out / ADAPTER)
     lower = {n: t.to(DTYPES["bf16"]).contiguous() if t.is_floating_point() else t for n, t in tensors.items()}
     save_file(lower, out / WEIGHTS, {"format": "pt"})
     write_card(out, {**card, "engine": "torch", "precision": "bf16"})

@@ -57,8 +57,8 @@ class Engine(Protocol):
 
     `load` must compute on at most `device.cores` threads at once and raise ModelError for a folder it cannot run and
     EnvironmentProblem for what the machine lacks; it never falls back in silence, and `facts` says what it runs
-    (ModelError once it is closed). `run` is one batch: the requests are padded together, or in parts; an encoder yields
-    exactly one chunk per request, in any order.
+    (ModelError once it is closed). `run` is one batch: the requests are padded together, unless an attribute `pads` of
+    the engine says False; an encoder yields exactly one chunk per request, in any order.
     """
 
     name: ClassVar[str]

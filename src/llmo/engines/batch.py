@@ -45,5 +45,8 @@ def means(requests: Sequence[Request], hidden: NDArray[np.float32]) -> Iterator[
     """One chunk a request from hidden states `[requests, longest, width]`: their mean over the request's own tokens,
     at length 1."""
     for row, request in enumerate(requests):
-        mean = hidden[row, : len(request.input_ids)].mean(axis=0, dtype=np.float32)
-        yield Chunk(request.id, mean / max(float(np.linalg.norm(mean)), _TINY))
+        yield Chunk(request.id, at_length_one(hidden[row, : len(request.input_ids)].mean(axis=0, dtype=np.float32)))
+
+
+def at_length_one(mean: NDArray[np.float32]) -> NDArray[np.float32]:
+    return mean / np.float32(max(float(np.linalg.norm(mean)), _TINY))

@@ -7,15 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llmo import hardware
 from llmo.kernel.placement import size
 from llmo.settings import Settings
 from llmo.types import Device
 
-# What an engine or a trainer chooses its precision by.
-_FEATURES = (
-    *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
-    *("asimddp", "i8mm", "bf16", "sve"),
-)
 _SHARE_OF_MEMORY = 0.9
 
 
@@ -34,8 +30,8 @@ def cpu(settings: Settings, root: Path = Path("/")) -> Device:
     limit = _memory_limit(root)
     physical = min(table["MemTotal"], limit) if limit else table["MemTotal"]
     memory = min(physical, settings.memory) if settings.memory else int(physical * _SHARE_OF_MEMORY)
-    model, features = _cpuinfo(root)
-    reasons = [model or "CPU", f"{cores} of {os.cpu_count() or there} cores"]
+    found = hardware.processor(root)
+    reasons = [found.model or "CPU", f"{cores} of {os.cpu_count() or there} cores"]
     if quota and int(quota) < allowed:
         reasons.append(f"the control group allows {quota:g}")
     if settings.cores:
@@ -50,7 +46,7 @@ def cpu(settings: Settings, root: Path = Path("/")) -> Device:
         reasons.append("the control group limits the memory")
     free = min(memory, table.get("MemAvailable", memory))
     return Device(
-        "cpu", "cpu", memory, free, cores, reason="; ".join(reasons), features=features, serve_memory=serve_memory
+        "cpu", "cpu", memory, free, cores, reason="; ".join(reasons), features=found.features, serve_memory=serve_memory
     )
 
 
@@ -97,17 +93,6 @@ def _gpu(nvml: Any, number: int) -> Device:
 
 def _none(why: str) -> Device:
     return Device("cuda", "cuda", 0, 0, 0, usable=False, reason=why)
-
-
-def _cpuinfo(root: Path) -> tuple[str, tuple[str, ...]]:
-    model, flags = "", set[str]()
-    for line in _read(root / "proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            model = model or value.strip()
-        elif key.strip() in ("flags", "Features"):
-            flags |= set(value.split())
-    return model, tuple(f for f in _FEATURES if f in flags)
 
 
 def _meminfo(root: Path) -> dict[str, int]:

@@ -33,8 +33,7 @@ def pinned(job: Job) -> bool:
 
 
 def memory_of(store: Store, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> int:
-    """Bytes that a service needs for its model: the weights, what its adapters may take and, where it generates, the
-    cache it may fill."""
+    """Bytes that a service needs for its model: the weights, what its adapters may take and the cache it may fill."""
     artifact = store.catalog.find(inputs.get("model", ""))
     if artifact is None:
         return 0
@@ -42,7 +41,7 @@ def memory_of(store: Store, spec: Mapping[str, Any], inputs: Mapping[str, str]) 
     generates = task_of(card) == "generation"
     taking = plugins.takes_adapters("llmo.generators" if generates else "llmo.engines")
     adapters = adapter_bytes(spec, generates=generates) if engine_of(card, spec) in taking else 0
-    return artifact.size + adapters + (int(spec.get("cache_mib", 0)) << 20 if generates else 0)
+    return artifact.size + adapters + (int(spec.get("cache_mib" if generates else "repeats_mib", 0)) << 20)
 
 
 def announce(store: Store, job: Job) -> None:

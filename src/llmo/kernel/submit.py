@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from llmo import __version__, plugins
+from llmo import __version__, hardware, plugins
 from llmo.errors import NotFoundError, SpecError
 from llmo.files import digest_of_value
 from llmo.kernel import service
@@ -75,8 +76,10 @@ def submit(
 
 
 def cache_key(operation: Operation, spec: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """What names a piece of work: equal keys give equal results. The name of the output is not part of it."""
-    return digest_of_value([operation.name, operation.revision, __version__, spec, inputs])
+    """What names a piece of work: equal keys give equal results. The name of the output is not part of it; where the
+    result was measured, the processor is."""
+    place = [hardware.described(os.cpu_count() or 1)] if operation.measured else []
+    return digest_of_value([operation.name, operation.revision, __version__, spec, inputs, *place])
 
 
 def register(store: Store, operation: Operation, output: str | None, name: str) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 
 from llmo import plugins
 from llmo.engines.base import Engine, Shared
+from llmo.engines.batcher import batcher_for
 from llmo.errors import GateRefused, LLMOError, ModelError
-from llmo.serve.batcher import Batcher
 from llmo.serve.pipeline import Call, Pipeline
 from llmo.serve.session import EncoderSession as Session
 from llmo.specs import adapter_bytes
@@ -61,7 +61,8 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
         engine,
         load,
         queue=spec["queue"],
-        batcher=_batcher(spec["max_batch_tokens"], device),
+        repeats=spec.get("repeats_mib", 0) << 20,
+        batcher=batcher_for(engine, device, spec["max_batch_tokens"]),
         check_adapter=check_adapter,
     )
 
@@ -69,14 +70,6 @@ def make(folder: Path, card: Mapping[str, Any], spec: Mapping[str, Any], device:
 def check(pipeline: Pipeline, folder: Path, card: Mapping[str, Any]) -> str:
     """The self-test on what the model folder carries; one line on how it went. Raises GateRefused."""
     return self_test(pipeline, load_task(folder), read_golden(folder), exact=card["precision"] == "fp32")
-
-
-def _batcher(max_batch_tokens: int, device: Device) -> Batcher:
-    """Measured with MiniLM on one and two CPU cores: a run costs as much as 12 to 17 tokens beyond its own, and
-    past 1024 tokens a batch leaves the caches and gets 10 to 15% slower. A GPU has room for thousands."""
-    if device.kind == "cpu":
-        return Batcher(min(max_batch_tokens, 1024))
-    return Batcher(max_batch_tokens, max_items=256, slack_tokens=512)
 
 
 def self_test(

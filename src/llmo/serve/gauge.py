@@ -23,14 +23,14 @@ class Gauge:
         self._engine_seconds = 0.0
         self._latency_seconds = 0.0
 
-    def ran(self, lengths: Sequence[int], seconds: float) -> None:
-        """One batch of texts with these token counts took `seconds` in the engine."""
+    def ran(self, lengths: Sequence[int], seconds: float, *, pads: bool = True) -> None:
+        """One batch of texts with these token counts took `seconds` in an engine that pads them or does not."""
         size = len(lengths)
         with self._lock:
             self._counts["texts"] += size
             self._counts["batches"] += 1
             self._counts["tokens"] += sum(lengths)
-            self._counts["padded_tokens"] += size * max(lengths)
+            self._counts["padded_tokens"] += size * max(lengths) if pads else sum(lengths)
             self._batch_sizes[bisect_left(BATCH_EDGES, size)] += 1
             self._engine_seconds += seconds
             rate = size / max(seconds, 1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, cast
 from tokenizers import Tokenizer
 
 from llmo.engines.base import Embedder, Engine, Request
+from llmo.engines.batcher import Batcher, Item
 from llmo.errors import (
     BusyError,
     InputError,
@@ -23,11 +24,11 @@ from llmo.errors import (
     TooLargeError,
 )
 from llmo.serve import embedding
-from llmo.serve.batcher import Batcher, Item
 from llmo.serve.embedding import Input
 from llmo.serve.gauge import Gauge
 from llmo.serve.lifecycle import Lifecycle, too_late
 from llmo.serve.loaded import LoadedAdapters
+from llmo.serve.repeats import Repeats
 from llmo.tasks.base import Encoding, Logits, Task, gathered, sequences
 from llmo.tasks.card import load_task
 from llmo.types import Asked
@@ -44,9 +45,10 @@ _log = logging.getLogger("llmo.serve")
 class Call:
     """One predict call. `done` hears once: the JSON list of answers, or the error; in the thread that knows it.
 
-    `deadline` is in unix seconds. A call whose answer nobody wants any more is `over`. With `embed` the answers are
-    embeddings, and a text may be token ids as well. `adapter` is the folder of the model on the same trunk that answers
-    instead. A `test` is the replica's own, for which the queue is never full.
+    `deadline` is in unix seconds. What `tenant` asked before is not computed again. A call whose answer nobody wants
+    any more is `over`. With `embed` the answers are embeddings, and a text may be token ids as well. `adapter` is the
+    folder of the model on the same trunk that answers instead. A `test` is the replica's own, for which the queue is
+    never full.
     """
 
     texts: Sequence[Input]
@@ -56,6 +58,7 @@ class Call:
     embed: bool = False
     adapter: str | None = None
     test: bool = False
+    tenant: str = ""
     over: bool = False
     arrived: float = 0.0
     left: int = 0
@@ -65,6 +68,16 @@ class Call:
     def where(self, index: int) -> str:
         """What a text is called in the request."""
         return f"{'input' if self.embed else 'texts'}[{index}]"
+
+    def meaning(self, index: int) -> tuple[Hashable, ...]:
+        """What the answer to a text depends on, and who asks."""
+        text = self.texts[index]
+        asked: Hashable = text
+        if isinstance(text, Mapping):
+            asked = tuple(sorted(text.items()))
+        elif not isinstance(text, str):
+            asked = tuple(text)
+        return self.tenant, self.adapter, self.embed, self.logits, asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +101,8 @@ class _Ran:
 class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
     """Bounded, and fair to each call: what is wrong with one fails that one only.
 
-    `queue` bounds the texts that wait (encoded or not); a text that runs does not wait. `submit`, `cancel`,
+    `queue` bounds the texts that wait (encoded or not); a text that runs does not wait. `repeats` bytes keep answers to
+    texts that may be asked again. `submit`, `cancel`,
     `expire` and `stats` may be called from any thread.
     """
 
@@ -100,6 +114,7 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
         load: Callable[[], None],
         *,
         queue: int = 1024,
+        repeats: int = 0,
         batcher: Batcher | None = None,
         check_adapter: Callable[[Path], None] = lambda _: None,
     ) -> None:
@@ -110,6 +125,7 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
         self._engine = engine
         self.queue = queue
         self.gauge = Gauge()
+        self._repeats = Repeats(repeats)
         self._batcher = batcher or Batcher(4096)
         self._waiting = 0
 
@@ -123,24 +139,37 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                 f"{count} texts in one request; this endpoint's queue holds {self.queue}",
                 hint="send fewer at once, or deploy with a larger `queue`",
             )
+        call.items = [None] * count
+        call.answers = [b""] * count
+        left = [i for i in range(count) if not self._repeated(call, i)]
         with self._changed:
             self._check_accepting()
-            if self._waiting + count > self.queue and not call.test:
-                wanted = max(self._waiting + count - self.queue, self._waiting // 2)
+            if self._waiting + len(left) > self.queue and not call.test:
+                wanted = max(self._waiting + len(left) - self.queue, self._waiting // 2)
                 wait = max(_SHORTEST_WAIT, self.gauge.seconds_for(wanted))
                 raise BusyError(
                     f"the queue is full ({self._waiting} texts wait)",
                     hint=f"send it again in {wait:.1f} s",
                     retry_after=round(wait, 3),
                 )
-            self._waiting += count
+            self._waiting += len(left)
             self._calls.add(call)
         call.arrived = time.monotonic()
-        call.left = count
-        call.items = [None] * count
-        call.answers = [b""] * count
-        for start in range(0, count, _CHUNK):
+        call.left = len(left)
+        if not left:
+            self._end(call, _listed(call.answers))
+        for start in dict.fromkeys(i // _CHUNK * _CHUNK for i in left):
             self._work.put((call, start))
+
+    def _repeated(self, call: Call, index: int) -> bool:
+        """Answer a text that was asked before, if it is known."""
+        if not self._repeats or call.test:
+            return False
+        answer = self._repeats.get(call.meaning(index))
+        if answer is None:
+            return False
+        call.answers[index], call.items[index] = answer, Item(0)  # one that does not wait
+        return True
 
     def _check(self, call: Call) -> None:
         if call.embed and "embed" not in self._engine.abilities:
@@ -163,7 +192,7 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
         """Numbers for metrics: texts waiting, calls in flight, and the gauge's counters."""
         with self._changed:
             now = {"queue": self._waiting, "queue_limit": self.queue, "in_flight": len(self._calls)}
-        return now | self.gauge.snapshot()
+        return now | self.gauge.snapshot() | self._repeats.snapshot()
 
     # The thread that tokenises and answers. Both release the GIL little or shortly, so the engine's thread is
     # rarely held up; what is done is sent before more is taken in.
@@ -182,7 +211,10 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
             fresh: list[tuple[Call, int]] = []
             for item in work:
                 if isinstance(item, tuple) and self._at_hand(item[0], partial(self._work.put, item)):
-                    fresh += [(item[0], i) for i in range(item[1], min(item[1] + _CHUNK, len(item[0].texts)))]
+                    call, start = item
+                    fresh += [
+                        (call, i) for i in range(start, min(start + _CHUNK, len(call.texts))) if not call.answers[i]
+                    ]
             for start in range(0, len(fresh), _CHUNK):
                 self._encode([(call, i) for call, i in fresh[start : start + _CHUNK] if not call.over])
             if None in work:
@@ -242,9 +274,11 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
                 _log.exception("the task could not answer")
                 self._end(call, error if isinstance(error, LLMOError) else ModelError(f"no answer: {error}"))
                 continue
+            if self._repeats and not call.test:
+                self._repeats.put(call.meaning(text.index), call.answers[text.index])
             call.left -= 1
             if call.left == 0:
-                self._end(call, b"[" + b",".join(call.answers) + b"]")
+                self._end(call, _listed(call.answers))
 
     def _answer_one(self, text: _Text, logits: Logits) -> bytes:
         if text.call.embed:
@@ -275,7 +309,8 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
             for alike in _alike(batch):
                 began = time.monotonic()
                 ran = _Ran(alike, self._run(alike))
-                self.gauge.ran([i.tokens for i in alike], time.monotonic() - began)
+                pads = getattr(self._engine, "pads", True)
+                self.gauge.ran([i.tokens for i in alike], time.monotonic() - began, pads=pads)
                 self._ran(any(not isinstance(logits, LLMOError) for logits in ran.logits), "on every text")
                 self._work.put(ran)
 
@@ -323,6 +358,10 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
         self.gauge.ended(time.monotonic() - call.arrived, isinstance(outcome, bytes))
         if outcome is not None:
             call.done(outcome)
+
+
+def _listed(answers: Sequence[bytes]) -> bytes:
+    return b"[" + b",".join(answers) + b"]"
 
 
 def _alike(batch: Sequence[Item]) -> list[list[Item]]:

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from llmo.engines.generation import Sampling
@@ -21,6 +22,7 @@ from llmo.serve.protocol import VERSION, Frames, answers_frame, error_frame, fra
 _log = logging.getLogger("llmo.serve")
 UNSENT_EVENTS = 20_000  # a gateway that reads nothing for so long is stuck, and is cut off
 _UNREAD_BYTES = 1 << 20
+_MARK_SECONDS = 0.05
 _PREDICTED_TOKENS = 256  # of an answer to `predict`, which says nothing of a length
 
 
@@ -55,6 +57,9 @@ class Session(Frames, ABC):
         self._sessions = sessions
         self._calls: dict[int, Any] = {}
         self._loop = asyncio.get_running_loop()
+        self._heard: deque[tuple[int, Any]] = deque()
+        self._due = False
+        self._marked = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -73,7 +78,7 @@ class Session(Frames, ABC):
         number = body["id"]
         match body["op"]:
             case "predict" | "generate" | "embed":
-                mark_used(self._path)
+                self.mark()
                 try:
                     call = self.call(body["op"], number, body)
                     self._calls[number] = call
@@ -119,9 +124,27 @@ class Session(Frames, ABC):
     def answer(self, number: int, data: bytes) -> None:
         """The last frame of a call; nothing is sent for one that was cancelled."""
         self.forget(number)
-        mark_used(self._path)
+        self.mark()
         if not self.transport.is_closing():
             self.transport.write(data)
+
+    def mark(self) -> None:
+        """Say that calls come and go, some twenty times a second at most."""
+        now = time.monotonic()
+        if now - self._marked > _MARK_SECONDS:
+            self._marked = now
+            mark_used(self._path)
+
+    def hear(self, number: int, what: Any) -> None:
+        """From any thread: what the pipeline says to a call. It is gathered, and told once a turn of the loop."""
+        self._heard.append((number, what))
+        if not self._due:
+            self._due = True
+            self._loop.call_soon_threadsafe(self.tell)
+
+    @abstractmethod
+    def tell(self) -> None:
+        """Write what was heard."""
 
     def forget(self, number: int) -> Any:
         """The call of this number, of which nothing is kept any more; None when there is none."""
@@ -140,39 +163,44 @@ class EncoderSession(Session):
                 "this endpoint's model does not generate text", where="model", hint="POST /v1/endpoints/NAME/predict"
             )
 
-        def done(outcome: bytes | LLMOError) -> None:
-            self._loop.call_soon_threadsafe(self._done, number, outcome)
-
         return Call(
             body["texts"],
             self.deadline(body),
-            done,
+            partial(self.hear, number),
             logits=body.get("logits", False),
             embed=op == "embed",
             adapter=body.get("adapter"),
+            tenant=body.get("tenant", ""),
         )
 
-    def _done(self, number: int, outcome: bytes | LLMOError) -> None:
-        if number not in self._calls:
-            return
-        try:
-            data = error_frame(number, outcome) if isinstance(outcome, LLMOError) else answers_frame(number, outcome)
-        except LLMOError as error:
-            data = error_frame(number, error)
-        self.answer(number, data)
+    def tell(self) -> None:
+        self._due = False
+        frames = []
+        while self._heard:
+            number, outcome = self._heard.popleft()
+            if self.forget(number) is not None:
+                frames.append(_outcome_frame(number, outcome))
+        if frames and not self.transport.is_closing():
+            self.transport.write(b"".join(frames))
+            self.mark()
+
+
+def _outcome_frame(number: int, outcome: bytes | LLMOError) -> bytes:
+    try:
+        return error_frame(number, outcome) if isinstance(outcome, LLMOError) else answers_frame(number, outcome)
+    except LLMOError as error:
+        return error_frame(number, error)
 
 
 class GenerationSession(Session):
     """Answers `generate` with `delta` frames and a `done`, and `predict` with whole answers in one frame.
 
-    What the pipeline's thread tells is gathered and written once a turn of the loop. While the gateway does not
-    read, it waits here, bounded by what the calls in flight can say and by UNSENT_EVENTS.
+    While the gateway does not read, what was heard waits here, bounded by what the calls in flight can say and by
+    UNSENT_EVENTS.
     """
 
     def __init__(self, pipeline: Served, deadline_seconds: float, sessions: set[Session]) -> None:
         super().__init__(pipeline, deadline_seconds, sessions)
-        self._heard: deque[tuple[int, calls.Heard]] = deque()
-        self._due = False
         self._paused = False
         self._whole: dict[int, list[calls.Part]] = {}  # of calls to `predict`
 
@@ -185,7 +213,7 @@ class GenerationSession(Session):
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._tell()
+        self.tell()
 
     def call(self, op: str, number: int, body: Mapping[str, Any]) -> calls.Call:
         if op == "embed":
@@ -196,18 +224,12 @@ class GenerationSession(Session):
                 code="unsupported_model",
             )
 
-        def hear(what: calls.Heard) -> None:
-            self._heard.append((number, what))
-            if not self._due:
-                self._due = True
-                self._loop.call_soon_threadsafe(self._tell)
-
         ask = _predicting(body) if op == "predict" else Ask.from_json(body["ask"])
         if op == "predict":
             self._whole[number] = []
         return calls.Call(
             ask,
-            hear,
+            partial(self.hear, number),
             self.deadline(body),
             strict=body.get("deadline") is not None,
             tenant=body.get("tenant", ""),
@@ -218,7 +240,7 @@ class GenerationSession(Session):
         self._whole.pop(number, None)
         return super().forget(number)
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
         self._due = False
         if self._paused and len(self._heard) > UNSENT_EVENTS:
             self.transport.abort()

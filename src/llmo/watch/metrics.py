@@ -30,6 +30,7 @@ _GAUGES = {
 _COUNTERS = {
     "texts": ("llmo_texts", "texts the engine has run"),
     "tokens": ("llmo_tokens", "tokens the engine has run, without padding"),
+    "repeated": ("llmo_repeated_texts", "texts that were asked before and answered from memory"),
     "padded_tokens": ("llmo_padded_tokens", "tokens the engine has run, padding included"),
     "engine_seconds": ("llmo_engine_seconds", "seconds the engine has run"),
     "prompt_tokens": ("llmo_prompt_tokens", "tokens of the prompts that were answered"),

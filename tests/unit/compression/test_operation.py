@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmo.compression.choice import choose
+from llmo.compression.choice import Limits, choose, refusal, why
 from llmo.compression.operation import run
 from llmo.context import NullContext
 from llmo.engines.base import Request
 from llmo.engines.torch import TorchEngine
-from llmo.errors import DataError, GateRefused, ModelError
+from llmo.errors import DataError, GateRefused, ModelError, SpecError
 from llmo.specs import CompressSpec, TaskSpec, TrainSpec
 from llmo.tasks.card import load_task, load_tokenizer, read_card
 from llmo.training.operation import run as train
@@ -50,14 +50,17 @@ def done(workshop: Path) -> tuple[Path, dict[str, Any]]:
 def test_every_variant_is_measured_against_the_reference(done: tuple[Path, dict[str, Any]]) -> None:
     _, result = done
     rows = {row["name"]: row for row in result["variants"]}
-    assert list(rows) == ["torch-fp32", "onnx-fp32", "onnx-int8"]
+    assert list(rows) == ["torch-fp32", "native-int8", "onnx-fp32", "onnx-int8"]
     assert (rows["torch-fp32"]["speedup"], rows["torch-fp32"]["drop"]) == (1.0, 0.0)
     assert rows["onnx-fp32"]["agreement"] == 1.0
     assert [rows[name]["bits"] for name in ("torch-fp32", "onnx-fp32")] == [32.0, 32.0]
     assert rows["onnx-int8"]["bits"] < 20
     for row in rows.values():
-        assert min(row[k] for k in ("size_bytes", "texts_per_second", "latency_ms", "rss_bytes", "load_seconds")) > 0
-        assert row["p95_ms"] >= row["latency_ms"]
+        figures = ("size_bytes", "texts_per_second", "latency_ms", "rss_bytes", "ready_seconds", "speedup_alone")
+        assert min(row[name] for name in figures) > 0
+        assert list(row["clients"]) == ["1", "16", "64"]
+        assert row["drop_low"] <= row["drop"] <= row["drop_high"]
+        assert 0 <= row["probability_change"] < 0.5
         assert row["verdict"]
     assert rows["torch-fp32"]["rss_bytes"] > rows["onnx-fp32"]["rss_bytes"] > 20 << 20
     json.dumps(result, allow_nan=False)
@@ -65,18 +68,19 @@ def test_every_variant_is_measured_against_the_reference(done: tuple[Path, dict[
 
 def test_the_folder_is_whole_and_holds_nothing_else(done: tuple[Path, dict[str, Any]], workshop: Path) -> None:
     out, result = done
-    expected = {"config.json", "golden.json", "llmo.json", "model.onnx", "tokenizer.json", "tokenizer_config.json"}
+    weights = {"native": "native.safetensors", "onnx": "model.onnx"}[read_card(out)["engine"]]
+    expected = {"config.json", "golden.json", "llmo.json", weights, "tokenizer.json", "tokenizer_config.json"}
     found = {path.name for path in out.iterdir()}
     assert expected <= found <= expected | {"special_tokens_map.json", "added_tokens.json"}
     card = read_card(out)
-    assert card["engine"] == "onnx"
-    assert "onnx-" + card["precision"] == card["chosen"] == result["chosen"]
+    assert f"{card['engine']}-{card['precision']}" == card["chosen"] == result["chosen"]
+    assert card["hardware"]["cores"] == 1
     assert card["variants"] == result["variants"]
     assert card["reference"]["metrics"] == read_card(workshop / "model")["metrics"]
     chosen = next(row for row in result["variants"] if row["name"] == result["chosen"])
     dev = card["metrics"]["dev"][chosen["metric"]]
     assert dev["low"] <= dev["value"] == chosen["value"] <= dev["high"]
-    assert (out / "model.onnx").stat().st_size == chosen["size_bytes"]
+    assert (out / weights).stat().st_size == chosen["size_bytes"]
 
 
 def test_what_it_wrote_passes_verify(done: tuple[Path, dict[str, Any]], workshop: Path, tmp_path: Path) -> None:
@@ -152,5 +156,58 @@ def test_the_fastest_within_the_limit_is_chosen(
     variants: list[tuple[str, float, float]], max_drop: float, chosen: str | None, verdicts: list[str]
 ) -> None:
     table = [row("torch-fp32", 1.0, 0.0), *(row(*variant) for variant in variants)]
-    assert choose(table, max_drop) == chosen
+    assert choose(table, Limits("accuracy", max_drop)) == chosen
     assert [r["verdict"] for r in table] == ["reference", *verdicts]
+
+
+def sized(name: str, speed: float, alone: float, size: int, memory: int, drop: float = 0.0) -> dict[str, Any]:
+    return row(name, speed, drop) | {"speedup_alone": alone, "size_bytes": size, "rss_bytes": memory}
+
+
+@pytest.mark.parametrize(
+    ("target", "max_bytes", "chosen"),
+    [("throughput", None, "wide"), ("latency", None, "quick"), ("size", None, "small"), ("memory", None, "lean"),
+     ("throughput", 50, "quick"), ("throughput", 20, "small"), ("throughput", 5, None), ("latency", 15, "small")],
+)  # fmt: skip
+def test_the_target_says_which_is_best_and_the_room_what_may_be(
+    target: Any, max_bytes: float | None, chosen: str | None
+) -> None:
+    table = [
+        sized("torch-fp32", 1.0, 1.0, 100, 100),
+        sized("wide", 9.0, 2.0, 90, 90),
+        sized("quick", 4.0, 5.0, 40, 80),
+        sized("small", 2.0, 3.0, 10, 70),
+        sized("lean", 3.0, 1.5, 95, 10),
+        sized("lossy", 20.0, 20.0, 1, 1, drop=0.1),
+    ]
+    limits = Limits("accuracy", 0.01, target, max_bytes)
+    assert choose(table, limits) == chosen
+    verdicts = {one["name"]: one["verdict"] for one in table}
+    assert verdicts["lossy"] == "drops too much"
+    reason = why(table, chosen, limits)
+    if chosen is None:
+        assert {verdicts[name] for name in ("wide", "quick", "small", "lean")} == {"too large"}
+        assert "compress.max_mb" in (refusal(reason, table).hint or "")
+    else:
+        assert reason.startswith(f"{chosen} is the ")
+
+
+def test_a_budget_that_nothing_keeps_to_registers_nothing(workshop: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    spec = CompressSpec(max_drop=0.5, max_mb=0.001).plain()
+    with pytest.raises(GateRefused, match="too large") as caught:
+        run(spec, {"data": workshop / "data", "model": workshop / "model"}, tmp_path / "out", NullContext(1))
+    assert caught.value.exit_code == 3
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_figure_the_task_does_not_have_is_refused(workshop: Path, tmp_path: Path) -> None:
+    spec = CompressSpec(metric="macro_f2").plain()
+    with pytest.raises(SpecError, match=r"no 'macro_f2'; did you mean 'macro_f1'"):
+        run(spec, {"data": workshop / "data", "model": workshop / "model"}, tmp_path, NullContext(1))
+
+
+def test_another_figure_can_be_kept_and_when_the_time_is_up_no_variant_is_begun(workshop: Path, tmp_path: Path) -> None:
+    spec = CompressSpec(max_drop=0.5, metric="macro_f1", minutes=1e-9).plain()
+    with pytest.raises(GateRefused, match="macro_f1 on dev: native-int8: not tried: the time was up"):
+        run(spec, {"data": workshop / "data", "model": workshop / "model"}, tmp_path, NullContext(1))

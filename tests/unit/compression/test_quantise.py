@@ -175,7 +175,8 @@ def test_seven_bits_stay_within_63(tmp_path: Path) -> None:
     [("fpu avx2 fma", 7), ("fpu avx2 avx512f avx512_vnni", 8), ("fpu avx2 avx_vnni", 8), (None, 8)],
 )
 def test_bits_follow_what_the_cpu_can_add_up(flags: str | None, bits: int, tmp_path: Path) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo = tmp_path / "proc" / "cpuinfo"
+    cpuinfo.parent.mkdir()
     cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n" if flags else "processor\t: 0\nFeatures\t: asimd\n")
-    assert safe_bits(cpuinfo) == bits
+    assert safe_bits(tmp_path) == bits
     assert safe_bits(tmp_path / "none") == 8

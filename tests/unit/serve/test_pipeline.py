@@ -321,3 +321,74 @@ def test_a_model_that_does_not_load_says_so_and_leaves_no_thread(tmp_path: Path,
     with pytest.raises(ModelError):
         pipeline.start()
     assert threading.active_count() == before
+
+
+def test_what_a_tenant_asked_before_is_not_computed_again(model: Path) -> None:
+    engine = HeldEngine()
+    engine.go.set()
+    pipeline = pipeline_of(model, engine, repeats=1 << 20)
+    try:
+        first = ask(pipeline, ["goal", "team"], tenant="one")[1].get()
+        assert ask(pipeline, ["team", "goal"], tenant="one")[1].get() == first
+        assert sum(engine.batches) == 2
+        engine.value = 2.0  # what is computed from now on differs
+        some = json.loads(ask(pipeline, ["goal", "coach"], tenant="one")[1].get())
+        assert [some[0]] == json.loads(first)[:1]
+        assert some[1]["score"] > some[0]["score"]
+        assert sum(engine.batches) == 3
+        others: list[dict[str, Any]] = [
+            {"tenant": "two"}, {"tenant": "one", "logits": True}, {"tenant": "one", "test": True},
+        ]  # fmt: skip
+        for n, other in enumerate(others):
+            assert json.loads(ask(pipeline, ["goal"], **other)[1].get())[0]["score"] > some[0]["score"]
+            assert sum(engine.batches) == 4 + n
+        stats = pipeline.stats()
+        assert stats["repeated"] == 3
+        assert 0 < stats["repeats_bytes"] < 1 << 20
+        assert (stats["queue"], stats["in_flight"]) == (0, 0)
+    finally:
+        pipeline.close()
+
+
+def test_a_call_that_is_partly_known_holds_a_place_only_for_the_rest(model: Path) -> None:
+    engine = HeldEngine()
+    engine.go.set()
+    pipeline = pipeline_of(model, engine, queue=2, repeats=1 << 20)
+    try:
+        ask(pipeline, ["goal", "team"])[1].get()
+        engine.go.clear()
+        occupied = occupy_with(pipeline, engine, "coach")
+        waiting = ask(pipeline, ["win", "goal"])[1]
+        assert pipeline.stats()["queue"] == 1
+        cancelled, _ = ask(pipeline, ["goal", "cup"])
+        assert pipeline.stats()["queue"] == 2
+        assert len(json.loads(ask(pipeline, ["goal", "team"])[1].get())) == 2  # the full queue is not in its way
+        pipeline.cancel(cancelled)
+        assert pipeline.stats()["queue"] == 1
+        engine.go.set()
+        assert len(json.loads(waiting.get())) == 2
+        occupied.get()
+        assert pipeline.stats()["queue"] == 0
+    finally:
+        engine.go.set()
+        pipeline.close()
+
+
+def occupy_with(pipeline: Pipeline, engine: HeldEngine, text: str) -> Heard:
+    before = len(engine.batches)
+    _, heard = ask(pipeline, [text])
+    eventually(lambda: len(engine.batches) > before, "the engine runs")
+    return heard
+
+
+def test_nothing_is_kept_where_there_is_no_room(model: Path) -> None:
+    engine = HeldEngine()
+    engine.go.set()
+    pipeline = pipeline_of(model, engine)
+    try:
+        for _ in range(2):
+            ask(pipeline, ["goal"])[1].get()
+        assert sum(engine.batches) == 2
+        assert pipeline.stats()["repeats_bytes"] == 0
+    finally:
+        pipeline.close()

@@ -146,16 +146,24 @@ def compress(
     model: Served,
     data: Data = None,
     name: Annotated[str | None, typer.Option(help="What the result is called; default: MODEL-compressed.")] = None,
-    max_drop: Annotated[float, typer.Option(help="Largest loss of the task's metric on dev.")] = 0.005,
+    max_drop: Annotated[float, typer.Option(help="Largest loss of the metric on dev.")] = 0.005,
+    metric: Annotated[str | None, typer.Option(help="The figure to keep; default: the task's own.")] = None,
+    target: Annotated[
+        str, typer.Option(help="What is sought: throughput, latency (of one text), size or memory.")
+    ] = "throughput",
+    max_mb: Annotated[float | None, typer.Option(help="Largest size of the weights, in millions of bytes.")] = None,
+    minutes: Annotated[float, typer.Option(help="Begin no further variant after so long.")] = 10.0,
     settings: Set = None,
     fresh: Fresh = False,
     as_json: Json = False,
 ) -> None:
-    """Make a model smaller and faster within a quality budget; exit code 3 when no variant keeps to it.
+    """Find the engine and precision that serve a model best here within a quality budget; exit code 3 when none keeps
+    to it.
 
-    Example: llmo compress newsdesk --max-drop 0.005
+    Example: llmo compress newsdesk --max-drop 0.005 --target latency
     """
-    spec = {"max_drop": max_drop, **assignments(settings)}
+    asked = {"max_drop": max_drop, "metric": metric, "target": target, "max_mb": max_mb, "minutes": minutes}
+    spec = {**asked, **assignments(settings)}
     flow.check("compress", spec)
     with closing(flow.connect()) as api:
         artifact = _servable(api, model, as_json)

@@ -242,16 +242,34 @@ def _show_width(measured: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _show_encoders(result: Mapping[str, Any]) -> None:
-    rows = [
-        (
-            v["name"], f"{v['bits']:.1f}", size(v["size_bytes"]), f"{v['texts_per_second']:.0f}",
-            f"{v['speedup']:.2f}x",
-            f"{v['latency_ms']:.1f}", f"{v['value']:.3f}", f"{v['drop']:+.3f}", f"{v['agreement']:.1%}", v["verdict"],
-        )
-        for v in result["variants"]
+    columns = [
+        "variant", "size>", "memory>", "ready s>", "one text ms>", "16 at once/s>", "64/s>", "speed>",
+        f"{result['metric']}>", "drop (95% interval)>", "agree>", "verdict",
     ]  # fmt: skip
-    columns = ["variant", "bits>", "size>", "texts/s>", "speed>", "one text ms>", f"{result['metric']}>"]
-    table("compression, measured on dev", [*columns, "drop>", "agree>", "verdict"], rows)
+    rows = [
+        (v["name"], *_sized(v), *_timed(v), *_judged(v), v["verdict"])
+        if "value" in v
+        else (v["name"], *["-"] * (len(columns) - 2), v["verdict"])
+        for v in result["variants"]
+    ]
+    table("compression, measured on dev", columns, rows)
+
+
+def _sized(variant: Mapping[str, Any]) -> tuple[str, ...]:
+    return size(variant["size_bytes"]), size(variant["rss_bytes"]), f"{variant['ready_seconds']:.1f}"
+
+
+def _timed(variant: Mapping[str, Any]) -> tuple[str, ...]:
+    """Those that lose too much are not timed."""
+    if "clients" not in variant:
+        return ("-",) * 4
+    rates = (f"{variant['clients'][clients]['texts_per_second']:.0f}" for clients in ("16", "64"))
+    return f"{variant['latency_ms']:.1f}", *rates, f"{variant['speedup']:.2f}x"
+
+
+def _judged(variant: Mapping[str, Any]) -> tuple[str, ...]:
+    interval = f"{variant['drop']:+.3f} ({variant['drop_low']:+.3f} to {variant['drop_high']:+.3f})"
+    return f"{variant['value']:.3f}", interval, f"{variant['agreement']:.1%}"
 
 
 def show_verify(result: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@ package `ziglang` brings."""
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import importlib.util
@@ -16,11 +17,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from llmo.errors import EnvironmentProblem
 
 HERE = Path(__file__).parent
-SOURCES = ("kernels.h", "decoder.cpp")
+HEADERS = ("crew.h", "kernels.h")
 FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden",
     "-Wno-psabi", "-shared", "-fPIC", "-pthread",
@@ -29,12 +31,35 @@ KNOWN = ("c++", "g++", "clang++")
 HINT = "pip install ziglang, install g++ 12 or newer, or deploy on another engine"
 
 
-def library(anew: bool = False) -> Path:
-    """The compiled kernels, compiled again if `anew`. Raises EnvironmentProblem where nothing can compile or keep
-    them."""
+def opened(source: str, sizes: str, kinds: Sequence[type[ctypes.Structure]]) -> Any:
+    """The kernels of a file here, compiled and loaded; `sizes(i)` of them is the size of structure `kinds[i]`.
+
+    Raises EnvironmentProblem where they cannot be compiled, kept or opened.
+    """
+    try:
+        found = ctypes.CDLL(str(library(source)))
+    except OSError:
+        try:
+            found = ctypes.CDLL(str(library(source, anew=True)))
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"the compiled native engine cannot be opened: {error}",
+                hint="set XDG_CACHE_HOME to a folder from which programs may run, or deploy on another engine",
+            ) from error
+    size = found[sizes]
+    size.restype = ctypes.c_int64
+    for i, kind in enumerate(kinds):
+        if size(i) != ctypes.sizeof(kind):
+            raise ImportError(f"{kind.__name__} differs between {source} and its module")
+    return found
+
+
+def library(source: str, anew: bool = False) -> Path:
+    """The compiled kernels of a file here, compiled again if `anew`. Raises EnvironmentProblem where nothing can
+    compile or keep them."""
     compilers = _compilers()
     key = hashlib.sha256(repr((compilers, FLAGS, _processor())).encode())
-    for name in SOURCES:
+    for name in (*HEADERS, source):
         key.update((HERE / name).read_bytes())
     folder = _folder()
     made = folder / f"{key.hexdigest()[:24]}.so"
@@ -42,7 +67,7 @@ def library(anew: bool = False) -> Path:
         if anew or not made.is_file():
             with _alone(folder):
                 if anew or not made.is_file():
-                    _compile(compilers, made)
+                    _compile(compilers, HERE / source, made)
     except OSError as error:
         raise EnvironmentProblem(
             f"the native engine cannot keep what it compiles in {folder}: {error.strerror or error}",
@@ -80,14 +105,14 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compilers: Sequence[list[str]], made: Path) -> None:
+def _compile(compilers: Sequence[list[str]], source: Path, made: Path) -> None:
     """With the first that can, into place in one move."""
     said = []
     with tempfile.TemporaryDirectory(dir=made.parent) as folder:
         built = Path(folder) / made.name
         for compiler in compilers:
             try:
-                command = [*compiler, *FLAGS, str(HERE / SOURCES[-1]), "-o", str(built)]
+                command = [*compiler, *FLAGS, str(source), "-o", str(built)]
                 done = subprocess.run(
                     command, check=False, capture_output=True, text=True, errors="replace", timeout=600
                 )

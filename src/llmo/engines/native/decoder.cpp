@@ -6,12 +6,10 @@
 // numbers, so they are exact.
 //
 // All threads run the same function; tickets share the work out, and a barrier ends each phase.
+#include "crew.h"
 #include "kernels.h"
 
 #include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdlib.h>
 
 extern "C" {
 
@@ -74,44 +72,17 @@ struct Shared { // one step's working memory; strides are the filled-up sizes
     int rows_room;
 };
 
-struct Crew {
+struct Decoder {
+    Crew crew;
     Model model;
-    int threads, context;
+    int context, phase_count;
     Shared s;
     const Step* step;
-    pthread_t* thread;
-    pthread_mutex_t lock;
-    pthread_cond_t wake;
-    uint32_t generation, passed; // these count up for ever
-    int arrived, phase_count;
-    bool ends;
 };
 
 constexpr int AHEAD = 4096; // bytes: weights are asked for so far before they are needed
-constexpr int SPINS = 4000; // turns of waiting before the core is left to others
-
-inline void rest(int turn) {
-    if (turn > SPINS) sched_yield();
-    else {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-    }
-}
-
-// The threads of a step meet here.
-void barrier(Crew* c) {
-    uint32_t seen = __atomic_load_n(&c->passed, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&c->arrived, 1, __ATOMIC_ACQ_REL) == c->threads) {
-        __atomic_store_n(&c->arrived, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&c->passed, seen + 1, __ATOMIC_RELEASE);
-        return;
-    }
-    for (int turn = 0; __atomic_load_n(&c->passed, __ATOMIC_ACQUIRE) == seen; turn++) rest(turn);
-}
-
 struct Worker {
-    Crew* c;
+    Decoder* c;
     int id, phase;
     // Calls `work(i)` for the numbers below `count`, each in one thread, then waits for all. A ticket is for several.
     template <class F> void share(int count, F work) {
@@ -121,10 +92,10 @@ struct Worker {
     }
     template <class F> void share_spans(int count, F work) {
         int32_t* ticket = &c->s.tickets[phase++];
-        int several = count / (c->threads * 8) + 1;
+        int several = count / (c->crew.threads * 8) + 1;
         for (int i; (i = __atomic_fetch_add(ticket, several, __ATOMIC_RELAXED)) < count;)
             work(i, least(count, i + several));
-        barrier(c);
+        c->crew.barrier();
     }
 };
 
@@ -222,7 +193,7 @@ inline void product_fp32(const Linear& w, int block, const float* x, int row, fl
 }
 
 template <int R, int B>
-void product(const Crew* c, const Linear& w, const Span& rows, int block, const float* x, int row, float* out,
+void product(const Decoder* c, const Linear& w, const Span& rows, int block, const float* x, int row, float* out,
              int stride, bool add) {
     if (!c->model.quantised) product_fp32<R, B>(w, block, x, row, out, stride, add);
     else if (rows.fine) product_int8<R, B, true>(w, block, c->s, row, out, stride, add);
@@ -231,11 +202,11 @@ void product(const Crew* c, const Linear& w, const Span& rows, int block, const 
 
 // `out = x @ w.T`, or is added to. Few rows take several blocks at once, so that enough sums are on their way.
 void multiply(Worker& me, const Linear& w, const float* x, int rows, int prompt, float* out, int stride, bool add) {
-    Crew* c = me.c;
+    Decoder* c = me.c;
     const Span spans[] = {span(w, rows, prompt, false), span(w, rows, prompt, true)};
     int most = spans[0].rows > spans[1].rows ? spans[0].rows : spans[1].rows;
     int blocks = w.n / LANES, wide = most <= 2 ? 4 : most <= 4 ? 2 : 1;
-    int chunk = up(blocks / (c->threads * 8) + 1, 4);
+    int chunk = up(blocks / (c->crew.threads * 8) + 1, 4);
     auto tile = [&](const Span& span, int n, int b, int t) {
         int row = span.tile(t), count = span.tile(t + 1) - row;
 #define CASE(R, B) case R * 8 + B: product<R, B>(c, w, span, n, x, row, out, stride, add); break;
@@ -266,7 +237,7 @@ inline float peak(const float* x, int count) {
 }
 
 // Round a row's activations for its product with `w`.
-void prepare(const Crew* c, const Linear& w, const float* x, int rows, int prompt, int row) {
+void prepare(const Decoder* c, const Linear& w, const float* x, int rows, int prompt, int row) {
     if (!c->model.quantised) return;
     const Shared& s = c->s;
     const int k = w.k, groups = k / GROUP;
@@ -349,7 +320,7 @@ template <class T, int Q> void adapt(const Lora& l, int layer, Side x, Side out)
 }
 
 // Rows `first` to `end`, each with its own adapter; four of one adapter read it together.
-void adapt_rows(const Crew* c, int group, int layer, int first, int end, Side x, Side out) {
+void adapt_rows(const Decoder* c, int group, int layer, int first, int end, Side x, Side out) {
     constexpr int SOME = 4;
     const Adapter* const* adapters = c->step->adapters;
     if (!adapters) return;
@@ -381,7 +352,7 @@ void turn(float* x, const float* turns, int dim) {
 }
 
 // One row's queries and keys are turned; its keys and values go to the cache.
-template <class T> void remember(const Crew* c, int index, int row) {
+template <class T> void remember(const Decoder* c, int index, int row) {
     const Model& m = c->model;
     const Layer& layer = m.layer[index];
     const Step& step = *c->step;
@@ -407,7 +378,7 @@ template <class T> void remember(const Crew* c, int index, int row) {
 // V queries of one head of keys, from one stream: scores of all blocks, their softmax, the mean of the values. Of
 // `room`, the queries take `[dim, V]`, and what becomes of their scores `[blocks, V, 16]`.
 template <class T, int V>
-void attend(const Crew* c, int index, int head, const int* table, const float* const* query, const int* seen,
+void attend(const Decoder* c, int index, int head, const int* table, const float* const* query, const int* seen,
             float* const* out, float* room) {
     const Model& m = c->model;
     const Step& step = *c->step;
@@ -472,7 +443,7 @@ void attend(const Crew* c, int index, int head, const int* table, const float* c
 constexpr int MOST = 12; // queries that look at the same keys together
 
 template <class T>
-void attend_many(const Crew* c, int index, int head, const int* table, int count, const float* const* query,
+void attend_many(const Decoder* c, int index, int head, const int* table, int count, const float* const* query,
                  const int* seen, float* const* out, float* scores) {
     switch (count) {
 #define CASE(V) case V: attend<T, V>(c, index, head, table, query, seen, out, scores); break;
@@ -481,10 +452,10 @@ void attend_many(const Crew* c, int index, int head, const int* table, int count
     }
 }
 
-int64_t scores_size(const Crew* c) { return (int64_t)MOST * (up(c->context, BLOCK) + c->model.dim); }
+int64_t scores_size(const Decoder* c) { return (int64_t)MOST * (up(c->context, BLOCK) + c->model.dim); }
 
 // Rows `first` to `end`, of one stream, and one head of keys with all its queries.
-void look(const Crew* c, int index, int head, int first, int end, float* scores) {
+void look(const Decoder* c, int index, int head, int first, int end, float* scores) {
     const Model& m = c->model;
     const Step& step = *c->step;
     int group = m.heads / m.kv_heads, wide = m.layer[index].qkv.n, out_wide = m.layer[index].out.k;
@@ -508,16 +479,16 @@ void look(const Crew* c, int index, int head, int first, int end, float* scores)
 }
 
 // A row's state, normalised, as `next` reads it.
-void enter(const Crew* c, const Linear& next, const float* weight, int row) {
+void enter(const Decoder* c, const Linear& next, const float* weight, int row) {
     int64_t at = (int64_t)row * up(c->model.hidden, GROUP);
     normalise(c->s.x + at, weight, c->s.normal + at, c->model.hidden, up(c->model.hidden, GROUP), c->model.eps);
     prepare(c, next, c->s.normal + at, c->step->rows, c->step->prompt, row);
 }
 
 void run_step(Worker& me) {
-    Crew* c = me.c;
+    Decoder* c = me.c;
     const Model& m = c->model;
-    const Step step = *c->step; // a copy, for behind the last barrier the caller's may be gone
+    const Step& step = *c->step;
     Shared& s = c->s;
     const int rows = step.rows, prompt = step.prompt, hidden = up(m.hidden, GROUP), head_wide = m.heads * m.dim;
     float* scores = s.scores + me.id * scores_size(c);
@@ -600,31 +571,13 @@ void run_step(Worker& me) {
     if (step.wanted) multiply(me, m.head, s.normal, step.wanted, 0, step.logits, m.head.n, false);
 }
 
-void* follow(void* given) {
-    Worker me = *(Worker*)given;
-    free(given);
-    Crew* c = me.c;
-    for (uint32_t seen = 0;;) {
-        for (int turn = 0; turn < SPINS && __atomic_load_n(&c->generation, __ATOMIC_ACQUIRE) == seen;) rest(turn++);
-        pthread_mutex_lock(&c->lock);
-        while (c->generation == seen) pthread_cond_wait(&c->wake, &c->lock);
-        seen = c->generation;
-        pthread_mutex_unlock(&c->lock);
-        if (c->ends) return nullptr;
-        me.phase = 0;
-        run_step(me);
-    }
-}
-
-template <class T> bool room(T*& pointer, int64_t count) {
-    free(pointer);
-    pointer = (T*)aligned_alloc(64, (size_t)(count * (int64_t)sizeof(T) + 63) / 64 * 64);
-    if (pointer) memset(pointer, 0, (size_t)count * sizeof(T));
-    return pointer;
+void work(void* given, int id) {
+    Worker me = {(Decoder*)given, id, 0};
+    run_step(me);
 }
 
 // Working memory for so many rows. False where there is none.
-bool make_room(Crew* c, int rows, int wanted) {
+bool make_room(Decoder* c, int rows, int wanted) {
     Shared& s = c->s;
     rows = rows > wanted ? rows : wanted;
     if (rows <= s.rows_room) return true;
@@ -643,62 +596,37 @@ bool make_room(Crew* c, int rows, int wanted) {
     return made;
 }
 
-void wake_up(Crew* c) {
-    pthread_mutex_lock(&c->lock);
-    __atomic_store_n(&c->generation, c->generation + 1, __ATOMIC_RELEASE);
-    pthread_cond_broadcast(&c->wake);
-    pthread_mutex_unlock(&c->lock);
-}
-
 } // namespace
 
 #pragma GCC visibility push(default)
 extern "C" {
 
-void llmo_close(Crew* c) {
-    c->ends = true;
-    wake_up(c);
-    for (int i = 1; i < c->threads; i++) pthread_join(c->thread[i], nullptr);
+void llmo_close(Decoder* c) {
+    c->crew.dismiss();
     Shared& s = c->s;
     free(s.x), free(s.normal), free(s.wide), free(s.attended), free(s.inner), free(s.scores);
-    free(s.rounded), free(s.unit), free(s.start), free(s.tickets), free(c->thread), free(c);
+    free(s.rounded), free(s.unit), free(s.start), free(s.tickets), free(c);
 }
 
 // A crew of threads over a model, whose arrays stay the caller's. Null where memory or threads do not suffice.
-Crew* llmo_open(const Model* model, int threads, int context) {
-    Crew* c = (Crew*)calloc(1, sizeof(Crew));
+Decoder* llmo_open(const Model* model, int threads, int context) {
+    Decoder* c = (Decoder*)calloc(1, sizeof(Decoder));
     if (!c) return nullptr;
     c->model = *model;
-    c->threads = 1;
     c->context = context;
     c->phase_count = model->layers * 10 + 4;
-    pthread_mutex_init(&c->lock, nullptr);
-    pthread_cond_init(&c->wake, nullptr);
-    c->thread = (pthread_t*)calloc((size_t)threads, sizeof(pthread_t));
-    bool made = c->thread && room(c->s.scores, threads * scores_size(c)) && make_room(c, 64, 0);
-    for (int i = 1; made && i < threads; i++) {
-        Worker* worker = (Worker*)malloc(sizeof(Worker));
-        made = worker != nullptr;
-        if (made) {
-            *worker = {c, i, 0};
-            made = !pthread_create(&c->thread[i], nullptr, follow, worker);
-            if (made) c->threads = i + 1;
-            else free(worker);
-        }
-    }
-    if (made) return c;
+    bool hired = c->crew.hire(threads, work, c);
+    if (hired && room(c->s.scores, threads * scores_size(c)) && make_room(c, 64, 0)) return c;
     llmo_close(c);
     return nullptr;
 }
 
 // Computes one step; 0, or 1 where memory does not suffice.
-int llmo_step(Crew* c, const Step* step) {
+int llmo_step(Decoder* c, const Step* step) {
     if (!make_room(c, step->rows, step->wanted)) return 1;
     memset(c->s.tickets, 0, sizeof(int32_t) * (size_t)c->phase_count);
     c->step = step;
-    if (c->threads > 1) wake_up(c);
-    Worker me = {c, 0, 0};
-    run_step(me);
+    c->crew.run();
     return 0;
 }
 

@@ -109,3 +109,14 @@ static inline i32x16 dot(i32x16 acc, i32x16 weights, const int8_t* activations) 
     return acc;
 #endif
 }
+
+// acc + the sums of four products in each lane: unsigned activations by signed weights.
+static inline i32x16 dot_unsigned(i32x16 acc, i32x16 activations, i32x16 weights) {
+#if defined(__AVX512VNNI__)
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)activations, (__m512i)weights);
+#else
+    for (int shift = 0; shift < 32; shift += 8)
+        acc += ((activations >> shift) & 0xff) * ((weights << (24 - shift)) >> 24);
+    return acc;
+#endif
+}

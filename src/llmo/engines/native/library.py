@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from typing import Any
 
-from llmo.engines.native.build import library
-from llmo.errors import EnvironmentProblem
+from llmo.engines.native.build import opened
 
 
 class Linear(Structure):
@@ -59,20 +57,7 @@ class Step(Structure):
 @lru_cache(maxsize=1)
 def kernels() -> Any:
     """`llmo_open(model, threads, context)`, `llmo_step(crew, step)` and `llmo_close(crew)` of decoder.cpp."""
-    try:
-        found = ctypes.CDLL(str(library()))
-    except OSError:
-        try:
-            found = ctypes.CDLL(str(library(anew=True)))
-        except OSError as error:
-            raise EnvironmentProblem(
-                f"the compiled native engine cannot be opened: {error}",
-                hint="set XDG_CACHE_HOME to a folder from which programs may run, or deploy on another engine",
-            ) from error
-    found.llmo_size.restype = c_int64
-    for i, kind in enumerate((Linear, Layer, Model, Adapter, Step)):
-        if found.llmo_size(i) != ctypes.sizeof(kind):
-            raise ImportError(f"{kind.__name__} differs between decoder.cpp and library.py")
+    found = opened("decoder.cpp", "llmo_size", (Linear, Layer, Model, Adapter, Step))
     found.llmo_open.restype, found.llmo_open.argtypes = c_void_p, [POINTER(Model), c_int32, c_int32]
     found.llmo_step.restype, found.llmo_step.argtypes = c_int32, [c_void_p, POINTER(Step)]
     found.llmo_close.restype, found.llmo_close.argtypes = None, [c_void_p]

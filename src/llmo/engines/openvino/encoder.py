@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from llmo.engines.base import Chunk, Facts, Request, closed, require_cpu
 from llmo.engines.batch import chunks, means, pad
 from llmo.engines.cpu import instructions, require_instructions
-from llmo.engines.folder import card_applied, card_precision, pad_token_id, position_limit, read_config, require
+from llmo.engines.folder import card_applied, pad_token_id, position_limit, read_config, require
 from llmo.engines.openvino.groups import cut, rounded
 from llmo.engines.openvino.runner import GRAPH, last_line, settled
 from llmo.errors import EnvironmentProblem, ModelError
@@ -38,10 +38,11 @@ Cut = Callable[[Sequence[Request], NDArray[np.float32]], Iterator[Chunk]]
 
 
 class OpenVinoEncoder:
-    """Runs graphs that `compression.openvino_encoder` wrote, at their precision; fp32 graphs at bf16 too."""
+    """Runs graphs that `compression.openvino_encoder` wrote, at the precision that they say themselves."""
 
     name: ClassVar[str] = "openvino"
     abilities: ClassVar[frozenset[str]] = frozenset({"classify", "embed"})
+    pads: ClassVar[bool] = False  # only within the parts that it cuts a batch into
 
     def __init__(self) -> None:
         self._alone: Any = None
@@ -64,7 +65,7 @@ class OpenVinoEncoder:
         self._vocabulary = config.get("vocab_size")
         try:
             graph = ov.Core().read_model(path)
-            precision = settled(graph, card_precision(model), path)
+            precision = settled(graph, None, path)
             self._check(graph, path)
             self._rest = str(graph.get_rt_info(REST_KEY).value) if precision == "int8" else precision
             for each in {precision, self._rest}:

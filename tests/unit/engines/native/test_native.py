@@ -66,7 +66,7 @@ def test_a_machine_without_a_compiler_is_told_what_to_install(tmp_path: Path, mo
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentProblem, match="C\\+\\+ compiler") as found:
-        build.library()
+        build.library("decoder.cpp")
     assert "ziglang" in str(found.value.hint)
 
 
@@ -74,11 +74,11 @@ def test_a_compiler_that_fails_says_why_and_leaves_nothing(tmp_path: Path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", ("-march=no-such-processor", *build.FLAGS[2:]))
     with pytest.raises(EnvironmentProblem, match=r"cannot be compiled: .*no-such-processor"):
-        build.library()
+        build.library("decoder.cpp")
     assert [path.name for path in (tmp_path / "llmo" / "native").iterdir()] == ["lock"]
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(EnvironmentProblem, match="CXX names no-such-compiler"):
-        build.library()
+        build.library("decoder.cpp")
 
 
 def test_the_next_compiler_is_tried_and_what_a_killed_one_left_is_removed(
@@ -88,13 +88,13 @@ def test_the_next_compiler_is_tried_and_what_a_killed_one_left_is_removed(
     monkeypatch.setattr(build, "KNOWN", ("false", *build.KNOWN))
     left = tmp_path / "llmo" / "native" / "tmpkilled"
     left.mkdir(parents=True)
-    assert build.library().is_file()
+    assert build.library("decoder.cpp").is_file()
     assert not left.exists()
 
 
 def test_what_is_no_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.library().write_bytes(b"no library")
+    build.library("decoder.cpp").write_bytes(b"no library")
     library.kernels.cache_clear()
     assert library.kernels().llmo_size(0) > 0
     library.kernels.cache_clear()
@@ -104,7 +104,7 @@ def test_a_folder_that_keeps_nothing_is_named(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(EnvironmentProblem, match="cannot keep what it compiles in") as found:
-        build.library()
+        build.library("decoder.cpp")
     assert "XDG_CACHE_HOME" in str(found.value.hint)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmo.serve.batcher import Batcher, Item
+from llmo.engines.batcher import Batcher, Item
 
 LENGTHS = st.lists(st.integers(1, 512), min_size=1, max_size=200)
 
 
-def filled(lengths: list[int], **options: int) -> tuple[Batcher, list[Item]]:
+def filled(lengths: list[int], **options: Any) -> tuple[Batcher, list[Item]]:
     batcher = Batcher(options.pop("max_batch_tokens", 1024), **options)
     items = [Item(n) for n in lengths]
     for item in items:
@@ -34,6 +36,22 @@ def test_every_item_runs_once_within_the_bounds_and_the_oldest_first(
         for item in batch:
             left.remove(item)  # raises when an item comes twice
         assert len(batcher) == len(left)
+    assert left == []
+
+
+@given(LENGTHS, st.integers(16, 4096), st.integers(1, 64))
+@settings(max_examples=100, deadline=None)
+def test_where_nothing_is_padded_they_run_as_they_came(lengths: list[int], max_tokens: int, max_items: int) -> None:
+    batcher, items = filled(lengths, max_batch_tokens=max_tokens, max_items=max_items, slack_tokens=None)
+    left = list(items)
+    while len(batcher):
+        batch, _ = batcher.take(0.0)
+        assert batch == left[: len(batch)]
+        assert len(batch) <= max_items
+        assert len(batch) == 1 or sum(item.tokens for item in batch) <= max_tokens
+        left = left[len(batch) :]
+        more = len(batch) < max_items and left
+        assert not more or sum(item.tokens for item in batch) + left[0].tokens > max_tokens, "no fuller one would do"
     assert left == []
 
 
