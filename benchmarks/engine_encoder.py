@@ -91,7 +91,7 @@ def openvino(precision: Any) -> Build:
         from llmo.compression.openvino_encoder import write
 
         shutil.copy(model.folder / "config.json", out)
-        write(model.plain, out, precision, model.calibration)
+        write(model.fused, out, precision, model.calibration)
 
     return build
 

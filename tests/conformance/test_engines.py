@@ -69,22 +69,22 @@ def at_bf16(base: Path, folder: Path) -> None:
     torch_encoder.write(base, folder)
 
 
-def exported(base: Path, *, fused: bool) -> Path:
+def exported(base: Path) -> Path:
     """Its graph, which is made once."""
-    graph = base / ("fused.onnx" if fused else "plain.onnx")
+    graph = base / "model.onnx"
     if not graph.exists():
-        assert export(base, graph, fused=fused) == graph.stem
+        assert export(base, graph) == "fused"
     return graph
 
 
 def as_onnx(base: Path, folder: Path) -> None:
     shutil.copy(base / "config.json", folder)
-    shutil.copy(exported(base, fused=True), folder / "model.onnx")
+    shutil.copy(exported(base), folder / "model.onnx")
 
 
 def as_int8(base: Path, folder: Path) -> None:
     shutil.copy(base / "config.json", folder)
-    graph = onnx.load(exported(base, fused=True))
+    graph = onnx.load(exported(base))
     onnx.save(quantise(graph, bits=safe_bits()), folder / "model.onnx")
 
 
@@ -93,7 +93,7 @@ def as_openvino(precision: openvino_encoder.Precision) -> Prepare:
         shutil.copy(base / "config.json", folder)
         random = np.random.default_rng(0)
         texts = [[2, *random.integers(5, 60, size).tolist(), 3] for size in range(2, 34, 2)]
-        openvino_encoder.write(exported(base, fused=False), folder, precision, texts)
+        openvino_encoder.write(exported(base), folder, precision, texts)
 
     return prepare
 

@@ -1,8 +1,8 @@
 """A torch encoder at the precision that its card names: fp32 as it was saved, or bf16, weights and activations alike.
 
-int8 is refused. What torch has for it on a CPU is torchao (0.18, with torch 2.13): MiniLM on two cores, without a
-compiler, answers a single text 4 times slower than fp32 and 7 times slower than bf16, and batches at half the speed of
-bf16. `benchmarks/engine_encoder.py` measures it where it is installed.
+int8 is refused. What torch has for it on a CPU is torchao (0.18, with torch 2.13): MiniLM on two cores answers one text
+at 0.4 of fp32's speed and 0.3 of bf16's, and 32 at fp32's and 0.4 of bf16's. Compiled for a minute, with a C++ compiler
+at hand, one text is still slower than at fp32. `benchmarks/engine_encoder.py` measures it where it is installed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check(precision: str, device: torch.device, folder: Path) -> None:
     """Raises ModelError for a precision that the torch engine does not run, and EnvironmentProblem for one that the
     device does not compute natively."""
     if precision not in DTYPES:
-        why = " (torchao's is slower than bf16 on a CPU, and than fp32 for one text)" if precision == "int8" else ""
+        why = " (torchao's is slower than bf16 on a CPU, and no faster than fp32)" if precision == "int8" else ""
         raise ModelError(
             f"the torch engine runs fp32 and bf16, not {precision}{why}",
             hint="for int8 take the onnx or the openvino engine: `llmo compress` measures them",
