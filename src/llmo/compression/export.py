@@ -24,7 +24,7 @@ from llmo.engines.onnx import HIDDEN, LOGITS, ORT_ERRORS, session_options
 from llmo.engines.torch import open_model, quiet
 from llmo.errors import ModelError
 
-FUSED = "fused"
+FUSED, PLAIN = "fused", "eager"  # transformers' names of attentions
 TOLERANCE = 1e-4
 LENGTHS = (2, 7, 33)  # of the texts on which the graph is compared with torch
 LARGEST = 2000 << 20  # bytes; protobuf ends at 2 GiB
@@ -51,14 +51,15 @@ def export(folder: Path, target: Path, *, fused: bool = True) -> str:
     """Write the model of a saved folder to the file `target`, with dynamic batch and length.
 
     Returns which attention it has. "fused": each layer's attention is one ONNX Runtime node; "plain": as
-    transformers spells it, for models whose attention or mask is not the usual one, or if asked. Raises ModelError when
-    neither gives torch's logits, or the weights are more than one file can hold.
+    transformers spells it, in ONNX's own operators alone, for models whose attention or mask is not the usual one, and
+    for other runtimes (`fused` is False). Raises ModelError when neither gives torch's logits, or the weights are more
+    than one file can hold.
     """
     model = open_model(folder)
     _refuse_too_large(model, folder)
     expected = [_torch_logits(model, length) for length in LENGTHS]
     reasons = []
-    for attention in (FUSED, "eager") if fused else ("eager",):
+    for attention in (FUSED, PLAIN) if fused else (PLAIN,):
         try:
             with quiet():  # it warns of models that keep the attention they have; the graph shows it
                 model.set_attn_implementation(attention)

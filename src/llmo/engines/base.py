@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -34,13 +34,31 @@ class Chunk:
     finished: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a loaded encoder truly runs, found in what was built, not in what was asked for.
+
+    `precision` (fp32, bf16 or int8) is that of most products with weights; `kernels` counts those products by the name
+    that the library gives what computes them. `rest` is the precision of all between them. `instructions` are the best
+    that the device has for that precision, as the kernel of the operating system (or the GPU) calls them.
+    """
+
+    precision: str
+    rest: str
+    kernels: Mapping[str, int]
+    instructions: str
+    threads: int
+    streams: int
+    library: str
+
+
 class Engine(Protocol):
     """Load once, run many times, close. Not thread-safe: the replica owns one and calls it from one thread.
 
-    `load` must use at most `device.cores` threads and raise ModelError for a folder it cannot run and
-    EnvironmentProblem for what the machine lacks; it never falls back in silence. `run` is one batch: the
-    requests are padded together, unless an attribute `pads` of the engine says False; an encoder yields exactly one
-    chunk per request, in any order.
+    `load` must compute on at most `device.cores` threads at once and raise ModelError for a folder it cannot run and
+    EnvironmentProblem for what the machine lacks; it never falls back in silence, and `facts` says what it runs
+    (ModelError once it is closed). `run` is one batch: the requests are padded together, unless an attribute `pads` of
+    the engine says False; an encoder yields exactly one chunk per request, in any order.
     """
 
     name: ClassVar[str]
@@ -49,6 +67,8 @@ class Engine(Protocol):
     def load(self, model: Path, device: Device) -> None: ...
 
     def run(self, requests: Sequence[Request]) -> Iterator[Chunk]: ...
+
+    def facts(self) -> Facts: ...
 
     def close(self) -> None: ...
 
@@ -94,6 +114,11 @@ def no_room(count: int, needed: int, memory: int) -> ModelError:
         f"{needs} {-(-needed >> 20)} MiB, and {memory >> 20} MiB are set aside for adapters",
         hint=f"deploy it again with `--set adapters_mib={-(-needed >> 20)}`, or train at a lower rank",
     )
+
+
+def closed() -> ModelError:
+    """What an engine raises that is asked for anything while nothing is loaded."""
+    return ModelError("the engine is closed", hint="load a model first")
 
 
 def require_cpu(engine: str, device: Device) -> None:

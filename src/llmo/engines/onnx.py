@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from llmo.engines.base import Chunk, Request, require_cpu
+from llmo.engines import onnx_nodes
+from llmo.engines.base import Chunk, Facts, Request, closed, require_cpu
 from llmo.engines.batch import chunks, means, pad
+from llmo.engines.cpu import instructions
 from llmo.engines.folder import pad_token_id, read_config, require
 from llmo.errors import ModelError
 from llmo.types import Device
@@ -36,6 +40,8 @@ class OnnxEngine:
 
     def __init__(self) -> None:
         self._session: Any = None
+        self._path = Path()
+        self._facts: Facts | None = None
         self._inputs: dict[str, Any] = {}
         self._outputs: set[str] = set()
         self._pad_id = 0
@@ -43,7 +49,7 @@ class OnnxEngine:
     def load(self, model: Path, device: Device) -> None:
         require_cpu(self.name, device)
         self._pad_id = pad_token_id(read_config(model))
-        path = require(model, GRAPH)
+        path = self._path = require(model, GRAPH)
         try:
             self._session = onnxruntime.InferenceSession(
                 str(path), session_options(device.cores), providers=["CPUExecutionProvider"]
@@ -75,7 +81,7 @@ class OnnxEngine:
     def _output(self, name: str, requests: Sequence[Request]) -> NDArray[np.float32]:
         """One output of the graph for the padded batch."""
         if self._session is None:
-            raise ModelError("the engine is closed", hint="load a model first")
+            raise closed()
         if name not in self._outputs:
             raise ModelError(
                 f"the graph has no output '{name}'",
@@ -98,8 +104,29 @@ class OnnxEngine:
             ) from error
         return found
 
+    def facts(self) -> Facts:
+        if self._session is None:
+            raise closed()
+        if self._facts is None:
+            self._facts = self._found_out()
+        return self._facts
+
+    def _found_out(self) -> Facts:
+        found = _products(self._path)
+        options = self._session.get_session_options()
+        precision = onnx_nodes.precision(found)
+        return Facts(
+            precision=precision,
+            rest="fp32",
+            kernels=dict(found),
+            instructions=instructions(precision),
+            threads=options.intra_op_num_threads,
+            streams=options.inter_op_num_threads,
+            library=f"onnxruntime {onnxruntime.__version__}",
+        )
+
     def close(self) -> None:
-        self._session = None
+        self._session = self._facts = None
 
 
 def session_options(cores: int) -> Any:
@@ -113,6 +140,18 @@ def session_options(cores: int) -> Any:
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
+
+
+def _products(path: Path) -> Counter[str]:
+    """The products that run. Those that are quantised apart are joined while the graph is opened: then what came of it
+    is written out and read."""
+    if not onnx_nodes.nodes(path, (onnx_nodes.APART,)):
+        return onnx_nodes.nodes(path)
+    with TemporaryDirectory() as folder:
+        options = session_options(1)
+        options.optimized_model_filepath = str(Path(folder) / GRAPH)
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnx_nodes.nodes(Path(folder) / GRAPH)
 
 
 def _giving_back() -> Any:

@@ -1,4 +1,4 @@
-"""The reference engine: the saved model as plain transformers opens it, at fp32, on the CPU or one GPU."""
+"""The reference engine: the saved model as plain transformers opens it, at fp32 or bf16, on the CPU or one GPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from transformers.utils import logging as transformers_logging
 
 from llmo.engines import (
     applied,
+    lowered,
     lstm,  # noqa: F401 (transformers opens it once it is registered)
 )
-from llmo.engines.base import Chunk, Request
+from llmo.engines.base import Chunk, Facts, Request, closed
 from llmo.engines.batch import Ids, chunks, means, pad
-from llmo.engines.folder import card_applied, pad_token_id, position_limit, read_config, require
+from llmo.engines.folder import card_applied, card_precision, pad_token_id, position_limit, read_config, require
 from llmo.engines.place import torch_device
 from llmo.engines.trunk import Row, Said, Trunk
 from llmo.errors import ModelError
@@ -30,12 +31,13 @@ from llmo.types import ENCODER_ADAPTER_BYTES, Device
 
 
 class TorchEngine:
-    """What every other engine is compared with."""
+    """What every other engine is compared with, at fp32. A card that names bf16 has everything computed in it."""
 
     name: ClassVar[str] = "torch"
     abilities: ClassVar[frozenset[str]] = frozenset({"classify", "embed", "adapters"})
 
     def __init__(self) -> None:
+        self._model: Any = None
         self._trunk: Trunk | None = None
         self._device = torch.device("cpu")
         self._pad_id = 0
@@ -46,8 +48,10 @@ class TorchEngine:
         self._device = torch_device(device)
         torch.set_num_threads(device.cores)
         config = read_config(model)
+        precision = card_precision(model) or "fp32"
+        lowered.check(precision, self._device, model)
         self._pad_id, self._positions = pad_token_id(config), position_limit(config)
-        opened = open_model(model).to(self._device)
+        opened = self._model = lowered.lower(open_model(model), precision).to(self._device)
         self._vocabulary = opened.get_input_embeddings().num_embeddings
         self._trunk = Trunk(opened, self._device, adapter_bytes, _architecture)
 
@@ -57,15 +61,35 @@ class TorchEngine:
     def embed(self, requests: Sequence[Request]) -> Iterator[Chunk]:
         return self._through(Trunk.hidden, means, requests)
 
+    def facts(self) -> Facts:
+        self._loaded()
+        precision = lowered.precision_of(self._model)
+        return Facts(
+            precision=precision,
+            rest=precision,
+            kernels=dict(lowered.kernels(self._model)),
+            instructions=lowered.instructions_of(precision, self._device),
+            threads=torch.get_num_threads(),
+            streams=1,
+            library=f"torch {torch.__version__}",
+        )
+
     def add_adapter(self, name: str, folder: Path) -> None:
-        self._loaded().add(name, folder)
+        trunk = self._loaded()
+        if lowered.precision_of(self._model) != "fp32":
+            raise ModelError(
+                "further models join a trunk at fp32, and this one runs at a lower precision",
+                hint="deploy the model as it was trained",
+                where=str(folder),
+            )
+        trunk.add(name, folder)
 
     def remove_adapter(self, name: str) -> None:
         self._loaded().remove(name)
 
     def _loaded(self) -> Trunk:
         if self._trunk is None:
-            raise ModelError("the engine is closed", hint="load a model first")
+            raise closed()
         return self._trunk
 
     def _through(
@@ -101,7 +125,7 @@ class TorchEngine:
             raise IndexError(f"the model reads at most {self._positions}")
 
     def close(self) -> None:
-        self._trunk = None
+        self._trunk = self._model = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -56,6 +56,15 @@ def test_the_graph_gives_the_logits_of_the_model(architecture: str, task: str, a
     assert max(np.abs(expected - found).max() for expected, found in vectors) < 1e-5
 
 
+def test_plain_attention_may_be_asked_for_and_takes_onnx_alone(tmp_path: Path) -> None:
+    folder = headed_model(tmp_path / "model")
+    assert export(folder, folder / "model.onnx", fused=False) == "plain"
+    graph = onnx.load(folder / "model.onnx")
+    assert {node.domain for node in graph.graph.node} == {""}
+    for expected, found in zip(logits(TorchEngine(), folder), logits(OnnxEngine(), folder), strict=True):
+        assert np.abs(expected - found).max() < 1e-4
+
+
 def test_fused_attention_is_one_node_a_layer_with_nothing_around_it(tmp_path: Path) -> None:
     folder = headed_model(tmp_path / "model")
     export(folder, folder / "model.onnx")

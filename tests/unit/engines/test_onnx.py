@@ -133,3 +133,43 @@ def test_one_core_starts_no_thread_of_its_own(tmp_path: Path) -> None:
     assert psutil.Process().num_threads() == before
     engine.close()
     again.close()
+
+
+def quantised_apart(folder: Path) -> Path:
+    """One product whose int8 operands are said beside it, as calibrated graphs are written."""
+    folder.mkdir()
+    made = {
+        "table": np.random.default_rng(0).normal(size=(9, 16)).astype(np.float32),
+        "step": np.float32(0.02),
+        "middle": np.uint8(128),
+        "weight": np.random.default_rng(1).integers(-127, 127, (16, 16)).astype(np.int8),
+        "weight_step": np.full(16, 0.01, np.float32),
+        "weight_middle": np.zeros(16, np.int8),
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["wide"]),
+        helper.make_node("QuantizeLinear", ["wide", "step", "middle"], ["levels"]),
+        helper.make_node("DequantizeLinear", ["levels", "step", "middle"], ["rounded"]),
+        helper.make_node("DequantizeLinear", ["weight", "weight_step", "weight_middle"], ["matrix"], axis=1),
+        helper.make_node("MatMul", ["rounded", "matrix"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "apart",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "length", 16])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in made.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_products_that_are_joined_when_the_graph_is_opened_are_told_as_they_run(tmp_path: Path) -> None:
+    engine = OnnxEngine()
+    engine.load(quantised_apart(tmp_path / "m"), CPU)
+    found = engine.facts()
+    assert found.kernels == {"MatMulIntegerToFloat": 1}
+    assert (found.precision, found.rest, found.threads) == ("int8", "fp32", 1)
+    engine.close()

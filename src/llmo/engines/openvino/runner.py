@@ -62,13 +62,13 @@ class Graph:
         }
         try:
             graph = ov.Core().read_model(path)
-            compute, kept = COMPUTE[_precision(graph, precision, path)]
+            compute, kept = COMPUTE[settled(graph, precision, path)]
             _page(graph)
             options |= {"INFERENCE_PRECISION_HINT": compute, "KV_CACHE_PRECISION": kept}
             self._compiled = ov.Core().compile_model(graph, "CPU", options)
         except RuntimeError as error:
             raise ModelError(
-                f"OpenVINO cannot open the graph: {_last_line(error)}",
+                f"OpenVINO cannot open the graph: {last_line(error)}",
                 hint="make it again with `llmo compress`, or deploy the model on the torch engine",
                 where=str(path),
             ) from error
@@ -133,7 +133,7 @@ def _feed(rows: Sequence[Row], empty: int) -> tuple[NDArray[Any], ...]:
     )
 
 
-def _precision(graph: Any, asked: str | None, path: Path) -> str:
+def settled(graph: Any, asked: str | None, path: Path) -> str:
     """What the graph's weights are, as it says itself; fp32 weights can also be computed with at bf16."""
     made = str(graph.get_rt_info(PRECISION_KEY).value) if graph.has_rt_info(PRECISION_KEY) else ""
     if made not in COMPUTE:
@@ -159,7 +159,7 @@ def _page(graph: Any) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """OpenVINO's messages begin with where in its sources they arose."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[-1][:200]
