@@ -18,11 +18,12 @@ import torch
 import transformers
 
 from llmo import plugins
-from llmo.compression import openvino_encoder, torch_encoder
+from llmo.compression import native, openvino_encoder, torch_encoder
 from llmo.compression.export import export
 from llmo.compression.quantise import quantise, safe_bits
 from llmo.engines.base import Embedder, Engine, Request
 from llmo.engines.cpu import instructions
+from llmo.engines.native.encoder_model import FILE
 from llmo.errors import EnvironmentProblem, LLMOError, ModelError
 from llmo.types import Device
 from support.headed import LABELS, headed_model
@@ -98,10 +99,15 @@ def as_openvino(precision: openvino_encoder.Precision) -> Prepare:
     return prepare
 
 
+def as_native(base: Path, folder: Path) -> None:
+    native.write(base, folder)
+
+
 SAVED, GRAPH, BIN = "model.safetensors", "model.onnx", "openvino_model.bin"
 VARIANTS = {
     "torch": Variant("torch", "fp32", SAVED, as_saved),
     "torch-bf16": Variant("torch", "bf16", SAVED, at_bf16, off=0.15, alone=0.1),
+    "native": Variant("native", "int8", FILE, as_native, off=0.3, alone=1e-9),
     "onnx": Variant("onnx", "fp32", GRAPH, as_onnx),
     "onnx-int8": Variant("onnx", "int8", GRAPH, as_int8, off=0.3, alone=0.1),
     "openvino": Variant("openvino", "fp32", BIN, as_openvino("fp32")),

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import onnx
 
-from llmo.compression import native
+from llmo.compression import native, torch_encoder
 from llmo.compression.export import export
 from llmo.compression.graphs import attention, default, heads, lean, smooth, static
 from llmo.compression.quantise import measured_bits, parameter_count, quantise, safe_bits
 from llmo.engines.native.encoder_model import FILE as NATIVE
 from llmo.engines.onnx import GRAPH
+from llmo.errors import EnvironmentProblem
 
 WEIGHTS, PLAIN = "model.safetensors", "plain.onnx"
+OPENVINO = ("openvino_model.xml", "openvino_model.bin")
 FP32_BITS = 32.0
 
 
@@ -29,12 +32,16 @@ class Source:
     calibration: Callable[[], Sequence[Sequence[int]]]
     attention: str = field(default="", init=False)
 
-    def graph(self) -> onnx.ModelProto:
-        """The model as ONNX at fp32, to be changed at will."""
+    def fused(self) -> Path:
+        """The model as an ONNX file at fp32."""
         file = self.work / GRAPH
         if not file.exists():
             self.attention = export(self.model, file)
-        return onnx.load(file)
+        return file
+
+    def graph(self) -> onnx.ModelProto:
+        """The same, to be changed at will."""
+        return onnx.load(self.fused())
 
     def plain(self) -> Path:
         """The same with attention as transformers spells it."""
@@ -94,10 +101,31 @@ def _native(source: Source, folder: Path) -> float:
     return native.write(source.model, folder).bits
 
 
+def _torch(source: Source, folder: Path) -> float:
+    return torch_encoder.write(source.model, folder)
+
+
+def _openvino(precision: Literal["bf16", "int8"]) -> Callable[[Source, Path], float]:
+    def build(source: Source, folder: Path) -> float:
+        try:
+            from llmo.compression.openvino_encoder import write
+        except ImportError as error:
+            raise EnvironmentProblem(
+                f"{error.name} is not installed", hint="pip install 'llmo-os[calibrate]'"
+            ) from error
+        texts = source.calibration() if precision == "int8" else ()
+        return write(source.fused(), folder, precision, texts).bits
+
+    return build
+
+
 VARIANTS: Mapping[str, Variant] = {
     "native-int8": Variant("native", "int8", (NATIVE,), _native),
     "onnx-fp32": Variant("onnx", "fp32", (GRAPH,), _onnx(lambda graph, source: graph)),
     "onnx-int8": Variant("onnx", "int8", (GRAPH,), _onnx(_by_token)),
     "onnx-int8-static": Variant("onnx", "int8", (GRAPH,), _onnx(_static)),
+    "torch-bf16": Variant("torch", "bf16", (WEIGHTS,), _torch),
+    "openvino-bf16": Variant("openvino", "bf16", OPENVINO, _openvino("bf16")),
+    "openvino-int8": Variant("openvino", "int8", OPENVINO, _openvino("int8")),
     "onnx-int8-default": Variant("onnx", "int8", (GRAPH,), _default),
 }

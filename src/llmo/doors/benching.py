@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 import time
@@ -21,6 +20,7 @@ from llmo.doors.gateway import Door, gateway
 from llmo.doors.load import WARM, Load, Target, Window, joined
 from llmo.doors.plain import PIPELINES, plain
 from llmo.doors.server import running_server
+from llmo.engines.native.peak import measure
 from llmo.engines.work import Work, nominal_work
 from llmo.errors import DataError, EnvironmentProblem, InputError, LLMOError, ModelError, NotFoundError, nearest
 from llmo.kernel import processes
@@ -288,9 +288,8 @@ def _work(home: System | None, model: Artifact, left_out: dict[str, str]) -> Wor
 def _peak(cores: int, precision: str, left_out: dict[str, str]) -> float | None:
     """Operations a second that this machine's `cores` do in `precision`, measured now."""
     try:
-        measure = importlib.import_module("llmo.engines.native.peak").measure
-        peaks: Mapping[str, float] = measure(cores)
-    except (ImportError, EnvironmentProblem) as error:
+        peaks = measure(cores)
+    except EnvironmentProblem as error:
         left_out["peak"] = str(error)
         return None
     if precision not in peaks:

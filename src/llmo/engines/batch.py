@@ -19,16 +19,22 @@ def pad(requests: Sequence[Request], pad_id: int) -> tuple[Ids, Ids]:
 
     Raises InputError for a request without tokens.
     """
-    lengths = [len(request.input_ids) for request in requests]
-    if min(lengths) == 0:
-        empty = requests[lengths.index(0)]
-        raise InputError(f"request {empty.id} holds no token", hint="encode the text with its special tokens")
+    lengths = lengths_of(requests)
     ids = np.full((len(requests), max(lengths)), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
         ids[row, :length] = request.input_ids
         mask[row, :length] = 1
     return ids, mask
+
+
+def lengths_of(requests: Sequence[Request]) -> list[int]:
+    """Tokens of each. Raises InputError for a request without any."""
+    lengths = [len(request.input_ids) for request in requests]
+    if min(lengths) == 0:
+        empty = requests[lengths.index(0)]
+        raise InputError(f"request {empty.id} holds no token", hint="encode the text with its special tokens")
+    return lengths
 
 
 def chunks(requests: Sequence[Request], logits: NDArray[np.float32]) -> Iterator[Chunk]:

@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from llmo.engines.base import Chunk, Request, require_cpu
-from llmo.engines.batch import at_length_one
+from llmo import __version__
+from llmo.engines.base import Chunk, Facts, Request, closed, require_cpu
+from llmo.engines.batch import at_length_one, lengths_of
+from llmo.engines.cpu import instructions
 from llmo.engines.folder import require
 from llmo.engines.native.encoder_model import FILE, Encoder
 from llmo.errors import ModelError
@@ -51,6 +53,12 @@ class NativeEncoderEngine:
         for request, mean in zip(requests, means, strict=True):
             yield Chunk(request.id, at_length_one(mean))
 
+    def facts(self) -> Facts:
+        model = self._opened()
+        found = instructions("int8")
+        kernel = found if found == "avx512_vnni" else "lanes"
+        return Facts("int8", "fp32", {kernel: model.products}, found, model.threads, model.threads, __version__)
+
     def close(self) -> None:
         if self._model is not None:
             self._model.close()
@@ -58,17 +66,18 @@ class NativeEncoderEngine:
 
     def _opened(self) -> Encoder:
         if self._model is None:
-            raise ModelError("the engine is closed", hint="load a model first")
+            raise closed()
         return self._model
 
     @staticmethod
     def _encode(
         model: Encoder, requests: Sequence[Request], **how: Any
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        tokens = sum(lengths_of(requests))
         try:
             return model.encode([request.input_ids for request in requests], **how)
         except (ValueError, RuntimeError) as error:
             raise ModelError(
-                f"the model cannot run this batch of {len(requests)} texts: {error}",
+                f"the model cannot run this batch of {len(requests)} texts, {tokens} tokens: {error}",
                 hint="the tokenizer may not belong to this model, or the text is longer than its positions",
             ) from error

@@ -35,6 +35,7 @@ class Encoder:
         """Raises ModelError for a file that is not what `compression.native` writes, EnvironmentProblem where the
         kernels cannot be compiled or started."""
         self._kernels = library.kernels()
+        self.threads = threads
         self._kept: list[Array] = []
         try:
             with safe_open(path, "numpy") as file:
@@ -62,8 +63,8 @@ class Encoder:
         """Logits, `[texts, labels]` or where each token is answered `[tokens, labels]` of all texts one after another;
         with `means` the mean of the last hidden states, `[texts, hidden]`. And where each text begins, `[texts + 1]`.
 
-        Raises RuntimeError where memory does not suffice, ValueError for ids that the vocabulary lacks and for texts
-        without tokens or longer than the model's positions.
+        Every text has a token at least. Raises RuntimeError where memory does not suffice, ValueError for ids that the
+        vocabulary lacks and for texts longer than the model's positions.
         """
         lengths = np.fromiter(map(len, texts), np.int32, len(texts))
         begin = np.zeros(len(texts) + 1, np.int32)
@@ -80,6 +81,11 @@ class Encoder:
         return found, begin
 
     @property
+    def products(self) -> int:
+        """How many of its layers' products have int8 weights."""
+        return 4 * int(self._model.layers)
+
+    @property
     def labels(self) -> int:
         """How many logits an answer has; 0 where there is no head."""
         return int(self._model.head.labels)
@@ -90,8 +96,6 @@ class Encoder:
         return bool(self._model.head.first)
 
     def _check(self, lengths: NDArray[np.int32], ids: NDArray[np.int32]) -> None:
-        if lengths.min() == 0:
-            raise ValueError("a text holds no token")
         if lengths.max() > self._positions:
             raise ValueError(f"a text of {lengths.max()} tokens is longer than the model's {self._positions} positions")
         if ids.min() < 0 or ids.max() >= self._vocabulary:

@@ -21,7 +21,7 @@ from llmo.engines.native import build, encoder_library
 from llmo.engines.native.encoder import NativeEncoderEngine
 from llmo.engines.native.encoder_model import FILE
 from llmo.engines.torch import TorchEngine, open_model
-from llmo.errors import EnvironmentProblem, ModelError
+from llmo.errors import EnvironmentProblem, LLMOError, ModelError
 from llmo.types import Device
 from support.headed import headed_model
 
@@ -160,7 +160,7 @@ def test_no_torch_is_needed(folder: Path) -> None:
 )
 def test_what_it_cannot_run_is_an_error_and_the_next_batch_runs(folder: Path, text: list[int], says: str) -> None:
     with opened(folder) as engine:
-        with pytest.raises(ModelError, match=says):
+        with pytest.raises(LLMOError, match=says):
             said(engine, [[2, 3], text])
         assert len(said(engine, [[2, 3]])) == 1
 
