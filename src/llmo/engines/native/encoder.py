@@ -13,7 +13,7 @@ from llmo import __version__
 from llmo.engines.base import Chunk, Facts, Request, closed, require_cpu
 from llmo.engines.batch import at_length_one, lengths_of
 from llmo.engines.cpu import instructions
-from llmo.engines.folder import require
+from llmo.engines.folder import read_config, require
 from llmo.engines.native.encoder_model import FILE, Encoder
 from llmo.errors import ModelError
 from llmo.types import Device
@@ -32,6 +32,7 @@ class NativeEncoderEngine:
     def load(self, model: Path, device: Device) -> None:
         self.close()
         require_cpu(self.name, device)
+        read_config(model)
         self._model = Encoder(require(model, FILE), device.cores)
 
     def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
@@ -73,11 +74,11 @@ class NativeEncoderEngine:
     def _encode(
         model: Encoder, requests: Sequence[Request], **how: Any
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        tokens = sum(lengths_of(requests))
+        longest = max(lengths_of(requests))
         try:
             return model.encode([request.input_ids for request in requests], **how)
         except (ValueError, RuntimeError) as error:
             raise ModelError(
-                f"the model cannot run this batch of {len(requests)} texts, {tokens} tokens: {error}",
+                f"the model cannot run this batch of {len(requests)} x {longest} tokens: {error}",
                 hint="the tokenizer may not belong to this model, or the text is longer than its positions",
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -181,10 +182,12 @@ def test_files_that_are_not_whole_or_not_ours_are_refused(folder: Path, tmp_path
     for name, write in cases.items():
         other = tmp_path / name
         other.mkdir()
+        shutil.copy(folder / "config.json", other)
         write(other / FILE)
         with pytest.raises(ModelError) as caught:
             NativeEncoderEngine().load(other, cpu(1))
         assert caught.value.hint
+    shutil.copy(folder / "config.json", tmp_path)
     with pytest.raises(ModelError, match=r"no native\.safetensors"):
         NativeEncoderEngine().load(tmp_path, cpu(1))
     with pytest.raises(EnvironmentProblem, match="runs on the CPU"):
