@@ -100,6 +100,7 @@ def as_openvino(precision: openvino_encoder.Precision) -> Prepare:
 
 
 def as_native(base: Path, folder: Path) -> None:
+    shutil.copy(base / "config.json", folder)
     native.write(base, folder)
 
 
