@@ -19,7 +19,7 @@ from llmo.compression.contest import CLIENTS, Measured, contest, speedup
 from llmo.compression.graphs import calibration
 from llmo.compression.outcome import Made, Outcome
 from llmo.compression.probe import Candidate
-from llmo.compression.recipes import Maker, recipes
+from llmo.compression.recipes import VOCABULARY, Maker, Recipe, recipes
 from llmo.compression.variants import FP32_BITS, VARIANTS, WEIGHTS, Source
 from llmo.context import Context, Stopped
 from llmo.data.dataset import Dataset
@@ -162,6 +162,9 @@ class _Search:
             if time.monotonic() > self._limits.ends:
                 self._problems[recipe.name] = LATE
                 continue
+            if self._too_large(recipe, best):
+                self._problems[recipe.name] = "not tried: it would be too large"
+                continue
             self._ctx.report(0, stage=f"make the shape {recipe.name}")
             try:
                 shape = self._maker.make(recipe)
@@ -182,6 +185,13 @@ class _Search:
         steps = self._maker.steps.get(name.partition("+")[0])
         more = {} if steps is None else {"shape": steps}
         return Made(entry.shape, [entry.folder / file for file in entry.files], more)
+
+    def _too_large(self, recipe: Recipe, variant: str) -> bool:
+        """Whether it would not fit, as the model with its trimmed vocabulary was measured."""
+        whole = next((row for row in self._rows if row["name"] == f"{VOCABULARY}+{variant}"), None)
+        if whole is None or self._limits.max_bytes is None:
+            return False
+        return bool(whole["size_bytes"] - recipe.saved * whole["bits"] / 8 > self._limits.max_bytes)
 
     def _enough(self, row: Mapping[str, Any]) -> bool:
         """Whether stronger shapes need not be tried: they would lose more still, or this one fits already."""

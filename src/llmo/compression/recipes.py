@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,19 @@ from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.engines.folder import read_config
 
-Step = Callable[[Path, Path], dict[str, Any]]
+VOCABULARY = "vocabulary"  # the recipe that leaves the layers whole
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """`layers` of the model's and a feed-forward width of `inner`, distilled from the model; None leaves it whole. The
-    vocabulary is trimmed to the training texts in any case, for that costs nothing."""
+    vocabulary is trimmed to the training texts in any case, for that costs nothing. `saved` are the weights of the
+    layers that it has less than the model."""
 
     name: str
     layers: int | None = None
     inner: int | None = None
+    saved: int = 0
 
 
 @dataclass(slots=True)
@@ -59,7 +61,8 @@ def recipes(model: Path) -> list[Recipe]:
     config: Mapping[str, Any] = read_config(model)
     layers = int(config.get("num_hidden_layers") or config.get("n_layers") or 0)
     inner = int(config.get("intermediate_size") or config.get("hidden_dim") or 0)
-    found = [Recipe("vocabulary")]
+    hidden = int(config.get("hidden_size") or config.get("dim") or 0)
+    found = [Recipe(VOCABULARY)]
     for kept, narrow in ((2 / 3, False), (1 / 2, False), (1 / 2, True), (1 / 3, True)):
         count = round(layers * kept)
         if not 0 < count < layers:
@@ -67,5 +70,6 @@ def recipes(model: Path) -> list[Recipe]:
         width = inner // 2 if narrow and inner >= 128 else None
         name = f"layers-{count}" + (f"-inner-{width}" if width else "")
         if all(recipe.name != name for recipe in found):
-            found.append(Recipe(name, count, width))
+            left = count * (4 * hidden**2 + 2 * hidden * (width or inner))
+            found.append(Recipe(name, count, width, layers * (4 * hidden**2 + 2 * hidden * inner) - left))
     return found

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from llmo.compression.choice import Limits, choose, refusal, why
 from llmo.compression.encoders import wants_shapes
 from llmo.compression.operation import run
+from llmo.compression.recipes import recipes
 from llmo.context import NullContext
 from llmo.engines.base import Request
 from llmo.engines.torch import TorchEngine
@@ -256,3 +257,15 @@ def test_shapes_are_tried_only_where_they_are_wanted() -> None:
     assert wants_shapes(table, replace(fits, shapes="all"))
     assert not wants_shapes(table, replace(small, shapes="none"))
     assert [one["verdict"] for one in table] == ["", ""]
+
+
+def test_recipes_go_from_mild_to_strong(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1536})
+    )
+    found = recipes(tmp_path)
+    assert [one.name for one in found] == [
+        "vocabulary", "layers-4", "layers-3", "layers-3-inner-768", "layers-2-inner-768",
+    ]  # fmt: skip
+    assert [one.saved for one in found] == sorted(one.saved for one in found)
+    assert found[2].saved == 3 * (4 * 384**2 + 2 * 384 * 1536)
