@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from llmo.classic import AdamW, BERTForTextClassification, BERTForTokenClassification, BERTTokenizer
     from llmo.doors.client import Client
-    from llmo.doors.sdk import Dataset, Model, compress, deploy, gateway, train
+    from llmo.doors.sdk import Dataset, Model, compress, deploy, export, gateway, train
     from llmo.errors import LLMOError
     from llmo.system import System
 
@@ -29,6 +29,7 @@ _HOMES = {
     "System": "llmo.system",
     "compress": "llmo.doors.sdk",
     "deploy": "llmo.doors.sdk",
+    "export": "llmo.doors.sdk",
     "gateway": "llmo.doors.sdk",
     "train": "llmo.doors.sdk",
 }
@@ -45,6 +46,7 @@ __all__ = [
     "System",
     "compress",
     "deploy",
+    "export",
     "gateway",
     "train",
 ]

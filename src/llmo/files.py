@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llmo.errors import StorageError
+from llmo.errors import InputError, StorageError
 from llmo.types import canonical
 
 MANIFEST = "manifest.json"
@@ -55,6 +55,17 @@ def make_home(home: Path) -> None:
             raise
         except ValueError as error:
             raise StorageError(f"LLMO_HOME is not a path: {error}", hint="set LLMO_HOME to a folder") from error
+
+
+def vacant(path: Path) -> None:
+    """Raises InputError where a new folder cannot be put: something is there already, or no folder holds it."""
+    try:
+        if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+            raise InputError(f"{path} is there already", hint="name a folder that is not, or move that one away")
+        if not path.parent.is_dir():
+            raise InputError(f"there is no folder {path.parent}", hint="make it first, or name another one")
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{str(path)[:200]}' is no folder that can be made: {error}") from None
 
 
 def sync_folder(folder: Path) -> None:

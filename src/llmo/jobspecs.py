@@ -134,6 +134,21 @@ class EvaluateSpec(Spec):
     )
 
 
+class ExportSpec(Spec):
+    """The operation `export`, which only this machine's own doors ask for: it writes where they say.
+
+    `model` and `digest` name what is exported, `original` what it was compressed from, if it was.
+    """
+
+    target: Literal["edge", "onnx", "openvino"] = "edge"
+    out: str
+    precision: Literal["fp32", "int8"] | None = None
+    max_mb: Annotated[Number, Field(gt=0)] | None = None
+    model: str
+    digest: str
+    original: str
+
+
 class HeardSpec(Spec):
     """What an endpoint answered to one golden text: logits `[labels]` or `[tokens, labels]`, or the tokens it wrote."""
 

@@ -39,6 +39,7 @@ COMPRESS = Operation(
     revision=5,
     measured=True,
 )
+EXPORT = Operation("export", "llmo.compression.edge.operation:run", cached=False, needs=Needs(memory=2 * _GIB))
 VERIFY = Operation(
     "verify", "llmo.verify.operation:run", produces=Kind.REPORT, needs=Needs(memory=2 * _GIB), makes_room=True
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llmo import naming, pipeline, scratch, searches, sources
+from llmo import exports, naming, pipeline, scratch, searches, sources
 from llmo.errors import InputError, ModelError, NotFoundError, SpecError, UnreachableError
 from llmo.jobspecs import ALSO, INPUTS, OPERATIONS
 from llmo.kernel import service
@@ -194,6 +194,25 @@ class System:
     def save(self, folder: Path, name: str, card: Mapping[str, Any], kind: Kind = Kind.MODEL) -> Artifact:
         """Store a folder made outside a job (a user's own training loop); its files are moved, not copied."""
         return self.store.catalog.publish(kind, name, folder, card, job=None, inputs={})
+
+    def export(
+        self,
+        model: str,
+        out: Path,
+        *,
+        target: str = "edge",
+        precision: str | None = None,
+        max_mb: float | None = None,
+    ) -> Job:
+        """Write a model into a new folder of this machine that runs without LLMO (never asked for over HTTP); the job's
+        result is the folder's manifest. `target` is edge, onnx or openvino; `max_mb` are millions of bytes."""
+        artifact = self.artifact(model, Kind.MODEL)
+        compressed_from = artifact.inputs.get("model") if "reference" in artifact.card else None
+        original = self._ref(compressed_from)
+        asked = {"target": target, "precision": precision, "max_mb": max_mb}
+        spec = exports.order(artifact, out, asked, original)
+        inputs = {"model": artifact.digest} | ({"reference": compressed_from} if original and compressed_from else {})
+        return self._start("export", spec, inputs, name=f"{artifact.name}-{target}")
 
     # -- the machine and the endpoints
 

@@ -37,7 +37,7 @@ FLOORS = {
 GROUND = {
     "": 0, "errors": 0, "types": 0, "settings": 0, "context": 0, "plugins": 0, "operations": 0, "files": 0, "naming": 0,
     "sources": 0, "specs": 0, "jobspecs": 0, "specbase": 0, "searchspec": 0, "methods": 0, "specfile": 0, "api": 0,
-    "code": 0, "scratch": 0, "hardware": 0,
+    "code": 0, "scratch": 0, "exports": 0, "hardware": 0,
 }  # fmt: skip
 WORKSHOPS = {
     *("data", "tasks", "engines", "training", "tuning", "compression", "verify", "preflight", "classic", "pipeline"),

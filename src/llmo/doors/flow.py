@@ -219,6 +219,20 @@ def page(api: Api, search: str) -> str | None:
     return None if found is None else f"{found(search)}/report.html"
 
 
+def export(api: Api, model: str, out: Path | None = None, *, target: str = "edge", **asked: Any) -> Job:
+    """Begin to write a model into a folder of this machine, by default MODEL-TARGET; see `System.export`. Raises
+    InputError where the models may be on another one."""
+    begin = getattr(api, "export", None)
+    if begin is None:
+        raise InputError(
+            "an export writes a folder on the machine that has the store, and LLMO_URL names a server",
+            hint="run it on the server's machine, without LLMO_URL",
+        )
+    artifact = api.artifact(model, Kind.MODEL)
+    job: Job = begin(artifact.digest, out or Path(f"{artifact.name}-{target}"), target=target, **asked)
+    return job
+
+
 def reference(model: Artifact) -> dict[str, str]:
     """The input `reference` of a verification: the model a compressed one was made from."""
     return {"reference": model.inputs["model"]} if "reference" in model.card and "model" in model.inputs else {}

@@ -207,6 +207,24 @@ def compress(model: Model, *, data: Dataset | None = None, name: str | None = No
     return Model(flow.output(api, flow.wait(api, job)), api)
 
 
+def export(
+    model: Model,
+    out: str | Path,
+    *,
+    target: str = "edge",
+    precision: str | None = None,
+    max_mb: float | None = None,
+) -> Path:
+    """Write the model into a new folder that runs without LLMO; returns its path. `target` is edge, onnx or openvino.
+
+    Raises GateRefused, and writes nothing, when the folder is larger than `max_mb` millions of bytes or does not answer
+    as the model does; InputError for a model that cannot be exported, or a folder that is there already.
+    """
+    api = model.api
+    job = flow.export(api, model.artifact.digest, Path(out), target=target, precision=precision, max_mb=max_mb)
+    return Path(flow.result(flow.wait(api, job))["out"])
+
+
 def deploy(model: Model, endpoint: str, **spec: Any) -> Deployed:
     """Verify a model and put it behind an endpoint. Raises GateRefused when it is not what was trained."""
     api = model.api

@@ -13,7 +13,7 @@ import typer
 from typer.exceptions import TyperException
 
 from llmo import __version__
-from llmo.doors.cli import bench, chat, data, feedback, judge, machine, project, report, server, steps, tune
+from llmo.doors.cli import bench, chat, data, export, feedback, judge, machine, project, report, server, steps, tune
 from llmo.doors.cli.app import INTERRUPTED
 from llmo.doors.cli.show import Json, console, emit
 from llmo.errors import InputError, LLMOError
@@ -33,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     epilog="Start with: llmo check llmo.yaml, then: llmo run llmo.yaml",
 )
-for module in (project, data, steps, tune, report, chat, judge, bench, feedback, server, machine):
+for module in (project, data, steps, export, tune, report, chat, judge, bench, feedback, server, machine):
     module.register(app)
 
 
