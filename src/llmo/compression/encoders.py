@@ -182,9 +182,7 @@ class _Search:
 
     def made(self, name: str) -> Made:
         entry = self._entries[name]
-        steps = self._maker.steps.get(name.partition("+")[0])
-        more = {} if steps is None else {"shape": steps}
-        return Made(entry.shape, [entry.folder / file for file in entry.files], more)
+        return Made(entry.shape, [entry.folder / file for file in entry.files])
 
     def _too_large(self, recipe: Recipe, variant: str) -> bool:
         """Whether it would not fit, as the model with its trimmed vocabulary was measured."""

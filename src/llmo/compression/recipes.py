@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Recipe:
     saved: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Maker:
     """Makes shapes of one model, each once."""
 
@@ -36,23 +36,17 @@ class Maker:
     data: Dataset
     work: Path
     ctx: Context
-    steps: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def make(self, recipe: Recipe) -> Path:
         """The shape's folder. Raises ModelError for a model that cannot be shaped so, DataError, JobFailed, Stopped."""
         out = self.work / recipe.name
         out.mkdir()
-        steps: list[dict[str, Any]] = []
         shape = self.model
         if recipe.layers is not None:
             student, shape = out / "student", out / "trained"
-            steps.append(
-                distil.student(self.model, self.data, student, self.ctx, keep=recipe.layers, inner=recipe.inner)
-            )
-            how = Recovery(int8=True)
-            steps.append(distil.recover(student, self.model, self.data, shape, self.ctx, how))
-        steps.append(vocabulary.trim(shape, self.data, out / "model", self.ctx))
-        self.steps[recipe.name] = steps
+            distil.student(self.model, self.data, student, self.ctx, keep=recipe.layers, inner=recipe.inner)
+            distil.recover(student, self.model, self.data, shape, self.ctx, Recovery(int8=True))
+        vocabulary.trim(shape, self.data, out / "model", self.ctx)
         return out / "model"
 
 

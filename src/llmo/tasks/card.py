@@ -89,6 +89,12 @@ def read_golden(folder: Path) -> list[dict[str, Any]]:
     return golden
 
 
+def reshaped(card: Mapping[str, Any]) -> bool:
+    """Whether a compressed model has other weights than the model it was made from: it is a smaller shape of it."""
+    before = card.get("shape", {}).get("of", {}).get("digest")
+    return before is not None and before == card.get("reference", {}).get("digest")
+
+
 def write_golden(folder: Path, golden: Sequence[Mapping[str, Any]]) -> None:
     publish_json(folder / GOLDEN, list(golden))
 

@@ -18,7 +18,7 @@ from llmo.engines.torch import quiet
 from llmo.errors import GateRefused, InputError, ModelError
 from llmo.files import digest_of, manifest_of, publish_json, sha256_file
 from llmo.tasks.base import Encoding, Logits, Task, gathered, kept, sequences
-from llmo.tasks.card import TOKENIZER, load_task, load_tokenizer, read_card
+from llmo.tasks.card import TOKENIZER, load_task, load_tokenizer, read_card, reshaped
 from llmo.tasks.generation import Generation
 from llmo.types import Device
 from llmo.verify import adapter, checks, generation, golden
@@ -85,7 +85,7 @@ def _checks(spec: Mapping[str, Any], model: Path, reference: Path | None, ctx: C
     if saved is not None:
         ctx.report(1, 3, stage="saved model")
         found += [_reference_check(card, saved)] if compressed else []
-        found += _saved_checks(saved, subject, ctx.device) if "shape" not in card else []
+        found += _saved_checks(saved, subject, ctx.device) if not reshaped(card) else []
     ctx.report(2, 3, stage=f"engine {card['engine']}")
     found += _engine_checks(subject, ctx.device)
     if spec.get("heard") is not None:

@@ -21,7 +21,7 @@ from llmo.engines.base import Request
 from llmo.engines.torch import TorchEngine
 from llmo.errors import DataError, GateRefused, ModelError, SpecError
 from llmo.specs import CompressSpec, TaskSpec, TrainSpec
-from llmo.tasks.card import load_task, load_tokenizer, read_card
+from llmo.tasks.card import load_task, load_tokenizer, read_card, reshaped
 from llmo.training.operation import run as train
 from llmo.types import Device
 from llmo.verify.operation import run as verify
@@ -238,7 +238,8 @@ def test_where_no_variant_is_small_enough_a_smaller_shape_is_made(
     assert result["chosen"].endswith("+native-int8")
     assert rows[result["chosen"]]["size_bytes"] <= room * 1e6
     card = read_card(tmp_path / "out")
-    assert [step["step"] for step in card["shape"]][-1] == "vocabulary"
+    assert [step["step"] for step in card["shape"]["steps"]][-1] == "vocabulary"
+    assert reshaped(card)
     assert card["reference"]["metrics"] == read_card(workshop / "model")["metrics"]
     (tmp_path / "verified").mkdir()
     report = verify(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from llmo.context import Context
 from llmo.engines.onnx import GRAPH
 from llmo.errors import ModelError, SpecError
+from llmo.tasks.card import reshaped
 
 WEIGHTS = "model.safetensors"
 PORTABLE_BITS = 7  # of weights at int8: nobody knows the processor, and with 8 sums overflow on x86 without VNNI
@@ -31,6 +32,12 @@ class Source:
     @property
     def weights(self) -> Path:
         """The folder that holds the weights as they were trained. Raises ModelError where there is none."""
+        if reshaped(self.card):
+            raise ModelError(
+                f"the model is a smaller shape of another one, and only what runs it on {self.made_for} was kept",
+                hint="compress for what you export to: llmo compress MODEL --set 'variants=[onnx-int8]'",
+                where=str(self.model),
+            )
         folder = self.original if "reference" in self.card else self.model
         if folder is None or not (folder / WEIGHTS).is_file():
             raise ModelError(

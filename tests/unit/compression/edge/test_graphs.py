@@ -19,7 +19,7 @@ from llmo.compression.edge.operation import run
 from llmo.context import NullContext
 from llmo.engines.base import Request
 from llmo.engines.torch import TorchEngine
-from llmo.errors import GateRefused, SpecError
+from llmo.errors import GateRefused, ModelError, SpecError
 from llmo.tasks.card import load_task, load_tokenizer, read_card, read_golden, write_card, write_golden
 from llmo.tasks.text_classification import TextClassification
 from support.bags import CPU, bag_model
@@ -52,6 +52,16 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, li
     (small / "native.bin").write_bytes(b"\0" * 64)
     write_card(small, {**read_card(original), "engine": "native", "precision": "int8", "reference": {}})
     return small, original, [said[i] for i in range(len(TEXTS))]
+
+
+def test_a_smaller_shape_is_not_taken_for_the_model_it_was_made_from(
+    compressed: tuple[Path, Path, list[np.ndarray]], tmp_path: Path
+) -> None:
+    small = shutil.copytree(compressed[0], tmp_path / "small")
+    write_card(small, {**read_card(small), "reference": {"digest": "x"}, "shape": {"of": {"digest": "x"}, "steps": []}})
+    with pytest.raises(ModelError, match="smaller shape of another one"):
+        export(small, tmp_path / "out", compressed[1])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_of_another_engine_is_made_of_its_weights_and_says_so(
