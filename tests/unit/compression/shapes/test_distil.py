@@ -114,8 +114,8 @@ def test_a_stopped_recovery_leaves_nothing_and_goes_on_to_the_same_weights(taugh
 def test_recovered_for_few_bits_less_is_lost_in_them(
     taught: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of three bits, where there is much to lose."""
-    monkeypatch.setattr(fake, "STEPS", 3)
+    """Of two bits and a half, where there is much to lose."""
+    monkeypatch.setattr(fake, "STEPS", 2)
     teacher, folder = taught()
     data = Dataset.open(folder)
     columns.narrow(teacher, data, tmp_path / "student", CTX, keep=48)
@@ -128,7 +128,7 @@ def test_recovered_for_few_bits_less_is_lost_in_them(
         with torch.inference_mode(), fake.quantised([m for part in anatomy(model) for m in part.linear]):
             given = [torch.tensor([row.input_ids]) for row in rows]
             lost[int8] = sum(float((model(ids).logits - exact(ids).logits).abs().mean()) for ids in given)
-    assert lost[True] < 0.8 * lost[False]
+    assert lost[True] < 0.7 * lost[False]
 
 
 def test_a_fake_product_is_that_of_rounded_numbers_and_learns_past_them() -> None:
