@@ -4,7 +4,7 @@ Every row of the table is what would be served: the fp32 ONNX graph of the origi
 and embeddings at 8 bits) of each shape, on the onnx engine. Sizes are those of the graph files, accuracy is that of
 the engine on dev and on the test split, which no step looks at; its difference from the original at fp32 has a 95%
 paired bootstrap interval. Speeds are medians of rounds in which all take turns over the test texts, 32 at a time by
-length. Run: python benchmarks/shrink.py model:newsdesk [--data data:newsdesk] [--keep 3] [--inner 640] [--threads 2]
+length. Run: python benchmarks/shrink.py model:newsdesk [--data data:newsdesk] [--keep 3] [--inner 512] [--threads 2]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,8 @@ def table(rows: list[Served], model: Path, data: Dataset, metric: str) -> None:
 def shapes(model: Path, data: Dataset, work: Path, given: argparse.Namespace) -> list[tuple[str, Path]]:
     """Each shape's name and folder, one made from the one before."""
     ctx = Telling(given.threads, work / "checkpoint")
-    how = Recovery(epochs=given.epochs)
+    how = Recovery(samples=given.samples)
+    last = replace(how, samples=given.samples // 2, int8=True)
     steps: list[tuple[str, Callable[[Path, Path], Any]]] = [
         ("tokens of train", lambda a, b: vocabulary.trim(a, data, b, ctx)),
         (f"{given.keep} layers", lambda a, b: distil.student(a, data, b, ctx, keep=given.keep)),
@@ -150,7 +151,7 @@ def shapes(model: Path, data: Dataset, work: Path, given: argparse.Namespace) ->
         (f"{given.inner} columns", lambda a, b: columns.narrow(a, data, b, ctx, keep=given.inner)),
         (
             "recovered at int8",
-            lambda a, b: distil.recover(a, model, data, b, ctx, Recovery(epochs=given.epochs, int8=True)),
+            lambda a, b: distil.recover(a, model, data, b, ctx, last),
         ),
     ]
     made = [("original", model)]
@@ -169,9 +170,9 @@ def main() -> None:
         "--data", help="the data set that it learnt of: a folder, or data:NAME; default: by the model's name"
     )
     parser.add_argument("--keep", type=int, default=3, help="layers of the student")
-    parser.add_argument("--inner", type=int, default=640, help="feed-forward columns of each of them")
+    parser.add_argument("--inner", type=int, default=512, help="feed-forward columns of each of them")
     parser.add_argument(
-        "--epochs", type=float, default=1.0, help="of each recovery, over the texts and the parts of them"
+        "--samples", type=int, default=8000, help="rows of the first recovery; the second takes half of them"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a new folder that keeps the last shape")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,13 @@ from torch.nn import functional
 from llmo.compression.shapes import anatomy
 from llmo.compression.shapes.importance import through
 from llmo.engines.heads import logits_of
-from llmo.tasks.base import Task
+from llmo.tasks.base import Encoding, Logits, Task
 from llmo.training.batches import Encoded
 from llmo.training.model import Built, layers
 from llmo.training.objectives import Inputs, Labels
+from llmo.training.scoring import Predict, by_length
+
+TIE = 1e-6
 
 
 class Imitation:
@@ -25,6 +30,7 @@ class Imitation:
     logits (`logits_apart`), and `hidden` times the mean cosine distance of the states after each of the student's
     layers from those after the teacher's layer at the same height (Sanh et al. 2019, arXiv:1910.01108; Sun et al.
     2019, arXiv:1908.09355). Attention itself is not compared: heads that were taken out may not be missed.
+    The metric is the task's, and where that is the same, how near the logits are (`Nearness`).
     """
 
     records = False
@@ -43,7 +49,8 @@ class Imitation:
         hidden: float,
         labels: float,
     ) -> None:
-        self.metric, self.higher_is_better, self.part_tokens = inner.metric, inner.higher_is_better, inner.part_tokens
+        self.metric = f"{inner.metric}/near"  # no figure that is shown
+        self.higher_is_better, self.part_tokens = inner.higher_is_better, inner.part_tokens
         self._built, self._teacher, self._task, self._inner = built, teacher, task, inner
         self._own, self._group = own, data.group
         self._temperature, self._hidden, self._labels = temperature, hidden, labels
@@ -72,6 +79,36 @@ class Imitation:
             share = self._labels * float(own.float().mean())
             total = total + share * self._inner.loss_of(said[own], targets[own] if self._group == 1 else targets)
         return total
+
+
+class Nearness:
+    """Predicts as `predict` does, and hears how far each answer is from the teacher's to the same text: which of two
+    students is better is told by this where their figures are the same."""
+
+    def __init__(self, predict: Predict, wanted: Mapping[tuple[int, ...], Logits]) -> None:
+        self._predict, self._wanted = predict, wanted
+        self._apart: list[float] = []
+
+    def __call__(self, encodings: Sequence[Encoding]) -> list[Logits]:
+        found = self._predict(encodings)
+        for logits, encoding in zip(found, encodings, strict=True):
+            self._apart.append(float(np.square(logits - self._wanted[tuple(encoding.input_ids)]).mean()))
+        return found
+
+    def of(self, value: float, higher_is_better: bool) -> float:
+        """The figure, moved by a millionth at most."""
+        near = TIE / (1.0 + sum(self._apart) / max(1, len(self._apart)))
+        return value + near if higher_is_better else value - near
+
+
+def taught(predict: Predict, ids: NDArray[np.int64], encodings: Sequence[Encoding]) -> dict[tuple[int, ...], Logits]:
+    """What a teacher, who `predict`s, says of a student's encodings, by the student's ids of each."""
+    found: dict[tuple[int, ...], Logits] = {}
+    theirs = [replace(e, input_ids=ids[e.input_ids].tolist()) for e in encodings]
+    for batch in by_length(theirs):
+        said = predict([theirs[i] for i in batch])
+        found |= {tuple(encodings[i].input_ids): logits for i, logits in zip(batch, said, strict=True)}
+    return found
 
 
 def logits_apart(

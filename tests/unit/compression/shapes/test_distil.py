@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,21 +15,22 @@ from torch import nn
 from llmo.compression.shapes import columns, distil, fake, heads, layers, sparsity, vocabulary
 from llmo.compression.shapes.anatomy import anatomy
 from llmo.compression.shapes.distil import Recovery
-from llmo.compression.shapes.imitation import logits_apart
+from llmo.compression.shapes.imitation import Nearness, logits_apart
 from llmo.context import NullContext, Stopped
 from llmo.data.dataset import Dataset
 from llmo.engines.heads import logits_of
 from llmo.engines.torch import open_model
 from llmo.errors import ModelError
 from llmo.files import sha256_file
-from llmo.tasks.base import sequences
+from llmo.tasks.base import Encoding, sequences
 from llmo.tasks.card import load_task, load_tokenizer, read_card, write_card
 from support.listening import Listening
+from support.tiny import tiny_dataset
 from support.trained import verified
 
 Made = Callable[..., tuple[Path, Path]]
 CTX = NullContext(1)
-SHORT = Recovery(epochs=3, learning_rate=2e-3, more=1.0)
+SHORT = Recovery(samples=384, learning_rate=2e-3, parts=64)
 TASKS = [
     ("text-classification", False), ("text-classification", True), ("token-classification", False),
     ("regression", False), ("extractive-qa", False), ("sentence-embedding", False),
@@ -58,7 +60,7 @@ def test_a_student_learns_what_its_teacher_says(task: str, multi_label: bool, ta
     assert all(check["passed"] for check in verified(tmp_path / "out", tmp_path / "verify").values())
     one_text = task in ("text-classification", "token-classification", "regression")
     assert found["rows"][1] == (found["rows"][0] if one_text else 0)
-    assert read_card(tmp_path / "out")["shape"]["steps"][1]["epochs"] == 3
+    assert read_card(tmp_path / "out")["shape"]["steps"][1]["samples"] == 384
     before, after = (open_model(f).config.to_dict() for f in (tmp_path / "student", tmp_path / "out"))
     assert {k: v for k, v in after.items() if "dropout" in k} == {k: v for k, v in before.items() if "dropout" in k}
 
@@ -122,13 +124,37 @@ def test_recovered_for_few_bits_less_is_lost_in_them(
     rows = load_task(teacher).encode_rows(load_tokenizer(teacher), list(data.split("dev")))
     exact, lost = open_model(teacher), {}
     for int8 in (False, True):
-        how = replace(SHORT, more=0.0, int8=int8)
+        how = replace(SHORT, parts=0, int8=int8)
         distil.recover(tmp_path / "student", teacher, data, tmp_path / f"out-{int8}", CTX, how)
         model = open_model(tmp_path / f"out-{int8}")
         with torch.inference_mode(), fake.quantised([m for part in anatomy(model) for m in part.linear]):
             given = [torch.tensor([row.input_ids]) for row in rows]
             lost[int8] = sum(float((model(ids).logits - exact(ids).logits).abs().mean()) for ids in given)
     assert lost[True] < 0.7 * lost[False]
+
+
+def test_without_dev_the_last_weights_are_kept(taught: Made, tmp_path: Path) -> None:
+    teacher, folder = taught()
+    shutil.copytree(folder, tmp_path / "data")
+    none = tiny_dataset(tmp_path / "none", sizes={"train": 1, "dev": 0, "test": 1})
+    shutil.copy(none / "dev.arrow", tmp_path / "data" / "dev.arrow")
+    data = Dataset.open(tmp_path / "data")
+    distil.student(teacher, data, tmp_path / "student", CTX, keep=2)
+    found = distil.recover(tmp_path / "student", teacher, data, tmp_path / "out", CTX, replace(SHORT, samples=64))
+    assert (found["metrics"], found["best_step"], found["steps"]) == ({}, found["steps"], 4)
+
+
+def test_of_two_equal_figures_the_nearer_student_is_better() -> None:
+    encoding = Encoding([2, 3], 2, [], [])
+    wanted = {(2, 3): np.array([1.0, 2.0], np.float32)}
+    values = {}
+    for higher in (True, False):
+        for off in (0.0, 0.5):
+            near = Nearness(lambda some, off=off: [wanted[2, 3] + np.float32(off) for _ in some], wanted)
+            near([encoding])
+            values[higher, off] = near.of(0.9, higher)
+    assert 0.9 < values[True, 0.5] < values[True, 0.0] < 0.9 + 2e-6
+    assert 0.9 - 2e-6 < values[False, 0.0] < values[False, 0.5] < 0.9
 
 
 def test_a_fake_product_is_that_of_rounded_numbers_and_learns_past_them() -> None:
