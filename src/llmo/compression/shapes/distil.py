@@ -19,9 +19,10 @@ from llmo.compression.shapes.imitation import Imitation, Nearness, taught
 from llmo.compression.shapes.source import Source, check, opened
 from llmo.context import Context
 from llmo.data.dataset import Dataset
-from llmo.errors import ModelError
+from llmo.errors import ModelError, SpecError
 from llmo.files import digest_of_value, sha256_file
 from llmo.specs import TrainSpec
+from llmo.tasks.base import Encoding
 from llmo.training import batches, checkpoint, precision, scoring
 from llmo.training.batches import Encoded
 from llmo.training.loop import Loop
@@ -72,6 +73,15 @@ class Recovery:
     int8: bool = False
     patience: int = 3
     seed: int = 13
+
+    def __post_init__(self) -> None:
+        """Raises SpecError for a number that makes no sense."""
+        above = ("samples", "learning_rate", "batch_size", "temperature", "patience")
+        wrong = [name for name in above if getattr(self, name) <= 0]
+        wrong += [name for name in ("hidden", "labels") if getattr(self, name) < 0]
+        wrong += ["parts"] if self.parts is not None and self.parts < 0 else []
+        if wrong:
+            raise SpecError(f"{wrong[0]} of a recovery is {getattr(self, wrong[0])}", hint="give a positive number")
 
 
 def recover(
@@ -161,13 +171,21 @@ class _Run:
         inner = Labels(
             self._built.model, student.task, self.encoded, self._spec, self._built.pad_id, self._chosen.device
         )
-        weights = {"temperature": how.temperature, "hidden": how.hidden, "labels": how.labels}
-        self._objective = Imitation(
-            self._built, teacher.model, ids, student.task, self.encoded, self.labelled, inner, **weights
-        )
-        self._held = scoring.Tokens(student.task, student.tokenizer, folder.sample(dev, folder.MOST_ROWS))
         says = scoring.model_predictor(teacher.model, student.task, teacher.pad_id, self._chosen)
-        self._wanted = taught(says, ids, self._held.chunk(0, len(self._held.rows))[1]) if len(dev) else {}
+        self._held = scoring.Tokens(student.task, student.tokenizer, folder.sample(dev, folder.MOST_ROWS))
+        shown = self._held.chunk(0, len(dev))[1] if len(dev) else []
+        keys = [tuple(encoding.input_ids) for encoding in shown]
+        self._wanted = dict(zip(keys, taught(says, ids, shown, ctx), strict=True))
+        told = None if how.hidden else taught(says, ids, _each(self.encoded), ctx)
+        about = (ids, student.task, self.encoded, self.labelled, inner, told)
+        self._objective = Imitation(
+            self._built,
+            teacher.model,
+            *about,
+            temperature=how.temperature,
+            hidden=how.hidden,
+            labels=how.labels,
+        )
 
     def _rows(self) -> tuple[int, Encoded]:
         """How many training rows there are, and these with the parts of them that were made."""
@@ -209,6 +227,12 @@ class _Run:
             if hasattr(before, name):
                 setattr(network.config, name, getattr(before, name))
         return network
+
+
+def _each(data: Encoded) -> list[Encoding]:
+    """Its sequences one by one."""
+    found = [data.sequence(i).tolist() for i in range(len(data.starts) - 1)]
+    return [Encoding(ids, len(ids), [], []) for ids in found]
 
 
 def keep_zeros(built: Built) -> list[Any]:

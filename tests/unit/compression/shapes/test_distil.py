@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from llmo.context import NullContext, Stopped
 from llmo.data.dataset import Dataset
 from llmo.engines.heads import logits_of
 from llmo.engines.torch import open_model
-from llmo.errors import ModelError
+from llmo.errors import ModelError, SpecError
 from llmo.files import sha256_file
 from llmo.tasks.base import Encoding, sequences
 from llmo.tasks.card import load_task, load_tokenizer, read_card, write_card
@@ -65,6 +66,21 @@ def test_a_student_learns_what_its_teacher_says(task: str, multi_label: bool, ta
     assert {k: v for k, v in after.items() if "dropout" in k} == {k: v for k, v in before.items() if "dropout" in k}
 
 
+@pytest.mark.parametrize("task", ["text-classification", "token-classification", "extractive-qa"])
+def test_a_teacher_who_tells_once_says_the_same(task: str, taught: Made, tmp_path: Path) -> None:
+    """What is known beforehand is what it would say when asked."""
+    teacher, folder = taught(task)
+    data = Dataset.open(folder)
+    distil.student(teacher, data, tmp_path / "student", CTX, keep=1)
+    for number, hidden in enumerate((0.0, 1e-12)):  # with which it is asked each time
+        how = replace(SHORT, samples=64, hidden=hidden, parts=16)
+        distil.recover(tmp_path / "student", teacher, data, tmp_path / f"out-{number}", CTX, how)
+    told, asked = (open_model(tmp_path / f"out-{number}").state_dict() for number in range(2))
+    start = open_model(tmp_path / "student").state_dict()
+    off = sum(float((tensor - asked[name]).abs().sum()) for name, tensor in told.items())
+    assert off < 0.05 * sum(float((tensor - start[name]).abs().sum()) for name, tensor in told.items())
+
+
 def test_the_student_may_have_part_of_the_vocabulary(taught: Made, tmp_path: Path) -> None:
     teacher, folder = taught()
     data = Dataset.open(folder)
@@ -80,6 +96,12 @@ def test_the_student_may_have_part_of_the_vocabulary(taught: Made, tmp_path: Pat
     with pytest.raises(ModelError, match="different tasks"):
         distil.recover(tmp_path / "student", tmp_path / "longer", data, tmp_path / "other", CTX, SHORT)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"temperature": 0.0}, {"hidden": -1.0}, {"parts": -1}])
+def test_a_recovery_that_makes_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=f"{next(iter(wrong))} of a recovery is"):
+        Recovery(**wrong)
 
 
 def test_what_was_taken_out_stays_out(taught: Made, tmp_path: Path) -> None:
