@@ -30,7 +30,6 @@ from llmo.training.model import DROPOUTS, Built, build, layers
 from llmo.training.objectives import Labels
 
 EVALUATIONS = 6
-SEEN = 3  # times that a row is learnt of, at most, where more can be made
 
 
 def student(
@@ -58,7 +57,7 @@ class Recovery:
     """How a shape is trained again, on `samples` rows in all: its time does not depend on how many there are.
 
     Beside the training rows there are `parts` of their texts where the task allows it (`more`); by default so many that
-    no row is seen more than three times. The loss is told in `Imitation`. `int8` computes the layers as they will be
+    nothing is seen twice. The loss is told in `Imitation`. `int8` computes the layers as they will be
     when they are quantised (`fake`). Dev is measured six times; after `patience` of them without gain it ends, and has
     the best weights.
     """
@@ -193,7 +192,7 @@ class _Run:
         labelled = batches.encode(
             task, tokenizer, rows, lambda done: self._ctx.report(done, len(rows), phase="tokenise")
         )
-        count = self._how.samples // SEEN - len(labelled) if self._how.parts is None else self._how.parts
+        count = self._how.samples - len(labelled) if self._how.parts is None else self._how.parts
         made = more.parts(task, tokenizer, rows, count, self._how.seed) if count > 0 and more.possible(task) else []
         return len(labelled), more.joined(labelled, made)
 
