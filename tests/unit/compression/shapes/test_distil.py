@@ -31,7 +31,7 @@ from support.trained import verified
 
 Made = Callable[..., tuple[Path, Path]]
 CTX = NullContext(1)
-SHORT = Recovery(samples=384, learning_rate=2e-3, parts=64)
+SHORT = Recovery(samples=384, learning_rate=2e-3, parts=64, hidden=1.0)
 TASKS = [
     ("text-classification", False), ("text-classification", True), ("token-classification", False),
     ("regression", False), ("extractive-qa", False), ("sentence-embedding", False),
