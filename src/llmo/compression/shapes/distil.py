@@ -57,10 +57,9 @@ class Recovery:
     """How a shape is trained again, on `samples` rows in all: its time does not depend on how many there are.
 
     Beside the training rows there are `parts` of their texts where the task allows it (`more`); by default so many that
-    nothing is seen twice. The loss is told in `Imitation`; with
-    `hidden` above 0 the teacher runs beside the student in every step, which takes twice the time. `int8` computes the layers as they will be
-    when they are quantised (`fake`). Dev is measured six times; after `patience` of them without gain it ends, and has
-    the best weights.
+    nothing is seen twice. The loss is told in `Imitation`; with `hidden` above 0 the teacher runs beside the student in
+    every step, which takes twice the time. `int8` computes the layers as they will be when they are quantised (`fake`).
+    Dev is measured six times; after `patience` of them without gain it ends, and has the best weights.
     """
 
     samples: int = 12_000
