@@ -23,10 +23,6 @@ class Names:
     down: str
     inner: str = "intermediate_size"
 
-    @property
-    def linear(self) -> tuple[str, ...]:
-        return (*self.attention, self.merge, self.up, self.down)
-
 
 _BERT = Names(
     ("attention.self.query", "attention.self.key", "attention.self.value"),

@@ -15,20 +15,21 @@ from torch import nn
 
 from llmo.compression.shapes import anatomy, columns, fake, folder, more
 from llmo.compression.shapes import layers as stack
-from llmo.compression.shapes.imitation import Imitation
+from llmo.compression.shapes.imitation import Imitation, Nearness, taught
 from llmo.compression.shapes.source import Source, check, opened
 from llmo.context import Context
 from llmo.data.dataset import Dataset
-from llmo.errors import ModelError
+from llmo.errors import ModelError, SpecError
 from llmo.files import digest_of_value, sha256_file
 from llmo.specs import TrainSpec
+from llmo.tasks.base import Encoding
 from llmo.training import batches, checkpoint, precision, scoring
 from llmo.training.batches import Encoded
-from llmo.training.figures import TaskFigures
 from llmo.training.loop import Loop
 from llmo.training.model import DROPOUTS, Built, build, layers
 from llmo.training.objectives import Labels
-from llmo.training.precision import Precision
+
+EVALUATIONS = 6
 
 
 def student(
@@ -53,20 +54,33 @@ def student(
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """How a shape is trained again. `more` parts of training texts are made for each of them, where the task allows it
-    (`more`); an epoch goes over both. The loss is told in `Imitation`. `int8` computes the layers as they will be when
-    they are quantised (`fake`). After `patience` measurements on dev without gain it ends, with the best weights."""
+    """How a shape is trained again, on `samples` rows in all: its time does not depend on how many there are.
 
-    epochs: float = 6.0
+    Beside the training rows there are `parts` of their texts where the task allows it (`more`); by default so many that
+    nothing is seen twice. The loss is told in `Imitation`; with `hidden` above 0 the teacher runs beside the student in
+    every step, which takes twice the time. `int8` computes the layers as they will be when they are quantised (`fake`).
+    Dev is measured six times; after `patience` of them without gain it ends, and has the best weights.
+    """
+
+    samples: int = 12_000
     learning_rate: float = 4e-4
     batch_size: int = 16
     temperature: float = 2.0
-    hidden: float = 1.0
+    hidden: float = 0.0
     labels: float = 0.5
-    more: float = 2.0
+    parts: int | None = None
     int8: bool = False
-    patience: int = 4
+    patience: int = 3
     seed: int = 13
+
+    def __post_init__(self) -> None:
+        """Raises SpecError for a number that makes no sense."""
+        above = ("samples", "learning_rate", "batch_size", "temperature", "patience")
+        wrong = [name for name in above if getattr(self, name) <= 0]
+        wrong += [name for name in ("hidden", "labels") if getattr(self, name) < 0]
+        wrong += ["parts"] if self.parts is not None and self.parts < 0 else []
+        if wrong:
+            raise SpecError(f"{wrong[0]} of a recovery is {getattr(self, wrong[0])}", hint="give a positive number")
 
 
 def recover(
@@ -140,8 +154,10 @@ class _Run:
         self._chosen = precision.choose("auto", ctx.device)
         checkpoint.seed_everything(how.seed)
         dev = student.data.split("dev")
+        self.labelled, self.encoded = self._rows()
         self._spec = TrainSpec(
-            epochs=how.epochs,
+            epochs=how.samples / len(self.encoded),
+            evaluate_every=max(1, round(how.samples / how.batch_size / EVALUATIONS)),
             batch_size=how.batch_size,
             learning_rate=how.learning_rate,
             early_stopping=how.patience if len(dev) else None,
@@ -151,40 +167,47 @@ class _Run:
         on_cpu = self._chosen.device.type == "cpu"
         self._built = build(student.folder, student.task, self._spec, on_cpu=on_cpu)
         self._built.model.to(self._chosen.device)
-        labelled, self.encoded = self._rows()
-        self.labelled = len(labelled)
         inner = Labels(
             self._built.model, student.task, self.encoded, self._spec, self._built.pad_id, self._chosen.device
         )
-        weights = {"temperature": how.temperature, "hidden": how.hidden, "labels": how.labels}
+        says = scoring.model_predictor(teacher.model, student.task, teacher.pad_id, self._chosen)
+        self._held = scoring.Tokens(student.task, student.tokenizer, folder.sample(dev, folder.MOST_ROWS))
+        shown = self._held.chunk(0, len(dev))[1] if len(dev) else []
+        keys = [tuple(encoding.input_ids) for encoding in shown]
+        self._wanted = dict(zip(keys, taught(says, ids, shown, ctx), strict=True))
+        told = None if how.hidden else taught(says, ids, _each(self.encoded), ctx)
+        about = (ids, student.task, self.encoded, self.labelled, inner, told)
         self._objective = Imitation(
-            self._built, teacher.model, ids, student.task, self.encoded, self.labelled, inner, **weights
+            self._built,
+            teacher.model,
+            *about,
+            temperature=how.temperature,
+            hidden=how.hidden,
+            labels=how.labels,
         )
-        held = {"dev": scoring.Tokens(student.task, student.tokenizer, folder.sample(dev, folder.MOST_ROWS))}
-        self._figures = TaskFigures(student.task, held, self._predictor, ctx) if len(dev) else None
 
-    def _rows(self) -> tuple[Encoded, Encoded]:
-        """The training rows, and these with the parts of them that were made."""
+    def _rows(self) -> tuple[int, Encoded]:
+        """How many training rows there are, and these with the parts of them that were made."""
         task, tokenizer, rows = self._source.task, self._source.tokenizer, list(self._source.data.split("train"))
         labelled = batches.encode(
             task, tokenizer, rows, lambda done: self._ctx.report(done, len(rows), phase="tokenise")
         )
-        count = round(self._how.more * len(labelled)) if more.possible(task) else 0
-        made = more.parts(task, tokenizer, rows, count, self._how.seed) if count else []
-        return labelled, more.joined(labelled, made)
-
-    def _predictor(self, how: Precision) -> scoring.Predict:
-        return scoring.model_predictor(self._built.model, self._source.task, self._built.pad_id, how)
+        count = self._how.samples - len(labelled) if self._how.parts is None else self._how.parts
+        made = more.parts(task, tokenizer, rows, count, self._how.seed) if count > 0 and more.possible(task) else []
+        return len(labelled), more.joined(labelled, made)
 
     def _on_dev(self) -> dict[str, float]:
-        assert self._figures is not None  # noqa: S101 (else the loop has nothing to measure with)
-        return self._figures.plain("dev", "dev", self._chosen)
+        task = self._source.task
+        predict = scoring.model_predictor(self._built.model, task, self._built.pad_id, self._chosen)
+        near = Nearness(predict, self._wanted)
+        found = task.figures(scoring.score(task, self._held, near, self._ctx, "dev").tally)
+        return {**found, self._objective.metric: near.of(found[task.metric], task.higher_is_better)}
 
     def train(self) -> Loop:
         """The loop, at its end."""
         quantised = [m for m in layers(self._built.network).modules() if isinstance(m, nn.Linear)]
         with fake.quantised(quantised if self._how.int8 else []):
-            evaluate = self._on_dev if self._figures is not None else None
+            evaluate = self._on_dev if len(self._held.rows) else None
             about = (self._spec, self.encoded, evaluate, self._ctx, self._chosen)
             loop = Loop(self._built, self._source.task, self._objective, *about)
             if loop.resume():
@@ -203,6 +226,12 @@ class _Run:
             if hasattr(before, name):
                 setattr(network.config, name, getattr(before, name))
         return network
+
+
+def _each(data: Encoded) -> list[Encoding]:
+    """Its sequences one by one."""
+    found = [data.sequence(i).tolist() for i in range(len(data.starts) - 1)]
+    return [Encoding(ids, len(ids), [], []) for ids in found]
 
 
 def keep_zeros(built: Built) -> list[Any]:

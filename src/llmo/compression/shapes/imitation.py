@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn import functional
 
 from llmo.compression.shapes import anatomy
 from llmo.compression.shapes.importance import through
+from llmo.context import Context, Stopped
 from llmo.engines.heads import logits_of
-from llmo.tasks.base import Task
+from llmo.tasks.base import Encoding, Logits, Task
 from llmo.training.batches import Encoded
 from llmo.training.model import Built, layers
 from llmo.training.objectives import Inputs, Labels
+from llmo.training.scoring import Predict, by_length
+
+TIE = 1e-6
 
 
 class Imitation:
     """As `Labels`, with a teacher; of the rows the first `own` have labels, the others were made of them.
 
-    `ids` are the teacher's ids by the student's. The loss is `labels` times the task's own, and the distance of the
-    logits (`logits_apart`), and `hidden` times the mean cosine distance of the states after each of the student's
-    layers from those after the teacher's layer at the same height (Sanh et al. 2019, arXiv:1910.01108; Sun et al.
-    2019, arXiv:1908.09355). Attention itself is not compared: heads that were taken out may not be missed.
+    `ids` are the teacher's ids by the student's; `told` is what it says of every sequence, where its states are not
+    compared. The loss is `labels` times the task's own, and the distance of the logits (`logits_apart`), and `hidden`
+    times the mean cosine distance of the states after each of the student's layers from those after the teacher's
+    layer at the same height (Sanh et al. 2019, arXiv:1910.01108; Sun et al. 2019, arXiv:1908.09355). Attention itself
+    is not compared: heads that were taken out may not be missed. The metric is the task's, and where that is the same,
+    how near the logits are (`Nearness`).
     """
 
     records = False
@@ -38,18 +47,23 @@ class Imitation:
         data: Encoded,
         own: int,
         inner: Labels,
+        told: Sequence[Logits] | None = None,
         *,
         temperature: float,
         hidden: float,
         labels: float,
     ) -> None:
-        self.metric, self.higher_is_better, self.part_tokens = inner.metric, inner.higher_is_better, inner.part_tokens
+        self.metric = f"{inner.metric}/near"  # no figure that is shown
+        self.higher_is_better, self.part_tokens = inner.higher_is_better, inner.part_tokens
         self._built, self._teacher, self._task, self._inner = built, teacher, task, inner
-        self._own, self._group = own, data.group
+        self._data, self._own, self._told = data, own, told
         self._temperature, self._hidden, self._labels = temperature, hidden, labels
         self._ids = torch.from_numpy(ids).to(next(teacher.parameters()).device)
         self._mine, there = layers(built.network), layers(teacher)
-        self._theirs = [there[i] for i in anatomy.spread(len(self._mine), len(there))] if len(self._mine) else []
+        if not hidden or not len(there):
+            self._mine, self._theirs = nn.ModuleList(), []
+        else:
+            self._theirs = [there[i] for i in anatomy.spread(len(self._mine), len(there))]
 
     def batch(self, rows: NDArray[np.int64], epoch: int) -> tuple[Inputs, torch.Tensor]:
         return self._inner.batch(rows, epoch)
@@ -59,19 +73,63 @@ class Imitation:
 
     def loss(self, inputs: Inputs, targets: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
         mask = inputs["attention_mask"]
-        with torch.no_grad(), through(self._theirs) as shown:
-            given = {**inputs, "input_ids": self._ids[inputs["input_ids"]]}
-            wanted = logits_of(self._teacher(**given), mask).float()
+        wanted, shown = self._lesson(inputs, rows)
         with through(self._mine) as mine:
             said = logits_of(self._built.model(**inputs), mask).float()
         total = logits_apart(self._task, said, wanted, mask, self._temperature)
-        if self._hidden and self._theirs:
-            total = total + self._hidden * _states_apart([s for _, s in mine], [s for _, s in shown], mask)
-        own = torch.from_numpy(np.repeat(rows < self._own, self._group)).to(said.device)
+        if shown:
+            total = total + self._hidden * _states_apart([states for _, states in mine], shown, mask)
+        group = self._data.group
+        own = torch.from_numpy(np.repeat(rows < self._own, group)).to(said.device)
         if self._labels and bool(own.any()):
             share = self._labels * float(own.float().mean())
-            total = total + share * self._inner.loss_of(said[own], targets[own] if self._group == 1 else targets)
+            total = total + share * self._inner.loss_of(said[own], targets[own] if group == 1 else targets)
         return total
+
+    def _lesson(self, inputs: Inputs, rows: NDArray[np.int64]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The teacher's logits, and its states where they are compared: as it was `told` before, or by asking."""
+        mask = inputs["attention_mask"]
+        if self._told is not None:
+            known = [self._told[i] for i in self._data.sequences(rows)]
+            if known[0].ndim > 1:
+                known = [np.pad(one, [(0, mask.shape[1] - len(one)), (0, 0)]) for one in known]
+            return torch.from_numpy(np.stack(known)).to(mask.device), []
+        with torch.no_grad(), through(self._theirs) as passed:
+            given = {**inputs, "input_ids": self._ids[inputs["input_ids"]]}
+            return logits_of(self._teacher(**given), mask).float(), [states for _, states in passed]
+
+
+class Nearness:
+    """Predicts as `predict` does, and hears how far each answer is from the teacher's to the same text: which of two
+    students is better is told by this where their figures are the same."""
+
+    def __init__(self, predict: Predict, wanted: Mapping[tuple[int, ...], Logits]) -> None:
+        self._predict, self._wanted = predict, wanted
+        self._apart: list[float] = []
+
+    def __call__(self, encodings: Sequence[Encoding]) -> list[Logits]:
+        found = self._predict(encodings)
+        for logits, encoding in zip(found, encodings, strict=True):
+            self._apart.append(float(np.square(logits - self._wanted[tuple(encoding.input_ids)]).mean()))
+        return found
+
+    def of(self, value: float, higher_is_better: bool) -> float:
+        """The figure, moved by a millionth at most."""
+        near = TIE / (1.0 + sum(self._apart) / max(1, len(self._apart)))
+        return value + near if higher_is_better else value - near
+
+
+def taught(predict: Predict, ids: NDArray[np.int64], encodings: Sequence[Encoding], ctx: Context) -> list[Logits]:
+    """What a teacher, who `predict`s, says of a student's encodings; `ids` are its ids by the student's. Raises Stopped
+    when the job is asked to stop."""
+    theirs = [replace(e, input_ids=ids[e.input_ids].tolist()) for e in encodings]
+    found: dict[int, Logits] = {}
+    for batch in by_length(theirs):
+        if ctx.should_stop():
+            raise Stopped
+        found.update(zip(batch, predict([theirs[i] for i in batch]), strict=True))
+        ctx.report(len(found), len(theirs), phase="teacher")
+    return [found[i] for i in range(len(theirs))]
 
 
 def logits_apart(

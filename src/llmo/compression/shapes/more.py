@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from llmo.tasks.base import IGNORED, Encoding, Row, Task
+from llmo.tasks.base import IGNORED, Row, Task
 from llmo.training.batches import Encoded
 
 SHORTEST = 4  # tokens of a part
@@ -80,8 +80,3 @@ def _part(body: Sequence[int], room: int, rng: np.random.Generator) -> list[int]
     size = room if len(body) > room else int(rng.integers(max(1, round(KEPT * len(body))), len(body) + 1))
     first = int(rng.integers(0, len(body) - size + 1))
     return list(body[first : first + size])
-
-
-def encoding(ids: Sequence[int]) -> Encoding:
-    """For what reads tokens alone."""
-    return Encoding(list(ids), len(ids), [], [])

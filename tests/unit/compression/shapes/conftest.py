@@ -28,7 +28,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Made:
         model, data = home / name, home / f"{name}-data"
         tiny_dataset(data, task, multi_label=multi_label, sizes={"train": 64, "dev": 32, "test": 8})
         model.mkdir()
-        spec = TrainSpec(epochs=4, learning_rate=3e-3, precision="fp32").plain()
+        spec = TrainSpec(epochs=10 if multi_label else 4, learning_rate=3e-3, precision="fp32").plain()
         about = {"task": TaskSpec(name=task, max_length=32).plain()}
         train(spec | about, {"data": data, "model": base}, model, NullContext(1, home / f"{name}-checkpoint"))
         return model, data
