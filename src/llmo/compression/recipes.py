@@ -13,6 +13,7 @@ from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.engines.folder import read_config
 
+RECOVERY = Recovery(int8=True)  # all variants but those at fp32 gain from it
 VOCABULARY = "vocabulary"  # the recipe that leaves the layers whole
 
 
@@ -45,7 +46,7 @@ class Maker:
         if recipe.layers is not None:
             student, shape = out / "student", out / "trained"
             distil.student(self.model, self.data, student, self.ctx, keep=recipe.layers, inner=recipe.inner)
-            distil.recover(student, self.model, self.data, shape, self.ctx, Recovery(int8=True))
+            distil.recover(student, self.model, self.data, shape, self.ctx, RECOVERY)
         vocabulary.trim(shape, self.data, out / "model", self.ctx)
         return out / "model"
 

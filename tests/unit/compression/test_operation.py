@@ -16,6 +16,7 @@ from llmo.compression.choice import Limits, choose, refusal, why
 from llmo.compression.encoders import wants_shapes
 from llmo.compression.operation import run
 from llmo.compression.recipes import recipes
+from llmo.compression.shapes.distil import Recovery
 from llmo.context import NullContext
 from llmo.engines.base import Request
 from llmo.engines.torch import TorchEngine
@@ -219,8 +220,9 @@ def test_another_figure_can_be_kept_and_when_the_time_is_up_no_variant_is_begun(
 
 
 def test_where_no_variant_is_small_enough_a_smaller_shape_is_made(
-    workshop: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path
+    workshop: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("llmo.compression.recipes.RECOVERY", Recovery(samples=300, int8=True))
     sizes = {one["name"]: one["size_bytes"] for one in done[1]["variants"]}
     (tmp_path / "out").mkdir()
     room = 0.9 * sizes["native-int8"] / 1e6
