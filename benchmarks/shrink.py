@@ -150,7 +150,7 @@ def shapes(model: Path, data: Dataset, work: Path, given: argparse.Namespace) ->
         ("distilled", lambda a, b: distil.recover(a, model, data, b, ctx, how)),
         (f"{given.inner} columns", lambda a, b: columns.narrow(a, data, b, ctx, keep=given.inner)),
         (
-            "recovered at int8",
+            "recovered",
             lambda a, b: distil.recover(a, model, data, b, ctx, last),
         ),
     ]
