@@ -31,7 +31,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Makes shapes of one model, each once."""
+    """Makes shapes of one model, each once, in the folder `work`."""
 
     model: Path
     data: Dataset
@@ -40,15 +40,15 @@ class Maker:
 
     def make(self, recipe: Recipe) -> Path:
         """The shape's folder. Raises ModelError for a model that cannot be shaped so, DataError, JobFailed, Stopped."""
-        out = self.work / recipe.name
-        out.mkdir()
-        shape = self.model
-        if recipe.layers is not None:
-            student, shape = out / "student", out / "trained"
-            distil.student(self.model, self.data, student, self.ctx, keep=recipe.layers, inner=recipe.inner)
-            distil.recover(student, self.model, self.data, shape, self.ctx, RECOVERY)
-        vocabulary.trim(shape, self.data, out / "model", self.ctx)
-        return out / "model"
+        trimmed = self.work / VOCABULARY
+        if not trimmed.exists():  # fewer tokens make what follows cheaper, and let the student learn their pieces
+            vocabulary.trim(self.model, self.data, trimmed, self.ctx)
+        if recipe.layers is None:
+            return trimmed
+        student, shape = self.work / f"{recipe.name}-student", self.work / recipe.name
+        distil.student(trimmed, self.data, student, self.ctx, keep=recipe.layers, inner=recipe.inner)
+        distil.recover(student, self.model, self.data, shape, self.ctx, RECOVERY)
+        return shape
 
 
 def recipes(model: Path) -> list[Recipe]:

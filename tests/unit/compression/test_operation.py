@@ -234,7 +234,7 @@ def test_where_no_variant_is_small_enough_a_smaller_shape_is_made(
     assert result["chosen"].endswith("+native-int8")
     assert rows[result["chosen"]]["size_bytes"] <= room * 1e6
     card = read_card(tmp_path / "out")
-    assert [step["step"] for step in card["shape"]["steps"]][-1] == "vocabulary"
+    assert card["shape"]["steps"][0]["step"] == "vocabulary"
     assert reshaped(card)
     assert card["reference"]["metrics"] == read_card(workshop / "model")["metrics"]
     (tmp_path / "verified").mkdir()
