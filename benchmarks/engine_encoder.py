@@ -47,7 +47,8 @@ Build = Callable[[Model, Path], None]
 
 @dataclass(frozen=True)
 class Way:
-    """`engine` is an engine's name, or one of `OTHERS`; `build` fills the folder that it opens."""
+    """`engine` is an engine's name, or one of `OTHERS`; `build` fills the folder that it opens, which has the model's
+    config already."""
 
     engine: str
     precision: str
@@ -65,7 +66,6 @@ def torch_bf16(model: Model, out: Path) -> None:
 
 
 def onnx_fp32(model: Model, out: Path) -> None:
-    shutil.copy(model.folder / "config.json", out)
     shutil.copy(model.fused, out / "model.onnx")
 
 
@@ -74,7 +74,6 @@ def onnx_int8(model: Model, out: Path) -> None:
 
     from llmo.compression.quantise import quantise, safe_bits
 
-    shutil.copy(model.folder / "config.json", out)
     onnx.save(quantise(onnx.load(model.fused), bits=safe_bits()), out / "model.onnx")
 
 
@@ -82,7 +81,6 @@ def onnx_default(model: Model, out: Path) -> None:
     """ONNX Runtime's own dynamic quantisation, with nothing said."""
     from onnxruntime.quantization import quantize_dynamic
 
-    shutil.copy(model.folder / "config.json", out)
     quantize_dynamic(model.plain, out / "model.onnx")
 
 
@@ -90,7 +88,6 @@ def openvino(precision: Any) -> Build:
     def build(model: Model, out: Path) -> None:
         from llmo.compression.openvino_encoder import write
 
-        shutil.copy(model.folder / "config.json", out)
         write(model.fused, out, precision, model.calibration)
 
     return build
@@ -330,6 +327,7 @@ def build(folder: Path, calibration: list[list[int]], ways: dict[str, Way], work
     for number, (name, way) in enumerate(ways.items()):
         made[name] = work / str(number)
         made[name].mkdir()
+        shutil.copy(folder / "config.json", made[name])
         way.build(model, made[name])
     return made
 
