@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from llmo.compression import encoders
+from llmo.compression.choice import Limits
 from llmo.compression.export import export
 from llmo.context import NullContext
 from llmo.data.dataset import Dataset
@@ -135,14 +136,19 @@ def test_the_folder_is_one_of_plain_transformers(trained: Trained) -> None:
 def test_one_graph_says_the_same_at_fp32_and_nearly_so_at_int8(trained: Trained, tmp_path: Path) -> None:
     if trained.task == "regression":
         pytest.skip("its graph is a classifier's")
-    task, rows = load_task(trained.model), list(Dataset.open(trained.data).split("test"))
-    table, metrics = encoders.compete(trained.model, task, rows, encoders.VARIANTS, tmp_path, NullContext(1))
-    reference, exact, small = table
+    task, data = load_task(trained.model), Dataset.open(trained.data)
+    names, limits = ("onnx-fp32", "onnx-int8", "native-int8"), Limits(task.metric, 1.0)
+    found = encoders.compete(
+        trained.model, task, data, list(data.split("test")), names, limits, tmp_path, NullContext(1)
+    )
+    reference, exact, *small = found.table
     test = trained.result["test"]["after"][task.metric]
-    assert metrics[encoders.REFERENCE][task.metric]["value"] == pytest.approx(test["value"], abs=1e-4)
+    assert found.metrics[encoders.REFERENCE][task.metric]["value"] == pytest.approx(test["value"], abs=1e-4)
     assert (exact["agreement"], exact["drop"]) == (1.0, pytest.approx(0.0, abs=1e-4))
-    assert small["agreement"] > 0.8
-    assert small["bits"] < reference["bits"]
+    assert [one["name"] for one in small] == ["onnx-int8", "native-int8"]
+    for one in small:
+        assert one["agreement"] > 0.8
+        assert one["bits"] < reference["bits"]
 
 
 def test_verify_compares_it_up_to_the_endpoint_and_sees_another_model(
