@@ -13,7 +13,7 @@ from llmo.errors import nearest
 from llmo.methods import LABELS_ONLY, METHODS, MethodName, OptimiserName
 from llmo.searchspec import TRIALS, parsed, space_of
 from llmo.specbase import Fraction, Name, Number, Positive, Seconds, Spec
-from llmo.types import ENCODER_ADAPTER_BYTES, GENERATOR_ADAPTER_BYTES
+from llmo.types import ENCODER_ADAPTER_BYTES, GENERATOR_ADAPTER_BYTES, MAX_BATCH_TOKENS
 
 
 def _known_task(name: str) -> str:
@@ -359,7 +359,7 @@ class DeploySpec(Spec):
     endpoint: Name = Field(description="the public name: POST /v1/endpoints/NAME/predict")
     cores: Positive | None = Field(None, description="CPU cores of the replica; default: half of the machine's")
     gpus: Annotated[int, Field(ge=0, le=1)] = Field(0, description="1: the replica computes on a GPU of its own")
-    max_batch_tokens: Positive = Field(4096, description="padded tokens in one batch")
+    max_batch_tokens: Positive = Field(MAX_BATCH_TOKENS, description="padded tokens in one batch")
     queue: Positive = Field(1024, description="texts or prompts that may wait; more are answered 429")
     slo: ObjectiveSpec | None = Field(
         None, description="over an encoder: threads and batches are chosen by a short load test to keep to this"

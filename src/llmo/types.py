@@ -190,6 +190,7 @@ class Endpoint:
 
 # What all adapters of one endpoint take at most, where nothing is said.
 GENERATOR_ADAPTER_BYTES, ENCODER_ADAPTER_BYTES = 512 << 20, 64 << 20
+MAX_BATCH_TOKENS = 4096  # padded ones of one batch, where a deployment does not say
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import transformers
 from llmo.compression import encoders
 from llmo.compression.choice import Limits
 from llmo.compression.export import export
+from llmo.compression.outcome import Order
 from llmo.context import NullContext
 from llmo.data.dataset import Dataset
 from llmo.data.operation import run as import_data
@@ -138,9 +139,8 @@ def test_one_graph_says_the_same_at_fp32_and_nearly_so_at_int8(trained: Trained,
         pytest.skip("its graph is a classifier's")
     task, data = load_task(trained.model), Dataset.open(trained.data)
     names, limits = ("onnx-fp32", "onnx-int8", "native-int8"), Limits(task.metric, 1.0)
-    found = encoders.compete(
-        trained.model, task, data, list(data.split("test")), names, limits, tmp_path, NullContext(1)
-    )
+    order = Order(trained.model, task, data, list(data.split("test")), names, limits, tmp_path)
+    found = encoders.compete(order, NullContext(1))
     reference, exact, *small = found.table
     test = trained.result["test"]["after"][task.metric]
     assert found.metrics[encoders.REFERENCE][task.metric]["value"] == pytest.approx(test["value"], abs=1e-4)

@@ -17,7 +17,7 @@ from llmo import plugins
 from llmo.compression.choice import Limits, Table, choose
 from llmo.compression.contest import CLIENTS, Measured, contest, speedup
 from llmo.compression.graphs import calibration
-from llmo.compression.outcome import Made, Outcome
+from llmo.compression.outcome import Made, Order, Outcome
 from llmo.compression.probe import Candidate
 from llmo.compression.recipes import VOCABULARY, Maker, Recipe, recipes
 from llmo.compression.variants import FP32_BITS, VARIANTS, WEIGHTS, Source
@@ -96,22 +96,13 @@ class Entry:
         return sum((self.folder / name).stat().st_size for name in self.files)
 
 
-def compete(
-    model: Path,
-    task: Task,
-    data: Dataset,
-    rows: Sequence[Row],
-    variants: Sequence[str],
-    limits: Limits,
-    work: Path,
-    ctx: Context,
-) -> Outcome:
-    """Build each variant as a folder of `work` and measure it on `rows` of dev, and then the best of them of smaller
+def compete(order: Order, ctx: Context) -> Outcome:
+    """Build each variant as a folder of its own and measure it on the rows of dev, and then the best of them of smaller
     shapes where that is asked for or needed. Those that are calibrated or trained see texts of train."""
-    search = _Search(model, task, data, rows, limits, work, ctx)
-    search.try_variants(variants)
-    if wants_shapes(search.table, limits):
-        search.try_shapes(variants)
+    search = _Search(order, ctx)
+    search.try_variants()
+    if wants_shapes(search.table, order.limits):
+        search.try_shapes()
     return Outcome(search.table, search.metrics, search.made)
 
 
@@ -126,20 +117,13 @@ def wants_shapes(table: Table, limits: Limits) -> bool:
 class _Search:
     """One use: the table grows as candidates are built and measured."""
 
-    def __init__(
-        self,
-        model: Path,
-        task: Task,
-        data: Dataset,
-        rows: Sequence[Row],
-        limits: Limits,
-        work: Path,
-        ctx: Context,
-    ) -> None:
-        self._model, self._data, self._limits, self._work, self._ctx = model, data, limits, work, ctx
-        encodings = task.encode_rows(load_tokenizer(model), rows)
-        self._exam = Exam(task, rows, encodings, limits.metric)
-        self._maker = Maker(model, data, work / "shapes", ctx)
+    def __init__(self, order: Order, ctx: Context) -> None:
+        self._order, self._limits, self._ctx = order, order.limits, ctx
+        model, task = order.model, order.task
+        encodings = task.encode_rows(load_tokenizer(model), order.rows)
+        self._exam = Exam(task, order.rows, encodings, order.limits.metric)
+        self._shapes = order.work / "shapes"
+        self._maker = Maker(model, order.data, self._shapes, ctx)
         self._reference = Entry(REFERENCE, "torch", "fp32", model, (WEIGHTS,), FP32_BITS, model, encodings)
         self._answers: list[Logits] = []  # of the reference
         self._entries = {REFERENCE: self._reference}
@@ -151,14 +135,15 @@ class _Search:
     def table(self) -> Table:
         return [*self._rows, *({"name": name, "verdict": why} for name, why in self._problems.items())]
 
-    def try_variants(self, variants: Sequence[str]) -> None:
-        self._measure([self._reference, *self._build(self._model, self._work, variants)])
+    def try_variants(self) -> None:
+        order = self._order
+        self._measure([self._reference, *self._build(order.model, order.work, order.variants)])
 
-    def try_shapes(self, variants: Sequence[str]) -> None:
+    def try_shapes(self) -> None:
         """From the mildest shape on, until the quality is lost, the room suffices, or the time is up."""
-        best = self._best(variants)
-        (self._work / "shapes").mkdir()
-        for recipe in recipes(self._model):
+        best = self._best()
+        self._shapes.mkdir()
+        for recipe in recipes(self._order.model):
             if time.monotonic() > self._limits.ends:
                 self._problems[recipe.name] = LATE
                 continue
@@ -172,7 +157,7 @@ class _Search:
                 self._problems[recipe.name] = f"cannot be made: {error.what}"
                 self._ctx.note(f"the shape {recipe.name} cannot be made: {error.what}")
                 continue
-            folder = self._work / f"of-{recipe.name}"
+            folder = self._order.work / f"of-{recipe.name}"
             folder.mkdir()
             made = self._build(shape, folder, [best], f"{recipe.name}+")
             self._measure([self._reference, *made])
@@ -198,20 +183,20 @@ class _Search:
         fits = self._limits.max_bytes is None or row["size_bytes"] <= self._limits.max_bytes
         return fits and self._limits.target != "size"
 
-    def _best(self, variants: Sequence[str]) -> str:
+    def _best(self) -> str:
         """The variant that would be chosen if size did not matter; the first one where none would be."""
-        return choose(deepcopy(self._rows), replace(self._limits, max_bytes=None)) or variants[0]
+        return choose(deepcopy(self._rows), replace(self._limits, max_bytes=None)) or self._order.variants[0]
 
     def _build(self, shape: Path, work: Path, variants: Sequence[str], prefix: str = "") -> list[Entry]:
         """Make a folder `work/VARIANT` for each. Why others cannot be had is noted among the problems."""
         task, tokenizer = load_task(shape), load_tokenizer(shape)
         encodings = task.encode_rows(tokenizer, self._exam.rows)
-        source = Source(shape, work, lambda: _calibration(task, tokenizer, self._data))
+        source = Source(shape, work, lambda: _calibration(task, tokenizer, self._order.data))
         entries = []
         for number, name in enumerate(variants):
             if self._ctx.should_stop():
                 raise Stopped
-            if time.monotonic() > self._limits.ends and not prefix:
+            if time.monotonic() > self._limits.ends and not prefix:  # what a shape was trained for is built
                 self._problems[name] = LATE
                 continue
             self._ctx.report(number, len(variants), stage=f"build {prefix}{name}")
@@ -250,7 +235,7 @@ class _Search:
             Candidate(entry.name, entry.engine, entry.folder, texts=sequences(entry.encodings)) for entry in entries
         ]
         texts = sequences(self._exam.encodings)
-        measured = contest(candidates, texts, self._work, self._ctx, worth=worth, problems=self._problems)
+        measured = contest(candidates, texts, self._order.work, self._ctx, worth=worth, problems=self._problems)
         for entry in entries:
             found = measured.get(entry.name)
             if found is None or entry.name in self.metrics:

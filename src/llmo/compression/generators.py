@@ -19,11 +19,10 @@ from tokenizers import Tokenizer
 
 from llmo import plugins
 from llmo.compression import widths
-from llmo.compression.choice import Limits, Table
-from llmo.compression.outcome import Made, Outcome
+from llmo.compression.choice import Table
+from llmo.compression.outcome import Made, Order, Outcome
 from llmo.compression.probe import Candidate, Probe
 from llmo.context import Context, Stopped
-from llmo.data.dataset import Dataset
 from llmo.errors import EnvironmentProblem, LLMOError
 from llmo.tasks.base import Encoding, Row
 from llmo.tasks.card import load_tokenizer
@@ -60,25 +59,16 @@ class Measured:
     rss_bytes: int = 0
 
 
-def compete(
-    model: Path,
-    task: Generation,
-    data: Dataset,
-    rows: Sequence[Row],
-    variants: Sequence[str],
-    limits: Limits,
-    work: Path,
-    ctx: Context,
-) -> Outcome:
-    """Build each variant as a folder `work/VARIANT` and measure it on `rows` of dev: their perplexity, and the speed of
-    answers as long as theirs, one at a time and all together. None is calibrated or shaped.
-    """
+def compete(order: Order, ctx: Context) -> Outcome:
+    """Build each variant as a folder of its own and measure it on the rows of dev: their perplexity, and the speed of
+    answers as long as theirs, one at a time and all together. None is calibrated or shaped."""
+    model, task, rows, work = order.model, order.task, order.rows, order.work
     tokenizer = load_tokenizer(model)
     encodings = task.encode_rows(tokenizer, rows)
     plan = _plan(task, tokenizer, rows, encodings)
     file = work / PLAN
     file.write_text(json.dumps(plan), encoding="utf-8")
-    folders, problems = _build(model, work, variants, limits.ends, ctx)
+    folders, problems = _build(model, work, order.variants, order.limits.ends, ctx)
     candidates = [Candidate(REFERENCE, "torch", model, ("fp32",))]
     candidates += [Candidate(n, VARIANTS[n].engine, folders[n], (VARIANTS[n].precision,)) for n in folders]
     measured = _contest(candidates, file, work, problems, ctx)

@@ -20,9 +20,7 @@ from llmo import plugins
 from llmo.compression.orders import Answer, follow, peak_memory, unknown
 from llmo.engines.base import Engine, Request
 from llmo.engines.batcher import Item, batcher_for
-from llmo.types import Device
-
-MAX_BATCH_TOKENS = 4096  # as endpoints have it where nobody sets it
+from llmo.types import MAX_BATCH_TOKENS, Device
 
 
 def main(argv: list[str]) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from llmo import hardware
 from llmo.compression import encoders, generators
 from llmo.compression.choice import Limits, choose, refusal, why
-from llmo.compression.outcome import Outcome
+from llmo.compression.outcome import Order, Outcome
 from llmo.context import Context
 from llmo.data.dataset import Dataset
 from llmo.engines.folder import refuse_applied
@@ -64,7 +64,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     )
     with storage_errors(out), TemporaryDirectory(dir=out, prefix=".work-") as scratch:
         work = Path(scratch)
-        found: Outcome = kind.compete(model, task, data, rows, variants, limits, work, ctx)
+        found: Outcome = kind.compete(Order(model, task, data, rows, variants, limits, work), ctx)
         table = found.table
         chosen = choose(table, limits)
         reason = why(table, chosen, limits)

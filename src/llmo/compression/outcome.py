@@ -1,4 +1,4 @@
-"""What a search among variants found, and what becomes of the chosen one."""
+"""What a search among variants is given, what it found, and what becomes of the chosen one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmo.compression.choice import Table
+from llmo.compression.choice import Limits, Table
+from llmo.data.dataset import Dataset
+from llmo.tasks.base import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The model folder and its task, the data set, those of its dev rows that quality is measured on, and the variants
+    to try within the limits; `work` is for what is built and for scratch files."""
+
+    model: Path
+    task: Any
+    data: Dataset
+    rows: Sequence[Row]
+    variants: Sequence[str]
+    limits: Limits
+    work: Path
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from llmo.types import Asked
 CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 BATCH_TOKENS = (1024, 512, 256, 128)
 SECONDS = 0.6  # of one load
+LOOK_SECONDS = 0.2
 LEAST = 30  # texts that are answered under each load, however long it takes
 FOLDER = "objectives"
 
@@ -101,12 +102,10 @@ def _tried(
 def _best(pipeline: Pipeline, texts: Sequence[Asked], setting: Setting, p99_ms: float, ctx: Context) -> Setting:
     """The setting with the load that it bears; with one client's where it bears none."""
     pipeline.max_batch_tokens = setting.max_batch_tokens
-    load(pipeline, texts, 1, SECONDS / 4)  # it is warm from here on
+    load(pipeline, texts, 1, SECONDS / 4, ctx)  # it is warm from here on
     best = replace(setting, clients=0, texts_per_second=0.0)
     for clients in CLIENTS:
-        if ctx.should_stop():
-            raise Stopped
-        latencies, seconds = load(pipeline, texts, clients, SECONDS)
+        latencies, seconds = load(pipeline, texts, clients, SECONDS, ctx)
         p99 = 1e3 * float(np.percentile(latencies, 99))
         if best.clients and p99 > p99_ms:
             break
@@ -118,8 +117,13 @@ def _best(pipeline: Pipeline, texts: Sequence[Asked], setting: Setting, p99_ms: 
     return best
 
 
-def load(pipeline: Pipeline, texts: Sequence[Asked], clients: int, seconds: float) -> tuple[list[float], float]:
-    """Seconds from asking to answer of each text, and of all, of clients who each wait before they ask again."""
+def load(
+    pipeline: Pipeline, texts: Sequence[Asked], clients: int, seconds: float, ctx: Context
+) -> tuple[list[float], float]:
+    """Seconds from asking to answer of each text, and of all, of clients who each wait before they ask again.
+
+    Raises what a text is answered with if that is an error, what broke the pipeline, and Stopped.
+    """
     latencies: list[float] = []
     problems: list[LLMOError] = []
     over, lock = threading.Event(), threading.Lock()
@@ -144,12 +148,21 @@ def load(pipeline: Pipeline, texts: Sequence[Asked], clients: int, seconds: floa
             if again:
                 ask()
 
-        pipeline.submit(Call([texts[next(numbers) % len(texts)]], float("inf"), done, test=True))
+        try:
+            pipeline.submit(Call([texts[next(numbers) % len(texts)]], float("inf"), done, test=True))
+        except LLMOError as error:  # it was closed meanwhile
+            done(error)
 
     began = time.perf_counter()
     for _ in range(clients):
         ask()
-    over.wait()
+    while True:
+        if ctx.should_stop():
+            raise Stopped
+        if over.wait(LOOK_SECONDS):
+            break
+        if pipeline.broken is not None:
+            raise pipeline.broken
     if problems:
         raise problems[0]
     return latencies, time.perf_counter() - began

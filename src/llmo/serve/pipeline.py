@@ -31,7 +31,7 @@ from llmo.serve.loaded import LoadedAdapters
 from llmo.serve.repeats import Repeats
 from llmo.tasks.base import Encoding, Logits, Task, gathered, sequences
 from llmo.tasks.card import load_task
-from llmo.types import Asked
+from llmo.types import MAX_BATCH_TOKENS, Asked
 
 LONGEST_TEXT = 1 << 20  # bytes of UTF-8
 _CHUNK = 32  # texts tokenised at once: enough for the tokeniser, few enough that the engine starts early
@@ -126,7 +126,7 @@ class Pipeline(Lifecycle[Call, tuple[Call, int] | _Ran]):
         self.queue = queue
         self.gauge = Gauge()
         self._repeats = Repeats(repeats)
-        self._batcher = batcher or Batcher(4096)
+        self._batcher = batcher or Batcher(MAX_BATCH_TOKENS)
         self._waiting = 0
 
     def submit(self, call: Call) -> None:

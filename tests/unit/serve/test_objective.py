@@ -14,7 +14,7 @@ from llmo import hardware
 from llmo.context import NullContext, Stopped
 from llmo.engines.base import Chunk, Request
 from llmo.engines.batcher import Batcher
-from llmo.errors import EnvironmentProblem, GateRefused
+from llmo.errors import EnvironmentProblem, GateRefused, LLMOError
 from llmo.serve import encoder, objective
 from llmo.serve.objective import load, settle
 from llmo.serve.pipeline import Pipeline
@@ -80,7 +80,7 @@ def test_clients_wait_for_their_answers(model: Path) -> None:
     make = Maker(model)
     pipeline = make(1)
     pipeline.start()
-    latencies, seconds = load(pipeline, TEXTS, 3, 0.0)
+    latencies, seconds = load(pipeline, TEXTS, 3, 0.0, NullContext(1))
     pipeline.close()
     assert objective.LEAST <= len(latencies) <= objective.LEAST + 3
     assert sum(make.engines[0].batches) == len(latencies)
@@ -130,6 +130,23 @@ def test_being_asked_to_stop_it_stops(model: Path, tmp_path: Path) -> None:
     before = threading.active_count()
     with pytest.raises(Stopped):
         settle(Maker(model), TEXTS, model, 1, spec(60_000), Impatient(1, tmp_path))
+    assert threading.active_count() == before
+
+
+def test_an_engine_that_ends_in_the_middle_is_said(model: Path, tmp_path: Path) -> None:
+    class Ending(Crowded):
+        def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+            raise RuntimeError("no more")
+
+    engine = Ending()
+    task, tokenizer = load_task(model), load_tokenizer(model)
+
+    def make(threads: int) -> Pipeline:
+        return Pipeline(task, tokenizer, engine, lambda: engine.load(model, CPU))
+
+    before = threading.active_count()
+    with pytest.raises(LLMOError, match="no more"):
+        settle(make, TEXTS, model, 1, spec(60_000), NullContext(1, tmp_path))
     assert threading.active_count() == before
 
 
