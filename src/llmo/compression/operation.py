@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llmo import hardware
-from llmo.compression import encoders, generators
+from llmo.compression import encoders, generators, report
 from llmo.compression.choice import Limits, choose, refusal, why
 from llmo.compression.outcome import Order, Outcome
 from llmo.context import Context
@@ -29,8 +29,8 @@ SAMPLE_SEED = 13
 
 
 def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """Write the compressed model folder. Returns `{"metric", "target", "variants", "chosen", "why", "texts",
-    "hardware"}`, and `width` of a model that generates.
+    """Write the compressed model folder, with a report of the search. Returns `{"metric", "target", "max_drop",
+    "variants", "front", "chosen", "why", "texts", "hardware"}`, and `width` of a model that generates.
 
     Raises GateRefused, with the table in `extra`, when no variant is better than the original for the target, within
     `max_drop` of its metric on dev, and within `max_mb`.
@@ -78,13 +78,17 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     result = {
         "metric": limits.metric,
         "target": limits.target,
+        "max_drop": limits.max_drop,
         "variants": table,
+        "front": report.front(table),
         "chosen": chosen,
         "why": reason,
         "texts": len(rows),
         "hardware": hardware.described(ctx.device.cores),
         **made.more,
     }
+    with storage_errors(out):
+        report.write(out, f"Compressed to {chosen}", result)
     write_card(out, _card(own, card, model, result, row, found.metrics[chosen]))
     return result
 

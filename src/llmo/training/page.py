@@ -21,18 +21,35 @@ PICTURES = {"confusion.png": "Confusion matrix", "reliability.png": "Reliability
 def render(title: str, report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The whole page; every text of the data is escaped."""
     parts = [
-        f"<h1>{escape(title)}</h1>",
         f"<p>{escape(report['task'])} on {report['rows']} rows of {escape(report['split'])}</p>",
         _metrics(report),
         _per_class(report["per_class"]),
-        *(_picture(name, pictures[name]) for name in PICTURES if name in pictures),
+        *(picture(named, pictures[name]) for name, named in PICTURES.items() if name in pictures),
         _numbered(report["details"].get("labels", [])) if "confusion.png" in pictures else "",
         _calibration(report["calibration"]),
         _worst(report["worst"]),
         _run(report),
     ]
+    return document(title, parts)
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page with a headline and parts that are HTML already."""
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    return f"<!doctype html><html><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+    return f"<!doctype html><html><head>{head}</head><body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>\n"
+
+
+def picture(title: str, data: bytes) -> str:
+    """A PNG within the page, under its title."""
+    source = base64.b64encode(data).decode()
+    return f'<h2>{escape(title)}</h2><img alt="{escape(title)}" src="data:image/png;base64,{source}">'
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Every text is escaped; numbers stand to the right."""
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _metrics(report: Mapping[str, Any]) -> str:
@@ -43,7 +60,7 @@ def _metrics(report: Mapping[str, Any]) -> str:
         if "/" not in name
     ]
     heads = ["metric", "before training", "after training"] if before else ["metric", "value (95% interval)"]
-    return "<h2>Metrics</h2>" + _table(heads, rows)
+    return "<h2>Metrics</h2>" + table(heads, rows)
 
 
 def _per_class(classes: Sequence[Mapping[str, Any]]) -> str:
@@ -53,12 +70,7 @@ def _per_class(classes: Sequence[Mapping[str, Any]]) -> str:
         [c["name"], c["gold"], c["answered"], _number(c["precision"]), _number(c["recall"]), _interval(c["f1"])]
         for c in classes
     ]
-    return "<h2>By class</h2>" + _table(["class", "gold", "answered", "precision", "recall", "F1"], rows)
-
-
-def _picture(name: str, data: bytes) -> str:
-    source = base64.b64encode(data).decode()
-    return f'<h2>{PICTURES[name]}</h2><img alt="{PICTURES[name]}" src="data:image/png;base64,{source}">'
+    return "<h2>By class</h2>" + table(["class", "gold", "answered", "precision", "recall", "F1"], rows)
 
 
 def _numbered(labels: Sequence[str]) -> str:
@@ -73,7 +85,7 @@ def _calibration(found: Mapping[str, Any] | None) -> str:
         for b in found["bins"]
     ]
     said = f"<p>Expected calibration error {found['ece']:.3f}, Brier score {found['brier']:.3f}.</p>"
-    return "<h2>Calibration</h2>" + said + _table(["confidence", "decisions", "mean confidence", "right"], rows)
+    return "<h2>Calibration</h2>" + said + table(["confidence", "decisions", "mean confidence", "right"], rows)
 
 
 def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -86,19 +98,13 @@ def _worst(rows: Sequence[Mapping[str, Any]]) -> str:
         for row, said in zip(rows, answered, strict=True)
     ]
     heads = ["row", "loss", "gold", *(["answer", "score"] if answers else []), "text"]
-    return "<h2>Worst errors: the rows of the highest loss</h2>" + _table(heads, shown)
+    return "<h2>Worst errors: the rows of the highest loss</h2>" + table(heads, shown)
 
 
 def _run(report: Mapping[str, Any]) -> str:
     figures = {**report.get("speed", {}), **report.get("memory", {})}
     rows = [[name.replace("_", " "), _number(value)] for name, value in figures.items()]
-    return "<h2>Run</h2>" + _table(["", ""], rows) if rows else ""
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
-    body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+    return "<h2>Run</h2>" + table(["", ""], rows) if rows else ""
 
 
 def _cell(value: object) -> str:

@@ -38,7 +38,7 @@ def _confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> bytes:
     matrix = np.array(counts, float)
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     side = min(14.0, 3.0 + 0.45 * len(labels))
-    figure, axes = _axes(side, side)
+    figure, axes = canvas(side, side)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     if len(labels) <= NAMED:
         names = [_drawable(label, number) for number, label in enumerate(labels, 1)]
@@ -50,23 +50,24 @@ def _confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> bytes:
             axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_xlabel("answered")
     axes.set_ylabel("right")
-    return _png(figure)
+    return png(figure)
 
 
 def _reliability(calibration: Mapping[str, Any]) -> bytes:
     """Of each bin of confidence how often it was right; on the diagonal, probabilities mean what they say."""
     bins = calibration["bins"]
-    figure, axes = _axes(4.5, 4.0)
+    figure, axes = canvas(4.5, 4.0)
     middles = [(b["low"] + b["high"]) / 2 for b in bins]
     axes.bar(middles, [b["accuracy"] for b in bins], width=0.09, color="#4c78a8", label="right")
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     axes.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "o", color="#f58518", markersize=4)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share that was right")
     axes.set_title(f"ECE {calibration['ece']:.3f}, Brier {calibration['brier']:.3f}", fontsize=10)
-    return _png(figure)
+    return png(figure)
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def canvas(width: float, height: float) -> tuple[Any, Any]:
+    """A figure and its axes, of so many inches."""
     from matplotlib.figure import Figure  # a second to import; without pyplot nothing is global
 
     figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
@@ -84,7 +85,7 @@ def _drawable(label: str, number: int) -> str:
     return escaped if len(escaped) <= LONGEST else escaped[: LONGEST - 1] + "…"
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a layout that cannot be perfect is drawn all the same
         file = io.BytesIO()

@@ -16,6 +16,7 @@ from llmo.compression.choice import Limits, choose, refusal, why
 from llmo.compression.encoders import wants_shapes
 from llmo.compression.operation import run
 from llmo.compression.recipes import recipes
+from llmo.compression.report import front
 from llmo.compression.shapes.distil import Recovery
 from llmo.context import NullContext
 from llmo.engines.base import Request
@@ -75,7 +76,8 @@ def test_the_folder_is_whole_and_holds_nothing_else(done: tuple[Path, dict[str, 
     out, result = done
     weights = {"native": "native.safetensors", "onnx": "model.onnx"}[read_card(out)["engine"]]
     expected = {"config.json", "golden.json", "llmo.json", weights, "tokenizer.json", "tokenizer_config.json"}
-    found = {path.name for path in out.iterdir()}
+    assert {path.name for path in (out / "report").iterdir()} == {"report.json", "report.html", "front.png"}
+    found = {path.name for path in out.iterdir() if path.is_file()}
     assert expected <= found <= expected | {"special_tokens_map.json", "added_tokens.json"}
     card = read_card(out)
     assert card["chosen"].startswith(f"{card['engine']}-{card['precision']}")
@@ -87,6 +89,31 @@ def test_the_folder_is_whole_and_holds_nothing_else(done: tuple[Path, dict[str, 
     dev = card["metrics"]["dev"][chosen["metric"]]
     assert dev["low"] <= dev["value"] == chosen["value"] <= dev["high"]
     assert (out / weights).stat().st_size == chosen["size_bytes"]
+
+
+def test_the_report_shows_every_variant_and_the_front(done: tuple[Path, dict[str, Any]]) -> None:
+    out, result = done
+    told = json.loads((out / "report" / "report.json").read_text())
+    assert told["kind"] == "compression"
+    assert told["variants"] == result["variants"]
+    page = (out / "report" / "report.html").read_text()
+    for one in result["variants"]:
+        assert one["name"] + (" *" if one["name"] in result["front"] else "") + "</pre>" in page
+    assert result["chosen"] in result["front"]
+    assert "data:image/png;base64" in page
+
+
+def test_the_front_holds_what_nothing_beats_at_once() -> None:
+    table = [
+        sized("torch-fp32", 1.0, 1.0, 100, 0),
+        sized("quick", 9.0, 9.0, 50, 0),
+        sized("small", 2.0, 2.0, 10, 0, drop=0.01),
+        sized("beaten", 2.0, 2.0, 60, 0, drop=0.01),
+        sized("twin", 9.0, 9.0, 50, 0),
+        {"name": "lossy", "drop": 0.5, "verdict": "drops too much"},
+        {"name": "absent", "verdict": "cannot run: no"},
+    ]
+    assert front(table) == ["quick", "small", "twin"]
 
 
 def test_what_it_wrote_passes_verify(done: tuple[Path, dict[str, Any]], workshop: Path, tmp_path: Path) -> None:

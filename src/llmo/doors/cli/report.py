@@ -12,6 +12,7 @@ from llmo.doors import flow
 from llmo.doors.cli.outfile import place
 from llmo.doors.cli.show import Json, console, emit, figure, seconds, shorten, size, table
 from llmo.doors.cli.trials import show_search
+from llmo.doors.cli.variants import show_variants
 from llmo.errors import InputError
 from llmo.files import publish
 
@@ -43,6 +44,8 @@ def _show_any(found: Mapping[str, Any], ref: str, kept: str) -> None:
     """Searches, plans of `train --explain` and verifications are reports in the store too."""
     if found.get("kind") == "search":
         show_search(found)
+    elif found.get("kind") == "compression":
+        show_variants(found)
     elif "choices" in found:
         show_choices(found)
     elif "per_class" in found:

@@ -30,6 +30,7 @@ from llmo.doors.cli.given import (
 )
 from llmo.doors.cli.live import Live, follow
 from llmo.doors.cli.show import Json, console, emit, figure, shorten, table
+from llmo.doors.cli.variants import show_variants
 from llmo.errors import InputError
 from llmo.types import Artifact, Asked, Kind
 
@@ -186,7 +187,7 @@ def compress(
         job = api.submit("compress", spec, inputs, name=made, fresh=fresh)
         job = follow(api, job, as_json)
         found = flow.output(api, job)
-    emit({"ref": found.ref, **flow.result(job)}, as_json, lambda: summary.show_variants(flow.result(job)))
+    emit({"ref": found.ref, **flow.result(job)}, as_json, lambda: show_variants(flow.result(job)))
 
 
 def verify(

@@ -11,6 +11,7 @@ from rich.markup import escape
 from llmo.doors.cli.report import calibrated, run_of
 from llmo.doors.cli.show import console, figure, shorten, size, table
 from llmo.doors.cli.trials import show_search
+from llmo.doors.cli.variants import show_variants
 from llmo.doors.gateway import Door
 from llmo.specfile import Resolved
 from llmo.specs import ProjectSpec
@@ -203,73 +204,6 @@ def _show_part(name: str, steps: Steps) -> None:
         console.print(calibrated(found["calibration"]), markup=False, soft_wrap=True)
     console.print(f"[dim]by class, worst errors: llmo report {ref}[/]")
     show_verify(steps[f"verify:{name}"]["result"])
-
-
-def show_variants(result: Mapping[str, Any]) -> None:
-    if any("tokens_per_second" in row for row in result["variants"]):
-        _show_generators(result)
-    else:
-        _show_encoders(result)
-    console.print(f"[bold]chosen[/] {escape(result['why'])}\n", soft_wrap=True)
-
-
-def _show_generators(result: Mapping[str, Any]) -> None:
-    rows = [
-        (
-            v["name"], f"{v['bits']:.1f}", size(v["size_bytes"]), f"{v['tokens_per_second']:.0f}",
-            f"{v['tokens_per_second_together']:.0f}", f"{v['first_token_ms']:.0f}", f"{v['speedup']:.2f}x",
-            f"{v['value']:.3f}", f"{v['drop']:+.2%}", v["verdict"],
-        )
-        if "value" in v
-        else (v["name"], *["-"] * 8, v["verdict"])
-        for v in result["variants"]
-    ]  # fmt: skip
-    columns = ["variant", "bits>", "size>", "tokens/s alone>", "together>", "first token ms>", "speed>"]
-    table("compression, measured on dev", [*columns, f"{result['metric']}>", "drop>", "verdict"], rows)
-    _show_width(result.get("width", []))
-
-
-def _show_width(measured: Sequence[Mapping[str, Any]]) -> None:
-    """A line for each number of threads; a column for each number of answers at once."""
-    speeds = {(row["threads"], row["streams"]): row["tokens_per_second"] for row in measured}
-    streams = sorted({count for _, count in speeds})
-    rows = [
-        (str(threads), *(f"{speeds[threads, count]:.0f}" for count in streams))
-        for threads in sorted({threads for threads, _ in speeds})
-    ]
-    if rows:
-        table("tokens/s of the chosen one", ["threads>", *(f"{count} at once>" for count in streams)], rows)
-
-
-def _show_encoders(result: Mapping[str, Any]) -> None:
-    columns = [
-        "variant", "size>", "memory>", "ready s>", "one text ms>", "16 at once/s>", "64/s>", "speed>",
-        f"{result['metric']}>", "drop (95% interval)>", "agree>", "verdict",
-    ]  # fmt: skip
-    rows = [
-        (v["name"], *_sized(v), *_timed(v), *_judged(v), v["verdict"])
-        if "value" in v
-        else (v["name"], *["-"] * (len(columns) - 2), v["verdict"])
-        for v in result["variants"]
-    ]
-    table("compression, measured on dev", columns, rows)
-
-
-def _sized(variant: Mapping[str, Any]) -> tuple[str, ...]:
-    return size(variant["size_bytes"]), size(variant["rss_bytes"]), f"{variant['ready_seconds']:.1f}"
-
-
-def _timed(variant: Mapping[str, Any]) -> tuple[str, ...]:
-    """Those that lose too much are not timed."""
-    if "clients" not in variant:
-        return ("-",) * 4
-    rates = (f"{variant['clients'][clients]['texts_per_second']:.0f}" for clients in ("16", "64"))
-    return f"{variant['latency_ms']:.1f}", *rates, f"{variant['speedup']:.2f}x"
-
-
-def _judged(variant: Mapping[str, Any]) -> tuple[str, ...]:
-    interval = f"{variant['drop']:+.3f} ({variant['drop_low']:+.3f} to {variant['drop_high']:+.3f})"
-    return f"{variant['value']:.3f}", interval, f"{variant['agreement']:.1%}"
 
 
 def show_verify(result: Mapping[str, Any]) -> None:
