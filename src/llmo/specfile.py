@@ -119,6 +119,8 @@ def _validated(value: dict[str, Any], lines: Lines, file: str, model: type[S]) -
         return model.model_validate(value)
     except ValidationError as error:
         found = sorted(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", _line(e["loc"], lines)))
+    wrong = {e["loc"][:-1] for e in found}
+    found = [e for e in found if e["type"] != "too_short" or e["loc"] not in wrong]  # wrong items are not counted
     problems: dict[tuple[int | str, ...], SpecError] = {}
     for problem in found:  # a key that may be of several kinds has an error for each
         key = problem["loc"] if problem["type"] == "missing" else _key(problem["loc"], lines)

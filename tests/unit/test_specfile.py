@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llmo.errors import LLMOError, SpecError
 from llmo.jobspecs import ImportSpec
 from llmo.specfile import parse, read, validate
-from llmo.specs import DataSpec, ProjectSpec, TrainSpec
+from llmo.specs import CompressSpec, DataSpec, ProjectSpec, TrainSpec
 
 GOOD = """\
 name: newsdesk
@@ -176,3 +176,11 @@ def test_all_mistakes_are_told_at_once() -> None:
     missing = f"{nothing}\n{nothing.hint}"
     assert all(f"the key '{key}' is missing" in missing for key in ("name", "data", "model"))
     assert "\n" not in refused(GOOD.replace("2,", "many,")).hint
+
+
+def test_a_list_of_one_wrong_item_is_not_called_empty() -> None:
+    with pytest.raises(SpecError, match=r"'variants\.0': input should be") as caught:
+        validate({"variants": ["onx-int8"]}, CompressSpec)
+    assert "at least 1" not in (caught.value.hint or "")
+    with pytest.raises(SpecError, match="at least 1"):
+        validate({"variants": []}, CompressSpec)
