@@ -35,6 +35,7 @@ from typing import Any
 import httpx
 import psutil
 import wrk
+from command import command
 
 from llmo.doors import benching
 from llmo.doors.load import Load, Target
@@ -96,11 +97,6 @@ def answers_once(url: str, body: Any, key: str = "", process: Any = None) -> boo
                 return True
         time.sleep(0.02)
     return False
-
-
-def command(*arguments: str) -> Any:
-    line = [sys.executable, "-m", "llmo.doors.cli", *arguments, "--json"]
-    return json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 @contextmanager

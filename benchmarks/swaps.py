@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
 
 import psutil
+from command import command
 
 from llmo.doors.load import Load, Target
 from llmo.kernel import processes
@@ -25,11 +23,6 @@ from llmo.system import System
 
 ENDPOINT, CLIENTS = "swapped", 16
 VARIANTS = ("native-int8", "onnx-int8-static")
-
-
-def command(*arguments: str) -> Any:
-    line = [sys.executable, "-m", "llmo.doors.cli", *arguments, "--json"]
-    return json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 class Memory(threading.Thread):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 
@@ -166,6 +168,18 @@ class EnvironmentProblem(LLMOError):
     """A package, device or port this needs is missing or taken."""
 
     code = "environment"
+
+
+@contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """Around imports of what `extra` of LLMO installs: where it is missing, `what` needs it, as EnvironmentProblem."""
+    try:
+        yield
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"{what} needs a package that is not installed: {error.name or error}",
+            hint=f"pip install 'llmo-os[{extra}]'",
+        ) from error
 
 
 def _tree(cls: type[LLMOError]) -> dict[str, type[LLMOError]]:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from llmo import errors, files, sources
-from llmo.errors import DataError, GateRefused, InputError, LLMOError, SpecError, StorageError, from_json
+from llmo.errors import (
+    DataError,
+    EnvironmentProblem,
+    GateRefused,
+    InputError,
+    LLMOError,
+    SpecError,
+    StorageError,
+    from_json,
+    needing,
+)
 from llmo.plugins import load, operation
 from llmo.settings import Settings, parse_bytes
 from llmo.types import Endpoint, Job, JobState, Kind, Needs, Placement, Reason, canonical, to_json
@@ -101,6 +112,13 @@ def test_sources(tmp_path: Path) -> None:
     for bad in ("upload:ab12/../../etc", "upload:..", "upload:ab12/..", "upload:nothere"):
         with pytest.raises(DataError):
             sources.resolve(bad, uploads)
+
+
+def test_a_package_that_is_missing_is_named_with_what_installs_it() -> None:
+    said = pytest.raises(EnvironmentProblem, match=r"^int8 needs a package that is not installed: no_such$")
+    with said as caught, needing("int8", "calibrate"):
+        import_module("no_such.package")
+    assert caught.value.hint == "pip install 'llmo-os[calibrate]'"
 
 
 @pytest.mark.parametrize(("text", "count"), [("512MiB", 512 << 20), ("1G", 1 << 30), ("7", 7), ("1.5 KiB", 1536)])

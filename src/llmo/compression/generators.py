@@ -23,7 +23,7 @@ from llmo.compression.choice import Table
 from llmo.compression.outcome import Made, Order, Outcome
 from llmo.compression.probe import Candidate, Probe
 from llmo.context import Context, Stopped
-from llmo.errors import EnvironmentProblem, LLMOError
+from llmo.errors import LLMOError, needing
 from llmo.tasks.base import Encoding, Row
 from llmo.tasks.card import load_tokenizer
 from llmo.tasks.generation import Generation
@@ -248,24 +248,16 @@ def _numbers(model: Path) -> int:
 
 def _openvino(precision: Literal["bf16", "int8", "int4"]) -> Callable[[Path, Path], None]:
     def build(model: Path, target: Path) -> None:
-        try:
+        with needing(f"openvino at {precision}", "openvino"):
             from llmo.compression.openvino_graph import write
-        except ImportError as error:
-            raise EnvironmentProblem(
-                f"OpenVINO is not installed ({error.name})", hint="pip install 'llmo-os[openvino]'"
-            ) from None
         write(model, target, precision)
 
     return build
 
 
 def _gguf(model: Path, target: Path) -> None:
-    try:
+    with needing("a GGUF file", "generate"):
         from llmo.compression.gguf_file import write
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"the package gguf is not installed ({error.name})", hint="pip install 'llmo-os[generate]'"
-        ) from None
     write(model, target, "q8_0")
 
 

@@ -26,7 +26,7 @@ from llmo.engines.cpu import require_instructions
 from llmo.engines.onnx import HIDDEN, LOGITS, ORT_ERRORS, session_options
 from llmo.engines.openvino.encoder import HINTS, INPUTS, REST_KEY
 from llmo.engines.openvino.runner import GRAPH, PRECISION_KEY, last_line
-from llmo.errors import DataError, EnvironmentProblem, ModelError
+from llmo.errors import DataError, ModelError, needing
 
 Precision = Literal["fp32", "bf16", "int8"]
 Rest = Literal["fp32", "bf16"]
@@ -188,14 +188,9 @@ def _nearest(weights: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _quantised(made: Any, calibration: Sequence[Sequence[int]], exact: Collection[str]) -> Any:
     os.environ.setdefault("NNCF_CI", "1")  # else it tells its makers of every use
-    try:
+    with needing("calibrated int8", "calibrate"):
         import nncf
         from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, OverflowFix
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"calibrated int8 needs a package that is not installed: {error.name or error}",
-            hint="pip install 'llmo-os[calibrate]'",
-        ) from error
     ids = [np.array([text], dtype=np.int64) for text in calibration]
     feeds = [dict(zip(INPUTS, (row, np.ones_like(row)), strict=True)) for row in ids]
     try:

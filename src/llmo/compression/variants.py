@@ -15,7 +15,7 @@ from llmo.compression.graphs import attention, default, heads, lean, smooth, sta
 from llmo.compression.quantise import measured_bits, parameter_count, quantise, safe_bits
 from llmo.engines.native.encoder_model import FILE as NATIVE
 from llmo.engines.onnx import GRAPH
-from llmo.errors import EnvironmentProblem
+from llmo.errors import needing
 
 WEIGHTS, PLAIN = "model.safetensors", "plain.onnx"
 OPENVINO = ("openvino_model.xml", "openvino_model.bin")
@@ -107,12 +107,8 @@ def _torch(source: Source, folder: Path) -> float:
 
 def _openvino(precision: Literal["bf16", "int8"]) -> Callable[[Source, Path], float]:
     def build(source: Source, folder: Path) -> float:
-        try:
+        with needing(f"openvino at {precision}", "openvino" if precision == "bf16" else "calibrate"):
             from llmo.compression.openvino_encoder import write
-        except ImportError as error:
-            raise EnvironmentProblem(
-                f"{error.name} is not installed", hint="pip install 'llmo-os[calibrate]'"
-            ) from error
         texts = source.calibration() if precision == "int8" else ()
         return write(source.fused(), folder, precision, texts).bits
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from llmo.context import Context
 from llmo.engines.onnx import GRAPH
-from llmo.errors import ModelError, SpecError
+from llmo.errors import ModelError, SpecError, needing
 from llmo.tasks.card import reshaped
 
 WEIGHTS = "model.safetensors"
@@ -118,7 +118,8 @@ def _openvino(source: Source, precision: str | None, folder: Path, ctx: Context)
             "int8 for OpenVINO is calibrated on texts of the data set, which an export does not read",
             hint="leave out --precision, or compress the model for OpenVINO first and export what came of it",
         )
-    from llmo.compression import openvino_encoder  # an extra of its own
+    with needing("a model for OpenVINO", "openvino"):
+        from llmo.compression import openvino_encoder
     from llmo.compression.export import export
 
     ctx.report(0, 3, stage="export")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llmo.engines.folder import require
 from llmo.engines.generation import Grammar
-from llmo.errors import EnvironmentProblem, InputError, ModelError
+from llmo.errors import InputError, ModelError, needing
 
 MOST = 100_000  # characters; a grammar of a million takes seconds a token
 
@@ -29,12 +29,8 @@ class Grammars:
 
     def compile(self, grammar: Grammar) -> Constraint:
         """Raises InputError for a schema or an expression that cannot be followed."""
-        try:
-            import llguidance  # only constrained answers need it
-        except ImportError as error:
-            raise EnvironmentProblem(
-                "constrained answers need the package llguidance", hint="pip install 'llmo-os[generate]'"
-            ) from error
+        with needing("a constrained answer", "generate"):
+            import llguidance
         if len(grammar.text) > MOST:
             raise _unusable(grammar, f"it has {len(grammar.text)} characters, {MOST} are the most")
         if self._tokenizer is None:
