@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmo.compression.shapes.anatomy import Layer, anatomy
+from llmo.compression.shapes.fake import rounded
 from llmo.engines.folder import card_applied
 from llmo.engines.native.encoder_model import FILE, FORMAT, LANES
 from llmo.engines.torch import open_model
@@ -21,55 +22,14 @@ ACTIVATIONS = {
     **dict.fromkeys(("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu"),
     **{"relu": "relu", "silu": "silu", "swish": "silu"},
 }
-TINY = 1e-10  # keeps the scale of an all-zero row above zero
 
 
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What a family calls its parts: below its trunk the layers, and below each layer the rest."""
-
-    layers: str
-    queries: tuple[str, str, str]  # query, key and value
-    out: str
-    attended: str
-    up: str
-    down: str
-    fed: str
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 
 
-_BERT = _Family(
-    "encoder.layer",
-    ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "attention.output.dense",
-    "attention.output.LayerNorm",
-    "intermediate.dense",
-    "output.dense",
-    "output.LayerNorm",
-)
-_DISTILBERT = _Family(
-    "transformer.layer",
-    ("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-    "attention.out_lin",
-    "sa_layer_norm",
-    "ffn.lin1",
-    "ffn.lin2",
-    "output_layer_norm",
-)
-FAMILIES = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), _BERT),
-    "distilbert": _DISTILBERT,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Written:
-    """`bits` a weight, scales included."""
-
-    bits: float
-
-
-def write(folder: Path, out: Path) -> Written:
-    """Write the model of a saved folder into the folder `out`. Heads of attention that are all zero are left out.
+def write(folder: Path, out: Path) -> float:
+    """Write the model of a saved folder into the folder `out`; heads of attention that say nothing are left out.
+    Returns bits a weight, scales included.
 
     Raises ModelError for an architecture that the engine does not compute.
     """
@@ -93,7 +53,7 @@ def write(folder: Path, out: Path) -> Written:
     for what in filter(None, unusual):
         raise _cannot(what, folder)
     weights = _Weights(model)
-    weights.take_trunk(FAMILIES[kind], dim)
+    weights.take_trunk(dim)
     sizes = {
         "format": FORMAT,
         "layers": config.num_hidden_layers,
@@ -105,7 +65,7 @@ def write(folder: Path, out: Path) -> Written:
     }
     save_file(weights.made, out / FILE, {"llmo": json.dumps(sizes)})
     size = sum(tensor.nbytes for tensor in weights.made.values())
-    return Written(8 * size / sum(parameter.numel() for parameter in model.parameters()))
+    return 8 * size / sum(int(parameter.numel()) for parameter in model.parameters())
 
 
 def _cannot(what: str, folder: Path) -> ModelError:
@@ -124,7 +84,7 @@ class _Weights:
         self._trunk = model.base_model
         self.made: dict[str, Tensor] = {}
 
-    def take_trunk(self, family: _Family, dim: int) -> None:
+    def take_trunk(self, dim: int) -> None:
         embeddings = self._trunk.embeddings
         places = embeddings.position_embeddings.weight
         padding = getattr(embeddings.position_embeddings, "padding_idx", None)
@@ -136,24 +96,21 @@ class _Weights:
         self._rounded("words", embeddings.word_embeddings.weight)
         self._rounded("places", places)
         self._norm("embedded", embeddings.LayerNorm)
-        for number, layer in enumerate(self._trunk.get_submodule(family.layers)):
-            self._layer(f"layer.{number}.", layer, family, dim)
+        for number, layer in enumerate(anatomy(self._model)):
+            self._layer(f"layer.{number}.", layer, dim)
 
-    def _layer(self, name: str, layer: Any, family: _Family, dim: int) -> None:
-        part = layer.get_submodule
-        out = part(family.out)
-        kept = out.weight.view(len(out.weight), -1, dim).abs().amax(dim=(0, 2)) > 0  # heads that say something
+    def _layer(self, name: str, layer: Layer, dim: int) -> None:
+        kept = ~layer.silent(dim)
         if not kept.any():
             kept[0] = True
         rows = kept.repeat_interleave(dim)
-        queries = [part(query) for query in family.queries]
-        self._rounded(f"{name}qkv", torch.cat([query.weight[rows] for query in queries]))
-        self.made[f"{name}qkv.bias"] = torch.cat([query.bias[rows] for query in queries])
-        self._rounded(f"{name}out", out.weight[:, rows], out.bias)
-        self._norm(f"{name}attended", part(family.attended))
-        for short, long in (("up", family.up), ("down", family.down)):
-            self._rounded(f"{name}{short}", part(long).weight, part(long).bias)
-        self._norm(f"{name}fed", part(family.fed))
+        self._rounded(f"{name}qkv", torch.cat([linear.weight[rows] for linear in layer.attention]))
+        self.made[f"{name}qkv.bias"] = torch.cat([linear.bias[rows] for linear in layer.attention])
+        self._rounded(f"{name}out", layer.merge.weight[:, rows], layer.merge.bias)
+        for short, linear in (("up", layer.up), ("down", layer.down)):
+            self._rounded(f"{name}{short}", linear.weight, linear.bias)
+        for short, norm in zip(("attended", "fed"), layer.norms, strict=True):
+            self._norm(f"{name}{short}", norm)
 
     def take_head(self, folder: Path) -> dict[str, Any] | None:
         """What the file says of the head; None for a bare trunk."""
@@ -181,9 +138,8 @@ class _Weights:
 
     def _rounded(self, name: str, weight: Tensor, bias: Tensor | None = None) -> None:
         """A matrix `[rows, columns]` as int8 with a scale a row."""
-        scale = weight.detach().abs().amax(dim=1).clamp_min(TINY) / 127
-        self.made[name] = (weight.detach() / scale[:, None]).round().to(torch.int8).contiguous()
-        self.made[f"{name}.scale"] = scale
+        steps, scale = rounded(weight, torch.int8)
+        self.made[name], self.made[f"{name}.scale"] = steps, scale.flatten()
         if bias is not None:
             self.made[f"{name}.bias"] = bias.detach()
 

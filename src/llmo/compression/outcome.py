@@ -18,7 +18,7 @@ class Order:
     to try within the limits; `work` is for what is built and for scratch files."""
 
     model: Path
-    task: Any
+    task: Any  # of the kind that is searched: a Generation for generators
     data: Dataset
     rows: Sequence[Row]
     variants: Sequence[str]

@@ -98,7 +98,7 @@ def _default(source: Source, folder: Path) -> float:
 
 
 def _native(source: Source, folder: Path) -> float:
-    return native.write(source.model, folder).bits
+    return native.write(source.model, folder)
 
 
 def _torch(source: Source, folder: Path) -> float:

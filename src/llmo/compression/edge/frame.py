@@ -165,7 +165,7 @@ def serve(model: Model, host: str, port: int) -> None:
         def do_POST(self) -> None:
             try:
                 status, body = 200, self.told()
-            except Exception as problem:
+            except Exception as problem:  # whatever it is, it is this request's alone
                 status, body = getattr(problem, "status", 500), {"error": {"what": str(problem)}}
             data = json.dumps(body, ensure_ascii=False).encode("utf-8", "backslashreplace")
             self.send_response(status)

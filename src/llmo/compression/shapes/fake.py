@@ -48,8 +48,8 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        steps, scale = _rounded(x, dtype)
-        weight_steps, weight_scale = _rounded(weight, dtype)
+        steps, scale = rounded(x, dtype)
+        weight_steps, weight_scale = rounded(weight, dtype)
         ctx.save_for_backward(steps, scale, weight_steps, weight_scale)
         ctx.dtype, ctx.given = dtype, x.dtype
         said = (steps @ weight_steps.T).float() * scale * weight_scale.T
@@ -64,7 +64,7 @@ class _Product(torch.autograd.Function):
         return to_x, (flat.T @ steps.flatten(0, -2)).float()
 
 
-def _rounded(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Whole steps from -127 to 127 for each last axis, and the size of a step `[..., 1]`."""
     x = x.detach().float()
     scale = x.abs().amax(-1, keepdim=True).clamp(min=TINY) / STEPS

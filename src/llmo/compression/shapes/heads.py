@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from llmo.compression.shapes import anatomy, folder
 from llmo.compression.shapes.anatomy import Layer
@@ -16,8 +15,7 @@ from llmo.compression.shapes.importance import Calibration, taylor
 from llmo.compression.shapes.source import opened
 from llmo.context import Context
 from llmo.data.dataset import Dataset
-from llmo.engines.folder import read_config, require
-from llmo.errors import ModelError
+from llmo.engines.torch import open_model
 
 
 def prune(model: Path, data: Dataset, out: Path, ctx: Context, *, keep: float) -> dict[str, Any]:
@@ -44,45 +42,13 @@ def prune(model: Path, data: Dataset, out: Path, ctx: Context, *, keep: float) -
 
 
 def zero_heads(folder: Path) -> list[list[int]]:
-    """The heads of each layer of a model folder, bottom to top, that say nothing, whatever the text.
-
-    Head `h` is `range(h * size, (h + 1) * size)` of the rows of the query, key and value weights `[hidden, hidden]`
-    and their biases, and of the columns of the output projection, where `size` is `hidden_size /
-    num_attention_heads`. It is named here when its columns of the output projection are zero throughout, or its
-    values are (rows and biases): then an engine that leaves out these rows and columns computes the same. A layer may
-    have no head left, and then attention adds the projection's bias alone.
+    """The heads of each layer of a model folder, bottom to top, that are out (`anatomy.Layer.silent`).
 
     Raises ModelError for an architecture whose layers are not known, or weights that cannot be read.
     """
-    config = read_config(folder)
-    names = anatomy.names_of(str(config.get("model_type")))
-    heads = int(config.get("num_attention_heads") or config["n_heads"])
-    found = []
-    with safe_open(require(folder, "model.safetensors"), framework="numpy") as file:
-        there = set(file.keys())
-        for prefix in _prefixes(there, names.merge, folder):
-            merge = file.get_tensor(f"{prefix}{names.merge}.weight")
-            value = file.get_tensor(f"{prefix}{names.attention[2]}.weight")
-            bias = f"{prefix}{names.attention[2]}.bias"
-            given = np.column_stack([value, file.get_tensor(bias)]) if bias in there else value
-            silent = _zero(merge.T, heads) | _zero(given, heads)
-            found.append([int(head) for head in np.flatnonzero(silent)])
-    return found
-
-
-def _zero(rows: NDArray[Any], heads: int) -> NDArray[np.bool_]:
-    """Of rows that belong to heads one after the other, the heads that are zero."""
-    return np.asarray(np.abs(rows.reshape(heads, -1)).max(1) == 0)
-
-
-def _prefixes(names: set[str], merge: str, folder: Path) -> list[str]:
-    """What the tensors of each layer begin with, such as `bert.encoder.layer.3.`, bottom to top."""
-    end = f"{merge}.weight"
-    found = {name.removesuffix(end) for name in names if name.endswith(f".{end}")}
-    numbered = {int(prefix.rstrip(".").rsplit(".", 1)[1]): prefix for prefix in found}
-    if not numbered:
-        raise ModelError("the weights hold no attention layer", hint="make the folder again", where=str(folder))
-    return [numbered[i] for i in sorted(numbered)]
+    model = open_model(folder)
+    size = model.config.hidden_size // model.config.num_attention_heads
+    return [layer.silent(size).nonzero().flatten().tolist() for layer in anatomy.anatomy(model)]
 
 
 def _away(matters: NDArray[np.float64], count: int) -> list[list[int]]:
