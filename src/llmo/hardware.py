@@ -12,11 +12,13 @@ FEATURES = (
     *("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16"),
     *("asimddp", "i8mm", "bf16", "sve"),
 )
+GENERATION = ("cpu family", "model", "CPU part")  # lines of /proc/cpuinfo
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """`features` in the order of `FEATURES`; both are empty where the system does not tell."""
+    """`model` with the numbers that tell its generation, since a virtual one may be named `AMD EPYC` and no more;
+    `features` in the order of `FEATURES`. Both are empty where the system does not tell."""
 
     model: str
     features: tuple[str, ...]
@@ -28,13 +30,13 @@ def processor(root: Path = Path("/")) -> Processor:
         lines = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return Processor("", ())
-    model, flags = "", set[str]()
+    told: dict[str, str] = {}
     for line in lines:
         key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            model = model or value.strip()
-        elif key.strip() in ("flags", "Features"):
-            flags |= set(value.split())
+        told.setdefault(key.strip(), value.strip())
+    numbers = [f"{key.removeprefix('cpu ')} {told[key]}" for key in GENERATION if key in told]
+    model = ", ".join([*filter(None, [told.get("model name")]), *numbers])
+    flags = (told.get("flags", "") + " " + told.get("Features", "")).split()
     return Processor(model, tuple(feature for feature in FEATURES if feature in flags))
 
 

@@ -20,7 +20,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 8 cores and 16 GiB without control groups."""
     put(tmp_path, "proc/meminfo", "MemTotal:       16777216 kB\nMemAvailable:    8388608 kB\nHugePages_Total: 0\n")
     flags = "fpu avx2 avx512f avx512_vnni amx_bf16 zzz"
-    put(tmp_path, "proc/cpuinfo", f"model name\t: Some CPU\nflags\t\t: {flags}\n\nmodel name\t: Some CPU\n")
+    core = f"cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\n"
+    put(tmp_path, "proc/cpuinfo", 2 * core)
     put(tmp_path, "proc/self/cgroup", "")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -42,7 +43,7 @@ def test_a_bare_machine(root: Path) -> None:
     assert cpu.memory == int(16384 * MIB * 0.9)
     assert cpu.free == 8192 * MIB
     assert cpu.features == ("avx2", "avx512f", "avx512_vnni", "amx_bf16")
-    assert cpu.reason == "Some CPU; 8 of 8 cores; 90% of the memory"
+    assert cpu.reason == "Some CPU, family 25, model 17; 8 of 8 cores; 90% of the memory"
 
 
 def test_control_groups_of_version_2(root: Path) -> None:
