@@ -83,8 +83,8 @@ def show(name: str, model: Model, max_drop: float) -> bool:
         flush=True,
     )
     for spec in (
-        {"max_drop": 0.0, "max_mb": 0.5, "shapes": "none"},
-        {"max_drop": 0.0, "variants": ["onnx-fp32"], "max_mb": 1},
+        {"variants": ["native-int8"], "max_mb": 0.5},
+        {"variants": ["onnx-int8-default"], "max_drop": 0.0},
     ):
         print(f"  {spec}: {refused(model, **{'shapes': 'none', **spec})}", flush=True)
     return kept

@@ -36,7 +36,7 @@ COMPRESS = Operation(
     "llmo.compression.operation:run",
     produces=Kind.MODEL,
     needs=Needs(memory=3 * _GIB),
-    revision=5,
+    revision=6,
     measured=True,
 )
 EXPORT = Operation("export", "llmo.compression.edge.operation:run", cached=False, needs=Needs(memory=2 * _GIB))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ Target = Literal["throughput", "latency", "size", "memory"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What must be kept and what is sought: a choice loses at most `max_drop` of `metric` and takes at most
+    """What must be kept and what is sought: a choice loses at most `max_drop` of `metric` (`loss`) and takes at most
     `max_bytes`. `shapes` says whether smaller shapes of the model are tried; nothing further is after `ends` (monotonic
     clock)."""
 
@@ -33,6 +34,9 @@ _TARGETS: dict[str, tuple[str, bool, str]] = {
     "size": ("size_bytes", False, "no smaller than the original"),
     "memory": ("rss_bytes", False, "no smaller than the original"),
 }
+UNSURE = "may drop too much: too few dev texts to tell"
+INTERVAL = 3.92  # standard errors that a 95% interval is wide
+ROUNDING = 1e-9
 _BEST = {"throughput": "fastest", "latency": "fastest", "size": "smallest", "memory": "smallest in memory"}
 
 
@@ -45,12 +49,15 @@ def choose(table: Table, limits: Limits) -> str | None:
     reference, *variants = table
     reference["verdict"] = "reference"
     key, more, useless = _TARGETS[limits.target]
+    most = limits.max_drop + ROUNDING
     within = f"within the limit, but {'slower' if more else 'larger'} than the chosen"
     for row in variants:
         if row["verdict"]:
             continue
-        if row["drop"] > limits.max_drop + 1e-9:
+        if row["drop"] > most:
             row["verdict"] = "drops too much"
+        elif loss(row) > most:
+            row["verdict"] = UNSURE
         elif limits.max_bytes is not None and row["size_bytes"] > limits.max_bytes:
             row["verdict"] = "too large"
         elif row[key] <= reference[key] if more else row[key] >= reference[key]:
@@ -63,6 +70,13 @@ def choose(table: Table, limits: Limits) -> str | None:
     best = max(allowed, key=lambda row: float(row[key]) if more else -float(row[key]))
     best["verdict"] = "chosen"
     return str(best["name"])
+
+
+def loss(row: Mapping[str, Any]) -> float:
+    """What a variant is taken to lose: what it lost on dev, where a gain is chance, and the standard error of that (as
+    in the one-standard-error rule of Breiman et al. 1984), so that texts it was not chosen on lose no more."""
+    error = (row["drop_high"] - row["drop_low"]) / INTERVAL if "drop_high" in row else 0.0
+    return float(max(row["drop"], 0.0) + error)
 
 
 def why(table: Table, chosen: str | None, limits: Limits) -> str:
@@ -96,11 +110,13 @@ def _figures(row: dict[str, Any]) -> str:
 
 
 def refusal(why: str, table: Table) -> GateRefused:
-    dropped = any(row["verdict"] == "drops too much" for row in table)
+    dropped = any(row["verdict"] in ("drops too much", UNSURE) for row in table)
+    unsure = any(row["verdict"] == UNSURE for row in table)
     large = any(row["verdict"] == "too large" for row in table)
     return GateRefused(
         why,
         hint=("allow a larger loss (compress.max_drop), or " if dropped else "")
+        + ("measure on more dev rows (`llmo data import` with a larger `split.dev`), or " if unsure else "")
         + ("allow more room (compress.max_mb), or " if large else "")
         + "leave out the section `compress` to deploy the original",
         variants=table,

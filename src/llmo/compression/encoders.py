@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from llmo import plugins
-from llmo.compression.choice import Limits, Table, choose
+from llmo.compression.choice import ROUNDING, Limits, Table, choose, loss
 from llmo.compression.contest import CLIENTS, Measured, contest, speedup
 from llmo.compression.graphs import calibration
 from llmo.compression.outcome import Made, Order, Outcome
@@ -178,7 +178,7 @@ class _Search:
 
     def _enough(self, row: Mapping[str, Any]) -> bool:
         """Whether stronger shapes need not be tried: they would lose more still, or this one fits already."""
-        if row["drop"] > self._limits.max_drop + 1e-9:
+        if loss(row) > self._limits.max_drop + ROUNDING:
             return True
         fits = self._limits.max_bytes is None or row["size_bytes"] <= self._limits.max_bytes
         return fits and self._limits.target != "size"
@@ -229,7 +229,7 @@ class _Search:
             if not self._answers:
                 self._answers = answers
             drop = drops[entry.name] = self._exam.drop(self._answers, answers, entry.encodings)
-            return "drops too much" if drop["value"] > self._limits.max_drop + 1e-9 else None
+            return "drops too much" if drop["value"] > self._limits.max_drop + ROUNDING else None
 
         candidates = [
             Candidate(entry.name, entry.engine, entry.folder, texts=sequences(entry.encodings)) for entry in entries

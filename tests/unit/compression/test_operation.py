@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmo.compression.choice import Limits, choose, refusal, why
+from llmo.compression.choice import UNSURE, Limits, choose, refusal, why
 from llmo.compression.encoders import wants_shapes
 from llmo.compression.operation import run
 from llmo.compression.recipes import recipes
@@ -191,6 +191,23 @@ def test_the_fastest_within_the_limit_is_chosen(
     table = [row("torch-fp32", 1.0, 0.0), *(row(*variant) for variant in variants)]
     assert choose(table, Limits("accuracy", max_drop)) == chosen
     assert [r["verdict"] for r in table] == ["reference", *verdicts]
+
+
+@pytest.mark.parametrize(
+    ("drop", "low", "high", "verdict"),
+    [
+        (0.001, -0.005, 0.007, "chosen"),
+        (-0.02, -0.05, 0.01, UNSURE),  # it did not gain: it was lucky
+        (0.0, 0.0, 0.0, "chosen"),
+        (0.006, 0.005, 0.007, "drops too much"),
+    ],
+)
+def test_a_loss_counts_with_its_standard_error(drop: float, low: float, high: float, verdict: str) -> None:
+    table = [row("torch-fp32", 1.0, 0.0), row("a", 2.0, drop) | {"drop_low": low, "drop_high": high}]
+    chosen = choose(table, limits := Limits("f1", 0.005))
+    assert table[1]["verdict"] == verdict
+    if verdict == UNSURE:
+        assert "more dev rows" in (refusal(why(table, chosen, limits), table).hint or "")
 
 
 def sized(name: str, speed: float, alone: float, size: int, memory: int, drop: float = 0.0) -> dict[str, Any]:
