@@ -50,7 +50,7 @@ def choose(table: Table, limits: Limits) -> str | None:
     reference["verdict"] = "reference"
     key, more, useless = _TARGETS[limits.target]
     most = limits.max_drop + ROUNDING
-    within = f"within the limit, but {'slower' if more else 'larger'} than the chosen"
+    within = f"{'slower' if more else 'larger'} than the chosen"
     for row in variants:
         if row["verdict"]:
             continue

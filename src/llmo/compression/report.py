@@ -13,6 +13,7 @@ from llmo.training import page, pictures
 from llmo.training.report import FILE, FOLDER, PAGE
 
 PICTURE = "front.png"
+LABELS = (5, -12, 17, -24)  # points above a mark, so that neighbours do not hide each other
 HEADS = ("variant", "bits", "MB", "memory, MiB", "speed", "one text or answer", "value", "drop", "agreement", "verdict")
 
 
@@ -73,14 +74,19 @@ def _cells(row: Mapping[str, Any], on_front: bool) -> list[str]:
 
 
 def _picture(found: Mapping[str, Any]) -> bytes:
-    figure, axes = pictures.canvas(7.0, 4.0)
-    for row in found["variants"]:
-        if "speedup" not in row:
-            continue
-        on_front = row["name"] in found["front"]
-        colour = "#dc2626" if row["verdict"] == "chosen" else "#2563eb" if on_front else "#9ca3af"
-        axes.scatter([row["speedup"]], [row["drop"]], s=20 + row["size_bytes"] / 1e6, color=colour)
-        axes.annotate(row["name"], (row["speedup"], row["drop"]), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    figure, axes = pictures.canvas(8.0, 4.5)
+    timed = sorted((row for row in found["variants"] if "speedup" in row), key=lambda row: float(row["speedup"]))
+    for number, row in enumerate(timed):
+        colour = "#2563eb" if row["name"] in found["front"] else "#9ca3af"
+        if row["verdict"] == "chosen":
+            colour = "#dc2626"
+        place = row["speedup"], row["drop"]
+        if "drop_high" in row:
+            axes.vlines(place[0], row["drop_low"], row["drop_high"], color=colour, linewidth=1)
+        axes.scatter(*place, s=20 + row["size_bytes"] / 1e6, color=colour, zorder=2)
+        beside = (6, LABELS[number % len(LABELS)])
+        axes.annotate(row["name"], place, textcoords="offset points", xytext=beside, fontsize=8)
     axes.axhline(found["max_drop"], color="grey", linestyle="--", linewidth=1)
-    axes.set(xlabel="times the original's speed", ylabel=f"loss of {found['metric']} on dev")
+    axes.margins(x=0.12, y=0.15)
+    axes.set(xlabel="times the original's speed", ylabel=f"loss of {found['metric']} on dev, with its 95% interval")
     return pictures.png(figure)

@@ -57,7 +57,7 @@ def _show_width(measured: Sequence[Mapping[str, Any]]) -> None:
 def _show_encoders(result: Mapping[str, Any]) -> None:
     columns = [
         "variant", "size>", "memory>", "ready s>", "one text ms>", "16 at once/s>", "64/s>", "speed>",
-        f"{result['metric']}>", "drop (95% interval)>", "agree>", "verdict",
+        f"{result['metric']}>", "drop>", "95% interval>", "agree>", "verdict",
     ]  # fmt: skip
     rows = [
         (v["name"], *_sized(v), *_timed(v), *_judged(v), v["verdict"])
@@ -81,5 +81,5 @@ def _timed(variant: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _judged(variant: Mapping[str, Any]) -> tuple[str, ...]:
-    interval = f"{variant['drop']:+.3f} ({variant['drop_low']:+.3f} to {variant['drop_high']:+.3f})"
-    return f"{variant['value']:.3f}", interval, f"{variant['agreement']:.1%}"
+    interval = f"{variant['drop_low']:+.3f}..{variant['drop_high']:+.3f}"
+    return f"{variant['value']:.3f}", f"{variant['drop']:+.3f}", interval, f"{variant['agreement']:.1%}"
