@@ -1,7 +1,8 @@
 """Load without a pause while an endpoint is swapped between variants of its model: no request fails, memory is flat.
 
-16 clients ask the whole time; every 20 s the endpoint gets the other variant. Tells requests, failures, swaps, and the
-memory (proportional set size) of the server and of the replicas in the first and in the last third of the time.
+16 clients ask the whole time, and no answer is remembered; every 20 s the endpoint gets the other variant. Tells
+requests, failures, swaps, and the memory (proportional set size) of the server, and of each variant's replicas, in
+each third of the time.
 Run `make demo` first, then: python benchmarks/swaps.py [--minutes 10] [--every 20]
 """
 
@@ -12,7 +13,9 @@ import json
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import pairwise
 
 import psutil
 from command import command
@@ -26,27 +29,33 @@ VARIANTS = ("native-int8", "onnx-int8-static")
 
 
 class Memory(threading.Thread):
-    """Looks at the processes once a second: `(seconds, bytes of the server, bytes of all replicas, replicas)`."""
+    """Looks at the processes once a second. `serving` is the number of the model that was deployed last."""
 
     def __init__(self, server: int) -> None:
         super().__init__(daemon=True)
-        self.seen: list[tuple[float, int, int, int]] = []
+        self.serving = 0
         self.over = threading.Event()
         self._server = psutil.Process(server)
+        self._own: list[float] = []  # the server's MB
+        self._replicas: dict[int, list[float]] = {}  # by model, while there is one replica
 
     def run(self) -> None:
-        began = time.monotonic()
         while not self.over.wait(1.0):
-            replicas = [child.pid for child in self._server.children()]
+            replicas, serving = [child.pid for child in self._server.children()], self.serving
             held = sum(processes.memory(pid, children=True) or 0 for pid in replicas)
-            own = processes.memory(self._server.pid, children=False) or 0
-            self.seen.append((time.monotonic() - began, own, held, len(replicas)))
+            self._own.append((processes.memory(self._server.pid, children=False) or 0) / 1e6)
+            if len(replicas) == 1:
+                self._replicas.setdefault(serving % len(VARIANTS), []).append(held / 1e6)
 
-    def third(self, number: int) -> tuple[float, float]:
-        """The medians of a third of the time, in MB: the server's, and the replicas' while there is one of them."""
-        some = self.seen[number * len(self.seen) // 3 : (number + 1) * len(self.seen) // 3]
-        alone = [held for _, _, held, count in some if count == 1] or [0]
-        return statistics.median(own for _, own, _, _ in some) / 1e6, statistics.median(alone) / 1e6
+    def said(self) -> str:
+        sides = {"server": self._own, **{VARIANTS[number]: seen for number, seen in self._replicas.items()}}
+        return "; ".join(f"{name} {thirds(seen)}" for name, seen in sides.items())
+
+
+def thirds(seen: Sequence[float]) -> str:
+    """The medians of the first, the second and the last third."""
+    cuts = [number * len(seen) // 3 for number in range(4)]
+    return ", ".join(f"{statistics.median(seen[a:b]):.0f}" for a, b in pairwise(cuts) if b > a)
 
 
 def main() -> int:
@@ -67,27 +76,29 @@ def main() -> int:
     swaps = 0
     try:
         key = server["key"] or command("key", "make", "swaps", "--role", "admin")["key"]
-        command("deploy", models[0], "--endpoint", ENDPOINT)
+        for model in reversed(models):  # each has been started once before the clock runs
+            command("deploy", model, "--endpoint", ENDPOINT, "--set", "repeats_mib=0")
         memory = Memory(server["pid"])
         memory.start()
         url = f"{server['url']}/v1/endpoints/{ENDPOINT}/predict"
         with Load() as load, ThreadPoolExecutor(1) as beside:
-            running = beside.submit(load.window, Target(url, key, bodies), CLIENTS, 60 * given.minutes)
-            while not running.done():
-                wait([running], timeout=given.every)
-                if not running.done():
-                    swaps += 1
-                    command("deploy", models[swaps % len(models)], "--endpoint", ENDPOINT)
+            running, began = (
+                beside.submit(load.window, Target(url, key, bodies), CLIENTS, 60 * given.minutes),
+                time.time(),
+            )
+            while not wait([running], timeout=began + (swaps + 1) * given.every - time.time()).done:
+                swaps += 1
+                command("deploy", models[swaps % len(models)], "--endpoint", ENDPOINT, "--set", "repeats_mib=0")
+                memory.serving = swaps
             window = running.result()
         memory.over.set()
         memory.join()
     finally:
         command("down")
-    first, last, found = memory.third(0), memory.third(2), window.figures()
+    found = window.figures()
     print(
         f"{len(window.latencies)} requests in {given.minutes:g} minutes with {swaps} swaps: {found['failed']} failed, "
-        f"p99 {found['p99_ms']:.1f} ms; server {first[0]:.0f} MB in the first third and {last[0]:.0f} in the last, "
-        f"replica {first[1]:.0f} and {last[1]:.0f}"
+        f"p99 {found['p99_ms']:.1f} ms; MB by thirds of the time: {memory.said()}"
     )
     return 1 if found["failed"] else 0
 
