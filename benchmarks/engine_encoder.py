@@ -1,9 +1,9 @@
 """Sentences per second of every encoder engine and precision: one at a time, 32 as they come, and 32 by length.
 
 Sentences of 25 tokens on average are cut from held-out articles; token ids go in, so nothing but the engine is timed
-(the pipeline tokenises too: 24,000 texts a second). Each way runs in a process of its own, and they take turns,
-forwards and backwards, of a second at least; a figure is the median of all turns. Beside it stand the labels equal to plain transformers at
-fp32, and the share, by length, of what the machine's processor can multiply at that precision.
+(the pipeline tokenises too: 24,000 texts a second). Each way runs in a process of its own, and they take turns of a
+second at least, forwards and backwards; a figure is the median of all turns. Beside it stand the labels equal to plain
+transformers at fp32, and the share, by length, of what the machine's processor can multiply at that precision.
 Run `make demo` first, then: python benchmarks/engine_encoder.py [--rounds 5] [--only onnx] [--json FILE]
 """
 
