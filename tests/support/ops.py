@@ -79,7 +79,8 @@ def wait(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Co
 
 
 def stubborn(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Context) -> dict[str, Any]:
-    """Never look whether it should stop."""
+    """Begin to write, and never look whether it should stop."""
+    (out / "half").write_text("half")
     ctx.note("begun")
     while True:
         pause(10)

@@ -63,6 +63,8 @@ class Books:
         again = state is JobState.QUEUED and outcome.reason is not Reason.PREEMPTED
         service.leave(self._store, job, "starting" if again else "down", ended=state.ended)
         self._family.end(job, stop=state.ended)
+        if state.ended:
+            staging.clear(self._store, job)
         return state
 
     def _say(self, job: Job, state: JobState, reason: Reason | None = None, text: str = "") -> None:

@@ -90,6 +90,11 @@ def tidy(store: Store, job: Job) -> None:
     shutil.rmtree(jobdir.job_dir(store.home, job.id) / jobdir.CHECKPOINT, ignore_errors=True)
 
 
+def clear(store: Store, job: Job) -> None:
+    """Drop what a job that ended without a result had written: a killed one could not do so itself."""
+    shutil.rmtree(jobdir.job_dir(store.home, job.id) / jobdir.OUT, ignore_errors=True)
+
+
 def result_of(store: Store, job: Job) -> Result:
     """What the parent of an ended (or, for a service, ready) job hears of it."""
     ref = None

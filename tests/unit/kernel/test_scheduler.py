@@ -149,12 +149,14 @@ def test_cancel_leaves_no_orphan(kernel: Kernel) -> None:
     assert not any(alive(pid) for pid in pids)
 
 
-def test_cancel_of_a_worker_that_does_not_listen(tmp_path: Path) -> None:
+def test_cancel_of_a_worker_that_does_not_listen_leaves_nothing_of_its_output(tmp_path: Path) -> None:
     with Kernel(tmp_path / "home", grace=0.1) as kernel:
         job = kernel.submit("stubborn", {})
         kernel.noted(job)
+        assert (kernel.folder(job) / "out" / "half").exists()
         kernel.store.jobs.request_stop(job.id)
         assert kernel.ended(job).state is JobState.STOPPED
+        kernel.until(lambda: not (kernel.folder(job) / "out").exists())
 
 
 def test_cancel_reaches_children_but_not_services(kernel: Kernel, tmp_path: Path) -> None:

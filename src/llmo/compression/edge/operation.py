@@ -6,8 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,7 +37,9 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     """
     model, target = inputs["model"], Path(spec["out"])
     source = Source(model, inputs.get("reference"), read_card(model))
-    with storage_errors(target), _aside(target, spec) as folder:
+    with storage_errors(target), TemporaryDirectory(dir=out) as apart:
+        folder = Path(apart) / target.name
+        folder.mkdir()
         written = write(source, spec["target"], spec["precision"], folder, ctx)
         ctx.note(f"{spec['target']} at {written.precision}: made of {written.made_of}")
         if ctx.should_stop():
@@ -59,20 +60,8 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
             _try_out(folder)
         if ctx.should_stop():
             raise Stopped
-        _put_in_place(folder, target)
+        _put_in_place(folder, target, spec)
     return {**manifest, "out": str(target), "bytes": size}
-
-
-@contextmanager
-def _aside(target: Path, spec: Mapping[str, Any]) -> Iterator[Path]:
-    """An empty folder on the same disk, which is gone afterwards; the same order finds what a killed attempt left."""
-    folder = target.with_name(f".{target.name[:100]}.{digest_of_value(spec)[-12:]}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _about(spec: Mapping[str, Any], task: Task, written: Written) -> dict[str, Any]:
@@ -152,15 +141,22 @@ def _try_out(folder: Path) -> None:
         )
 
 
-def _put_in_place(folder: Path, target: Path) -> None:
-    """Synced and renamed: the folder is there whole, or not at all."""
+def _put_in_place(folder: Path, target: Path, spec: Mapping[str, Any]) -> None:
+    """Copied beside its place, synced and renamed: it is there whole, or not at all. What an attempt that was killed
+    meanwhile left is gone with the next of the same order."""
     there = target / MANIFEST
     if there.is_file() and there.read_bytes() == (folder / MANIFEST).read_bytes():
         return  # an attempt before this one got as far as here
     vacant(target)
-    for path in tree(folder):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sync_folder(folder)
-    folder.rename(target)
+    aside = target.with_name(f".{target.name[:100]}.{digest_of_value(spec)[-12:]}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        shutil.copytree(folder, aside)
+        for path in tree(aside):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(aside)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     sync_folder(target.parent)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -79,7 +80,8 @@ def order(out: Path, **asked: Any) -> dict[str, Any]:
 
 
 def export(model: Path, out: Path, **asked: Any) -> dict[str, Any]:
-    return run(order(out, **asked), {"model": model}, out, NullContext(1))
+    with TemporaryDirectory() as own:
+        return run(order(out, **asked), {"model": model}, Path(own), NullContext(1))
 
 
 def inputs(task: Task, rows: list[dict[str, Any]]) -> list[Asked]:
@@ -345,19 +347,21 @@ def test_what_is_there_is_not_touched(classifier: tuple[Path, Path], tmp_path: P
 
 
 def test_what_a_killed_attempt_left_goes_with_the_next(classifier: tuple[Path, Path], tmp_path: Path) -> None:
-    """Killed while it tries the folder out, after all of it is written."""
+    """Killed when all of it stands beside its place."""
+    (tmp_path / "job").mkdir()
     code = (
         "import os, signal, sys\nfrom pathlib import Path\nfrom llmo.compression.edge import operation\n"
         "from llmo.context import NullContext\n"
-        "operation._try_out = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"operation.run({order(tmp_path / 'out')!r}, {{'model': Path({str(classifier[0])!r})}}, Path(), NullContext(1))"
+        "operation.sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"operation.run({order(tmp_path / 'out')!r}, {{'model': Path({str(classifier[0])!r})}}, "
+        f"Path({str(tmp_path / 'job')!r}), NullContext(1))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
+    left, _ = sorted(tmp_path.iterdir())
     assert left.name.startswith(".out.")
     assert (left / "manifest.json").is_file()
     export(classifier[0], tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job", "out"]
 
 
 def test_an_attempt_that_was_tried_again_finds_its_own(classifier: tuple[Path, Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ TEXTS = [row["text"] for row in text_rows(12, seed=1)]
 def export(model: Path, out: Path, reference: Path | None = None, **asked: Any) -> dict[str, Any]:
     named = {"model": "tiny@1", "digest": "sha256:0", "original": "tiny@1"}
     spec = {"target": "edge", "precision": None, "max_mb": None, "out": str(out), **named, **asked}
-    return run(spec, {"model": model} | ({"reference": reference} if reference else {}), out, NullContext(1))
+    with TemporaryDirectory() as own:
+        return run(spec, {"model": model} | ({"reference": reference} if reference else {}), Path(own), NullContext(1))
 
 
 @pytest.fixture(scope="module")
