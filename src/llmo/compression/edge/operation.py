@@ -151,9 +151,11 @@ def _put_in_place(folder: Path, target: Path, spec: Mapping[str, Any]) -> None:
     aside = target.with_name(f".{target.name[:100]}.{digest_of_value(spec)[-12:]}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        shutil.copytree(folder, aside)
-        for path in tree(aside):
-            with path.open("rb") as file:
+        aside.mkdir()
+        for path in tree(folder):
+            copy = aside / path.relative_to(folder)
+            shutil.copyfile(path, copy)
+            with copy.open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(aside)
         aside.rename(target)
