@@ -93,6 +93,7 @@ def why(table: Table, chosen: str | None, limits: Limits) -> str:
         f"{chosen} is the {_BEST[target]} within the limit: {row['speedup']:.1f} times the original's speed{alone}, "
         f"{100 * row['size_bytes'] / table[0]['size_bytes']:.0f}% of its size, "
         f"and it {lost} of {metric} on dev (limit {max_drop:g}{room}){_doubt(row, max_drop)}"
+        f"{_beyond(table, row, limits)}"
     )
 
 
@@ -101,6 +102,21 @@ def _doubt(row: dict[str, Any], max_drop: float) -> str:
     if "drop_high" not in row or row["drop_high"] <= max_drop:
         return ""
     return f"; of so few texts the loss is known to {row['drop_high']:.4f} at most (95% interval)"
+
+
+def _beyond(table: Table, chosen: Mapping[str, Any], limits: Limits) -> str:
+    """The best one that only too few texts stood against, and what it may lose."""
+    key, more, _ = _TARGETS[limits.target]
+    sign = 1 if more else -1
+    fits = [row for row in table if limits.max_bytes is None or row.get("size_bytes", 0) <= limits.max_bytes]
+    unsure = [row for row in fits if row["verdict"] == UNSURE and sign * row[key] > sign * chosen[key]]
+    if not unsure:
+        return ""
+    best = max(unsure, key=lambda row: float(sign * row[key]))
+    return (
+        f"; {best['name']} ({best['speedup']:.1f} times the speed) may lose {loss(best):.4f}: more dev texts would "
+        "settle that, or a larger max_drop"
+    )
 
 
 def _figures(row: dict[str, Any]) -> str:

@@ -210,6 +210,19 @@ def test_a_loss_counts_with_its_standard_error(drop: float, low: float, high: fl
         assert "more dev rows" in (refusal(why(table, chosen, limits), table).hint or "")
 
 
+def test_the_reason_names_the_better_one_that_too_few_texts_stood_against() -> None:
+    table = [
+        sized("torch-fp32", 1.0, 1.0, 100, 100),
+        sized("safe", 2.0, 2.0, 50, 90),
+        sized("quick", 6.0, 6.0, 25, 80) | {"drop_low": -0.02, "drop_high": 0.0196},
+        sized("slow", 1.5, 1.5, 60, 80) | {"drop_low": -0.02, "drop_high": 0.02},
+    ]
+    reason = why(table, choose(table, limits := Limits("f1", 0.005)), limits)
+    assert reason.startswith("safe is the fastest")
+    assert "; quick (6.0 times the speed) may lose 0.0101: more dev texts" in reason
+    assert "slow" not in reason
+
+
 def sized(name: str, speed: float, alone: float, size: int, memory: int, drop: float = 0.0) -> dict[str, Any]:
     return row(name, speed, drop) | {"speedup_alone": alone, "size_bytes": size, "rss_bytes": memory}
 
