@@ -1,6 +1,6 @@
 """An edge bundle in a clean virtual environment: answers beside the endpoint's, start, memory, and flipped bytes.
 
-Run `make demo` first, then: python benchmarks/edge.py [--model newsdesk-compressed] [--texts 200] [--rounds 5]
+Run `make demo` first, then: python benchmarks/edge.py [--model MODEL] [--texts 200] [--rounds 5]
 It installs the bundle's two packages from the index that pip is set up for.
 """
 
@@ -121,11 +121,15 @@ def flipped(python: Path, folder: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="newsdesk-compressed")
+    parser.add_argument("--model", help="default: newsdesk, compressed to int8 on ONNX Runtime")
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    model = llmo.Model.get(options.model)
+    if options.model is None:
+        newsdesk = llmo.Model.get("newsdesk")
+        model = llmo.compress(newsdesk, name="newsdesk-onnx", variants=["onnx-int8", "onnx-int8-static"], max_drop=0.05)
+    else:
+        model = llmo.Model.get(options.model)
     api = model.api
     data = next(a.inputs["data"] for a in reversed(api.lineage(model.artifact.digest)) if "data" in a.inputs)
     texts = [str(row["text"]) for row in api.rows(api.artifact(data, Kind.DATASET).digest, "test", limit=options.texts)]
