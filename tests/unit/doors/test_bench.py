@@ -60,6 +60,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         told: dict[str, Any] = {"job": None, "model": digest, "model_ref": "writer@1", "state": "down"}
         system.store.endpoints.set("writer", address=None, task="generation", **told)
     running = Server(folder / "store")
+    with System(Settings(home=folder / "store")) as system:
+        eventually(lambda: "topics" in {endpoint.name for endpoint in system.endpoints()}, "the server serves it")
     yield folder / "store"
     assert running.stop() == 0
 
