@@ -82,10 +82,8 @@ def main() -> int:
         memory.start()
         url = f"{server['url']}/v1/endpoints/{ENDPOINT}/predict"
         with Load() as load, ThreadPoolExecutor(1) as beside:
-            running, began = (
-                beside.submit(load.window, Target(url, key, bodies), CLIENTS, 60 * given.minutes),
-                time.time(),
-            )
+            running = beside.submit(load.window, Target(url, key, bodies), CLIENTS, 60 * given.minutes)
+            began = time.time()
             while not wait([running], timeout=began + (swaps + 1) * given.every - time.time()).done:
                 swaps += 1
                 command("deploy", models[swaps % len(models)], "--endpoint", ENDPOINT, "--set", "repeats_mib=0")

@@ -37,19 +37,7 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
     """
     model = inputs["model"]
     card = read_card(model)
-    if "reference" in card:
-        raise ModelError(
-            "this model is compressed already", hint="compress the model it was made from", where=str(model)
-        )
-    task = load_task(model)
-    if task.name in BASE_TASKS:
-        raise ModelError(
-            f"a model of {task.name} answers nothing: it is a base for other tasks",
-            hint="train one on it, and compress that",
-            where=str(model),
-        )
-    if task.generates:
-        refuse_applied(model)
+    task = _task(model, card)
     kind: Any = generators if task.generates else encoders
     data = Dataset.open(inputs["data"])
     rows = _sample(data.split("dev"), kind.MOST_ROWS)
@@ -91,6 +79,24 @@ def run(spec: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, ctx: Con
         report.write(out, f"Compressed to {chosen}", result)
     write_card(out, _card(own, card, model, result, row, found.metrics[chosen]))
     return result
+
+
+def _task(model: Path, card: Mapping[str, Any]) -> Task:
+    """The model's task. Raises ModelError for a model that cannot be compressed."""
+    if "reference" in card:
+        raise ModelError(
+            "this model is compressed already", hint="compress the model it was made from", where=str(model)
+        )
+    task = load_task(model)
+    if task.name in BASE_TASKS:
+        raise ModelError(
+            f"a model of {task.name} answers nothing: it is a base for other tasks",
+            hint="train one on it, and compress that",
+            where=str(model),
+        )
+    if task.generates:
+        refuse_applied(model)
+    return task
 
 
 def _metric(asked: str | None, card: Mapping[str, Any], task: Task) -> str:
