@@ -328,7 +328,7 @@ class CompressSpec(Spec):
     """What may be lost, and for what."""
 
     max_drop: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        0.005, description="largest loss of the task's metric on dev"
+        0.005, description="largest loss of the task's metric on dev, its standard error included"
     )
     metric: str | None = Field(None, description="the figure that is to be kept; default: the task's metric")
     target: Literal["throughput", "latency", "size", "memory"] = Field(

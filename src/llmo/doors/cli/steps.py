@@ -158,7 +158,9 @@ def compress(
     model: Served,
     data: Data = None,
     name: Annotated[str | None, typer.Option(help="What the result is called; default: MODEL-compressed.")] = None,
-    max_drop: Annotated[float, typer.Option(help="Largest loss of the metric on dev.")] = 0.005,
+    max_drop: Annotated[
+        float, typer.Option(help="Largest loss of the metric on dev, its standard error included.")
+    ] = 0.005,
     metric: Annotated[str | None, typer.Option(help="The figure to keep; default: the task's own.")] = None,
     target: Annotated[
         str, typer.Option(help="What is sought: throughput, latency (of one text), size or memory.")
