@@ -20,6 +20,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Two processes of tests share two cores: threads that wait must not spin on them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _connect = socket.socket.connect
 _bind = socket.socket.bind

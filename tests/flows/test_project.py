@@ -24,7 +24,7 @@ from llmo.types import Kind
 from support.project import llmo, project
 from support.serving import eventually
 
-WHOLE = "compress: {max_drop: 0.9}\ndeploy: {endpoint: tickets, cores: 1}\n"
+WHOLE = "compress: {max_drop: 0.9, variants: [native-int8, onnx-int8]}\ndeploy: {endpoint: tickets, cores: 1}\n"
 
 
 def processes_of(home: Path) -> list[int]:
