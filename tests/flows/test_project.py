@@ -112,12 +112,11 @@ def test_single_steps_and_listings(home: Path) -> None:
 
 
 def test_compress_refuses_with_exit_code_3(home: Path) -> None:
-    said = llmo("compress", "tickets", "--max-drop", "0", "--set", "variants=[onnx-int8]", "--name", "never", "--json")
-    if said.code == 0:  # this int8 was both exact and faster: then it may be chosen
-        assert said.json["variants"][1]["drop"] <= 0
-        return
+    asked = ("--set", "variants=[onnx-int8]", "--max-mb", "0.001", "--name", "never", "--json")
+    said = llmo("compress", "tickets", *asked)
     assert said.code == 3
-    assert "error" in said.json
+    assert "too large" in said.json["error"]["what"]
+    assert "never" not in {model["name"] for model in llmo("models", "--json").json}
 
 
 def test_the_whole_way_to_an_endpoint_and_nothing_left(done: tuple[Path, Path, dict], home: Path) -> None:
